@@ -1,0 +1,36 @@
+//! The wire contract of Lockstep, and what all its services must do alike with it.
+//!
+//! The contract itself is in the `.proto` files beside this crate; the modules below hold only what every service
+//! needs in the same form. A client enables the feature `client` and sees no server code.
+//!
+//! # Layout
+//!
+//! * [`v1`]: what clients call; [`tokenizer`] and [`worker`]: what the services say to one another.
+#![forbid(unsafe_code)]
+
+/// What clients call: `InferenceService` and `ModelService`.
+#[allow(missing_docs, clippy::doc_markdown, reason = "generated from documented .proto files")]
+pub mod v1 {
+    tonic::include_proto!("lockstep.v1");
+}
+
+/// What the tokenizer service answers.
+pub mod tokenizer {
+    /// Version 1.
+    #[allow(missing_docs, reason = "generated from documented .proto files")]
+    pub mod v1 {
+        tonic::include_proto!("lockstep.tokenizer.v1");
+    }
+}
+
+/// What a worker group answers, to the gateway and to its own ranks.
+pub mod worker {
+    /// Version 1.
+    #[allow(missing_docs, reason = "generated from documented .proto files")]
+    pub mod v1 {
+        tonic::include_proto!("lockstep.worker.v1");
+    }
+}
+
+/// The compiled descriptors of every `.proto` file, for server reflection.
+pub const FILE_DESCRIPTOR_SET: &[u8] = tonic::include_file_descriptor_set!("lockstep_descriptor");
