@@ -1,1 +1,5 @@
-//! Placeholder.
+//! A tensor-parallel shard of a model, advancing in lockstep with its group.
+
+#![forbid(unsafe_code)]
+
+pub mod scheduler;

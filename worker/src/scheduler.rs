@@ -1,0 +1,3 @@
+//! The scheduler: decides what each step computes.
+
+pub mod plan;
