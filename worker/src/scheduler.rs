@@ -1,3 +1,467 @@
-//! The scheduler: decides what each step computes.
+//! The scheduler: decides, step by step, which rows of which sequences the group computes.
+//!
+//! It is a state machine without IO, clock or threads. Its driver adds and aborts sequences, asks for the next plan
+//! ([`Scheduler::schedule`]), has the group compute it, samples, and hands the tokens back ([`Scheduler::commit`]).
+//!
+//! ```text
+//!            add                      admitted                    sampled its last token, aborted, expired
+//!  (refused) <── request ──> waiting ─────────> running ─────────────────────────────────────────────────> gone
+//!                               ^                  │
+//!                               └──────────────────┘ preempted: blocks ran out
+//! ```
+//!
+//! # What a step holds
+//!
+//! 1. One row for each running sequence that needs only one: decodes are never held up by prefills.
+//! 2. Prefill chunks of running sequences, oldest first, of at most `max_prefill_chunk` rows each.
+//! 3. Chunks of sequences that are admitted now, oldest first, while there are rows, places and blocks left.
+//!
+//! A sequence gets the blocks of all its known tokens when it is admitted, so a prefill that has begun never lacks
+//! blocks; only decodes grow a table. When one of them finds no block, the youngest running sequence is preempted: it
+//! gives its blocks up, waits again, and computes its tokens anew later (what it had computed often still is in the
+//! prefix cache). Sampled tokens are never lost, and by the lockstep rule the recomputed logits are the same bits.
+//!
+//! # Sharing
+//!
+//! A sequence is admitted on top of the full blocks that the prefix cache holds. If the next block is being computed by
+//! a running sequence right now, it waits until that one has got past it or is gone: equal prompts (the choices of a
+//! request, for example) are computed once. At least one token of a prompt is always computed, for its logits. A block
+//! is shared only when it is full and computed, so nothing is ever copied on write.
+//!
+//! # Nobody starves
+//!
+//! Age is the order of arrival. The oldest running sequence is in every step: it gets rows first and is never preempted.
+//! While a sequence waits for places or blocks, nobody younger is admitted; only while it waits for a prefix may younger
+//! ones pass. With M = `max_running` and C the longest that any sequence may grow, the oldest sequence thus ends within
+//! (2M + 1)·C steps (at most M running sequences end before it has a place, at most M have a prefill that it waits
+//! for, then it runs), and one that arrives behind `a` others within (a + 1)(2M + 1)·C. The simulation holds it to that.
 
+mod admission;
+mod integrity;
 pub mod plan;
+mod sequence;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Instant;
+
+pub use integrity::Stats;
+use plan::{SeqId, SequenceStep, StepPlan};
+use sequence::{Chunk, Sequence};
+
+use crate::kv::prefix_cache::PrefixCache;
+
+/// Limits of a scheduler.
+#[derive(Clone, Debug)]
+pub struct SchedulerConfig {
+    /// Rows of a step. Higher: faster prefills; lower: shorter gaps between the tokens of those who decode. At least
+    /// `max_running`, so that every decode fits and a prefill always gets on.
+    pub max_step_tokens: usize,
+    /// Rows of one sequence in a step. Lower: a long prompt shares its steps with other prompts.
+    pub max_prefill_chunk: usize,
+    /// Sequences that run at a time. Higher: more throughput, slower streams.
+    pub max_running: usize,
+    /// Sequences that may wait; further ones are refused. (Preempted ones come on top: at most `max_running`.)
+    pub max_waiting: usize,
+    /// Blocks in the KV storage.
+    pub n_blocks: u32,
+    /// Positions in a block.
+    pub block_size: u32,
+    /// Longest prompt and output together. Unit: tokens.
+    pub context_length: u32,
+}
+
+/// A configuration that no scheduler can work with.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum InvalidSchedulerConfig {
+    /// A limit is 0.
+    #[error("scheduler: {name} must be at least 1")]
+    Zero {
+        /// The limit.
+        name: &'static str,
+    },
+    /// A step cannot hold one row for every running sequence.
+    #[error("scheduler: max_step_tokens = {max_step_tokens} must be at least max_running = {max_running}")]
+    StepTooSmall {
+        /// As configured.
+        max_step_tokens: usize,
+        /// As configured.
+        max_running: usize,
+    },
+}
+
+/// A sequence to be generated.
+#[derive(Clone, Debug)]
+pub struct NewSequence {
+    /// At least one token.
+    pub prompt: Vec<u32>,
+    /// Ends with [`Ended::Length`] after this many tokens, or at the end of the context. At least 1.
+    pub max_new_tokens: u32,
+    /// Ends with what it has at this time; never starts after it.
+    pub deadline: Option<Instant>,
+    /// Whether the logits of every prompt position are needed. Such a sequence does not start from the prefix cache.
+    /// Each position is delivered once, by a chunk with [`LogitsRows::All`](plan::LogitsRows): chunks that compute
+    /// delivered positions again, after a preemption, do not deliver them again.
+    pub prompt_logprobs: bool,
+}
+
+/// Why a sequence was not taken.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum Refusal {
+    /// Too many wait.
+    #[error("the queue is full: {limit} sequences wait")]
+    QueueFull {
+        /// How many may wait.
+        limit: usize,
+    },
+    /// The context has no room for the prompt and one more token.
+    #[error("the prompt has {n_tokens} tokens; the context takes at most {limit}")]
+    PromptTooLong {
+        /// Tokens in the prompt.
+        n_tokens: usize,
+        /// The most that a prompt may have.
+        limit: usize,
+    },
+    /// Prompt and output together need more blocks than there are.
+    #[error("prompt and output need {n_needed} KV blocks; there are {n_blocks}")]
+    NeverFits {
+        /// Blocks that it needs at its longest.
+        n_needed: usize,
+        /// Blocks in the KV storage.
+        n_blocks: usize,
+    },
+    /// There is nothing to continue.
+    #[error("the prompt is empty")]
+    EmptyPrompt,
+    /// There is nothing to generate.
+    #[error("max_new_tokens is 0")]
+    NothingToGenerate,
+    /// Its time was over before it came.
+    #[error("the deadline has passed")]
+    DeadlinePassed,
+}
+
+/// What [`Scheduler::schedule`] decided.
+#[derive(Clone, Default, PartialEq, Eq, Debug)]
+pub struct Scheduled {
+    /// The next step. None only if no sequence is left.
+    pub plan: Option<StepPlan>,
+    /// Sequences whose deadline has passed, oldest first. They are gone: those that waited never start, those that ran
+    /// end with what they have.
+    pub expired: Vec<SeqId>,
+}
+
+/// The token that was sampled for a sequence.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Sampled {
+    /// The sequence.
+    pub id: SeqId,
+    /// Its next token.
+    pub token: u32,
+    /// Whether this token ends it.
+    pub stop: bool,
+}
+
+/// Why a sequence ended by itself.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Ended {
+    /// [`Sampled::stop`].
+    Stop,
+    /// `max_new_tokens`, or the end of the context.
+    Length,
+}
+
+/// See the module's documentation.
+#[derive(Debug)]
+pub struct Scheduler {
+    config: SchedulerConfig,
+    kv: PrefixCache,
+    /// By age. No blocks.
+    waiting: BTreeMap<SeqId, Sequence>,
+    /// By age. Every one has blocks for its known tokens and has been in a plan, except while `schedule` works.
+    running: BTreeMap<SeqId, Sequence>,
+    /// Of all sequences that have one.
+    deadlines: BTreeSet<(Instant, SeqId)>,
+    /// The plan that has been handed out and not committed. Aborted sequences are taken out of it.
+    in_flight: Option<BTreeMap<SeqId, Chunk>>,
+    /// For the next plan: sequences that stopped running. None of them is in a follower's table afterwards.
+    released: Vec<SeqId>,
+    next_id: u64,
+    next_step_id: u64,
+}
+
+impl Scheduler {
+    /// A scheduler with nothing to do.
+    ///
+    /// # Errors
+    /// If the limits contradict one another.
+    pub fn new(config: SchedulerConfig) -> Result<Self, InvalidSchedulerConfig> {
+        let limits = [
+            ("max_step_tokens", config.max_step_tokens),
+            ("max_prefill_chunk", config.max_prefill_chunk),
+            ("max_running", config.max_running),
+            ("max_waiting", config.max_waiting),
+            ("n_blocks", config.n_blocks as usize),
+            ("block_size", config.block_size as usize),
+            ("context_length", config.context_length as usize),
+        ];
+        if let Some((name, _)) = limits.into_iter().find(|(_, limit)| *limit == 0) {
+            return Err(InvalidSchedulerConfig::Zero { name });
+        }
+        let SchedulerConfig { max_step_tokens, max_running, .. } = config;
+        if max_step_tokens < max_running {
+            return Err(InvalidSchedulerConfig::StepTooSmall { max_step_tokens, max_running });
+        }
+        Ok(Self {
+            kv: PrefixCache::new(config.n_blocks),
+            config,
+            waiting: BTreeMap::new(),
+            running: BTreeMap::new(),
+            deadlines: BTreeSet::new(),
+            in_flight: None,
+            released: Vec::new(),
+            next_id: 0,
+            next_step_id: 0,
+        })
+    }
+
+    /// Takes a sequence into the queue.
+    ///
+    /// # Errors
+    /// See [`Refusal`]. A refused sequence changes nothing.
+    pub fn add(&mut self, new: NewSequence, now: Instant) -> Result<SeqId, Refusal> {
+        let max_len = self.max_len(&new)?;
+        if self.waiting.len() >= self.config.max_waiting {
+            return Err(Refusal::QueueFull { limit: self.config.max_waiting });
+        }
+        if new.deadline.is_some_and(|deadline| deadline <= now) {
+            return Err(Refusal::DeadlinePassed);
+        }
+        let mut sequence = Sequence::new(new.prompt, max_len, self.config.block_size as usize);
+        sequence.deadline = new.deadline;
+        if new.prompt_logprobs {
+            sequence = sequence.with_prompt_logits();
+        }
+        let id = SeqId(self.next_id);
+        self.next_id += 1;
+        self.deadlines.extend(new.deadline.map(|deadline| (deadline, id)));
+        self.waiting.insert(id, sequence);
+        Ok(id)
+    }
+
+    /// Ends a sequence; its blocks are free at once. One that is not there (it may just have ended) changes nothing.
+    ///
+    /// A step that is being computed may still write to its blocks. That is harmless: whoever gets them next is in a
+    /// later step, and no rank starts a step before it has finished the one before.
+    pub fn abort(&mut self, id: SeqId) {
+        if let Some(in_flight) = &mut self.in_flight {
+            in_flight.remove(&id);
+        }
+        self.remove(id);
+    }
+
+    /// Decides what the next step computes.
+    ///
+    /// # Panics
+    /// If the plan before has been neither committed nor [`reset`](Self::reset).
+    pub fn schedule(&mut self, now: Instant) -> Scheduled {
+        assert!(self.in_flight.is_none(), "the plan before has not been committed");
+        let expired = self.expire(now);
+        let has_preempted = self.grow_tables();
+        let mut chunks = BTreeMap::new();
+        let mut n_rows_left = self.config.max_step_tokens;
+        self.plan_running(&mut chunks, &mut n_rows_left);
+        if !has_preempted {
+            // Whoever was preempted just now would only come back to take the same blocks.
+            self.admit(&mut chunks, &mut n_rows_left);
+        }
+        Scheduled { plan: self.make_plan(chunks), expired }
+    }
+
+    /// The step has been computed: takes the sampled tokens, exactly one for each of [`due`](Self::due). Tokens of
+    /// sequences that were aborted meanwhile are ignored. Returns the sequences that ended by themselves, in the order
+    /// of `sampled`; they are gone.
+    ///
+    /// # Panics
+    /// If no plan is under way, or a token is missing or sampled twice.
+    pub fn commit(&mut self, sampled: &[Sampled]) -> Vec<(SeqId, Ended)> {
+        let mut in_flight = self.in_flight.take().expect("a plan is under way");
+        for (id, chunk) in &in_flight {
+            let sequence = self.running.get_mut(id).expect("what is in flight runs");
+            for (key, block) in sequence.advance(*chunk) {
+                self.kv.insert(key, block);
+            }
+        }
+        let mut ended = Vec::new();
+        for sampled in sampled {
+            let Some(chunk) = in_flight.remove(&sampled.id) else {
+                assert!(!self.running.contains_key(&sampled.id), "{:?} was sampled twice", sampled.id);
+                continue;
+            };
+            assert!(chunk.samples, "{:?} has more tokens to compute", sampled.id);
+            ended.extend(self.take_token(*sampled).map(|reason| (sampled.id, reason)));
+        }
+        assert!(!in_flight.values().any(|chunk| chunk.samples), "a token is missing");
+        ended
+    }
+
+    /// Ends everything and forgets all blocks: the group was formed anew, and its KV storage holds nothing. Steps count
+    /// from 0 again. Returns the sequences that ended, oldest first.
+    pub fn reset(&mut self) -> Vec<SeqId> {
+        let mut ended: Vec<_> = self.waiting.keys().chain(self.running.keys()).copied().collect();
+        ended.sort_unstable();
+        *self = Self {
+            kv: PrefixCache::new(self.config.n_blocks),
+            config: self.config.clone(),
+            waiting: BTreeMap::new(),
+            running: BTreeMap::new(),
+            deadlines: BTreeSet::new(),
+            in_flight: None,
+            released: Vec::new(),
+            next_id: self.next_id,
+            next_step_id: 0,
+        };
+        ended
+    }
+
+    /// The sequences of the plan under way for which [`commit`](Self::commit) wants a token, oldest first.
+    pub fn due(&self) -> impl Iterator<Item = SeqId> {
+        self.in_flight.iter().flatten().filter(|(_, chunk)| chunk.samples).map(|(id, _)| *id)
+    }
+
+    /// Prompt tokens that the prefix cache held when the sequence first ran. 0 before that, and once it is gone.
+    pub fn cached_tokens(&self, id: SeqId) -> u32 {
+        let sequence = self.running.get(&id).or_else(|| self.waiting.get(&id));
+        // At most the context's length, which is a u32.
+        sequence.map_or(0, |sequence| sequence.n_cached() as u32)
+    }
+
+    /// The length at which a sequence ends.
+    fn max_len(&self, new: &NewSequence) -> Result<usize, Refusal> {
+        let n_tokens = new.prompt.len();
+        let context_length = self.config.context_length as usize;
+        if n_tokens == 0 {
+            return Err(Refusal::EmptyPrompt);
+        }
+        if new.max_new_tokens == 0 {
+            return Err(Refusal::NothingToGenerate);
+        }
+        if n_tokens >= context_length {
+            return Err(Refusal::PromptTooLong { n_tokens, limit: context_length - 1 });
+        }
+        let max_len = n_tokens.saturating_add(new.max_new_tokens as usize).min(context_length);
+        // The last token is sampled and never computed.
+        let n_needed = (max_len - 1).div_ceil(self.config.block_size as usize);
+        let n_blocks = self.config.n_blocks as usize;
+        if n_needed > n_blocks {
+            return Err(Refusal::NeverFits { n_needed, n_blocks });
+        }
+        Ok(max_len)
+    }
+
+    fn expire(&mut self, now: Instant) -> Vec<SeqId> {
+        let mut expired = Vec::new();
+        while let Some((deadline, id)) = self.deadlines.first().copied()
+            && deadline <= now
+        {
+            self.remove(id);
+            expired.push(id);
+        }
+        expired.sort_unstable();
+        expired
+    }
+
+    /// Gives every running sequence, oldest first, the blocks that its known tokens need. Returns whether somebody had
+    /// to be preempted for it.
+    fn grow_tables(&mut self) -> bool {
+        let mut has_preempted = false;
+        let ids: Vec<_> = self.running.keys().copied().collect();
+        for id in ids {
+            while let Some(sequence) = self.running.get_mut(&id)
+                && sequence.n_missing_blocks() > 0
+            {
+                if let Some(block) = self.kv.allocate() {
+                    sequence.push_block(block);
+                } else {
+                    // It may be `id` itself, which then waits. The oldest never is: alone, it fits.
+                    self.preempt_youngest();
+                    has_preempted = true;
+                }
+            }
+        }
+        has_preempted
+    }
+
+    fn preempt_youngest(&mut self) {
+        let (id, mut sequence) = self.running.pop_last().expect("blocks are short only while somebody runs");
+        assert!(!self.running.is_empty(), "{id:?} was admitted although it does not fit alone");
+        self.kv.release(&sequence.stop());
+        self.released.push(id);
+        self.waiting.insert(id, sequence);
+    }
+
+    /// Rows for running sequences: first those that need one, then prefills, oldest first.
+    fn plan_running(&self, chunks: &mut BTreeMap<SeqId, Chunk>, n_rows_left: &mut usize) {
+        let (decodes, prefills): (Vec<_>, Vec<_>) =
+            self.running.iter().partition(|(_, sequence)| sequence.n_remaining() == 1);
+        for (id, sequence) in decodes.into_iter().chain(prefills) {
+            let max_rows = self.config.max_prefill_chunk.min(*n_rows_left);
+            if max_rows == 0 {
+                break;
+            }
+            let chunk = sequence.next_chunk(max_rows);
+            *n_rows_left -= chunk.n_rows;
+            chunks.insert(*id, chunk);
+        }
+    }
+
+    /// The plan of these chunks, oldest sequence first.
+    fn make_plan(&mut self, chunks: BTreeMap<SeqId, Chunk>) -> Option<StepPlan> {
+        if chunks.is_empty() {
+            return None;
+        }
+        let mut sequences = Vec::with_capacity(chunks.len());
+        for (id, chunk) in &chunks {
+            let sequence = self.running.get_mut(id).expect("only running sequences have chunks");
+            sequences.push(SequenceStep {
+                id: *id,
+                // Below the context's length, which is a u32.
+                start_position: sequence.n_computed() as u32,
+                token_ids: sequence.rows(*chunk).to_vec(),
+                new_blocks: sequence.take_new_blocks(),
+                logits: chunk.logits,
+            });
+        }
+        let plan = StepPlan { step_id: self.next_step_id, released: std::mem::take(&mut self.released), sequences };
+        self.next_step_id += 1;
+        self.in_flight = Some(chunks);
+        Some(plan)
+    }
+
+    fn take_token(&mut self, sampled: Sampled) -> Option<Ended> {
+        let sequence = self.running.get_mut(&sampled.id).expect("what is in flight runs");
+        sequence.push(sampled.token);
+        let reason = if sampled.stop {
+            Ended::Stop
+        } else if sequence.is_at_max_len() {
+            Ended::Length
+        } else {
+            return None;
+        };
+        self.remove(sampled.id);
+        Some(reason)
+    }
+
+    /// Forgets a sequence, if it is there.
+    fn remove(&mut self, id: SeqId) {
+        let deadline = if let Some(mut sequence) = self.running.remove(&id) {
+            self.kv.release(&sequence.stop());
+            self.released.push(id);
+            sequence.deadline
+        } else {
+            self.waiting.remove(&id).and_then(|sequence| sequence.deadline)
+        };
+        if let Some(deadline) = deadline {
+            self.deadlines.remove(&(deadline, id));
+        }
+    }
+}

@@ -1,0 +1,212 @@
+//! A sequence: one stream of tokens, from its prompt to its last sampled token.
+//!
+//! Its positions fall into three regions:
+//!
+//! ```text
+//! [0, n_computed)            keys and values are in its blocks
+//! [n_computed, n_known)      tokens known, still to be computed
+//! [n_known, max_len)         tokens that may yet be sampled
+//! ```
+//!
+//! A waiting sequence has no blocks and `n_computed` is 0. One that is preempted goes back to that, and keeps its
+//! tokens: what it had sampled is then computed as if it were prompt.
+
+use std::time::Instant;
+
+use super::plan::{BlockId, LogitsRows};
+use crate::kv::prefix_cache::BlockKey;
+
+/// See the module's documentation.
+#[derive(Debug)]
+pub(super) struct Sequence {
+    /// Prompt, then what was sampled.
+    token_ids: Vec<u32>,
+    /// Tokens of the prompt.
+    n_prompt: usize,
+    /// Ends at this many tokens. Above `n_prompt`.
+    max_len: usize,
+    /// When it ends with what it has.
+    pub(super) deadline: Option<Instant>,
+    /// Of every full block of `token_ids`, computed or not.
+    keys: Vec<BlockKey>,
+    /// Positions of the prompt whose logits have been delivered, or are not asked for.
+    n_prompt_rows_delivered: usize,
+    /// Positions that the prefix cache held when the sequence first ran. Unset until then.
+    n_cached: Option<usize>,
+    /// The block table.
+    blocks: Vec<BlockId>,
+    /// Blocks of the table that a plan has carried.
+    n_planned_blocks: usize,
+    n_computed: usize,
+    block_size: usize,
+}
+
+/// What one step computes of a sequence.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) struct Chunk {
+    pub(super) n_rows: usize,
+    pub(super) logits: LogitsRows,
+    /// Whether the last row's logits decide the sequence's next token.
+    pub(super) samples: bool,
+}
+
+impl Sequence {
+    /// A waiting sequence. `max_len` must be above the prompt's length.
+    pub(super) fn new(prompt: Vec<u32>, max_len: usize, block_size: usize) -> Self {
+        assert!(!prompt.is_empty() && prompt.len() < max_len, "{} tokens of {max_len}", prompt.len());
+        let mut sequence = Self {
+            n_prompt: prompt.len(),
+            n_prompt_rows_delivered: prompt.len(),
+            token_ids: prompt,
+            max_len,
+            deadline: None,
+            keys: Vec::new(),
+            n_cached: None,
+            blocks: Vec::new(),
+            n_planned_blocks: 0,
+            n_computed: 0,
+            block_size,
+        };
+        sequence.extend_keys();
+        sequence
+    }
+
+    /// Asks for the logits of every prompt position, once.
+    pub(super) fn with_prompt_logits(mut self) -> Self {
+        self.n_prompt_rows_delivered = 0;
+        self
+    }
+
+    // === tokens ===
+
+    pub(super) fn n_known(&self) -> usize {
+        self.token_ids.len()
+    }
+
+    pub(super) fn n_computed(&self) -> usize {
+        self.n_computed
+    }
+
+    /// Rows to compute before the next token can be sampled. Never 0.
+    pub(super) fn n_remaining(&self) -> usize {
+        self.token_ids.len() - self.n_computed
+    }
+
+    /// Tokens to compute or to sample, at most, until it ends.
+    pub(super) fn n_outstanding(&self) -> usize {
+        self.max_len - self.n_computed
+    }
+
+    /// Whether it has all the tokens that it may have.
+    pub(super) fn is_at_max_len(&self) -> bool {
+        self.token_ids.len() >= self.max_len
+    }
+
+    /// Adds a sampled token.
+    pub(super) fn push(&mut self, token_id: u32) {
+        assert!(!self.is_at_max_len(), "more than {} tokens", self.max_len);
+        self.token_ids.push(token_id);
+        self.extend_keys();
+    }
+
+    pub(super) fn n_cached(&self) -> usize {
+        self.n_cached.unwrap_or(0)
+    }
+
+    fn extend_keys(&mut self) {
+        for block in self.token_ids.chunks_exact(self.block_size).skip(self.keys.len()) {
+            self.keys.push(BlockKey::new(self.keys.last(), block));
+        }
+    }
+
+    // === blocks ===
+
+    pub(super) fn blocks(&self) -> &[BlockId] {
+        &self.blocks
+    }
+
+    /// Blocks that the known tokens need beyond the table.
+    pub(super) fn n_missing_blocks(&self) -> usize {
+        self.n_known().div_ceil(self.block_size).saturating_sub(self.blocks.len())
+    }
+
+    /// The keys of the blocks that may come from the prefix cache: full ones before the last known token, whose logits
+    /// are needed, and before every prompt position whose logits were asked for and have not been delivered.
+    pub(super) fn shareable_keys(&self) -> &[BlockKey] {
+        let n_positions = if self.n_prompt_rows_delivered < self.n_prompt {
+            self.n_prompt_rows_delivered
+        } else {
+            self.n_known() - 1
+        };
+        &self.keys[..n_positions / self.block_size]
+    }
+
+    /// Whether a later step of this running sequence will have computed the block with this key, its `block_idx`-th.
+    pub(super) fn will_compute(&self, block_idx: usize, key: &BlockKey) -> bool {
+        let is_computed = (block_idx + 1) * self.block_size <= self.n_computed;
+        !is_computed && self.keys.get(block_idx) == Some(key)
+    }
+
+    /// Starts to run on `shared`, blocks that hold its first positions.
+    pub(super) fn start(&mut self, shared: Vec<BlockId>) {
+        assert!(self.blocks.is_empty(), "it runs already");
+        self.n_computed = shared.len() * self.block_size;
+        self.n_cached.get_or_insert(self.n_computed);
+        self.blocks = shared;
+    }
+
+    /// Appends a block of its own to the table.
+    pub(super) fn push_block(&mut self, block: BlockId) {
+        self.blocks.push(block);
+    }
+
+    /// Gives the block table up, and with it all that was computed.
+    pub(super) fn stop(&mut self) -> Vec<BlockId> {
+        self.n_computed = 0;
+        self.n_planned_blocks = 0;
+        std::mem::take(&mut self.blocks)
+    }
+
+    // === steps ===
+
+    /// What a step with room for `max_rows` rows, at least 1, computes of it.
+    pub(super) fn next_chunk(&self, max_rows: usize) -> Chunk {
+        let mut n_rows = self.n_remaining().min(max_rows);
+        let n_repeated = self.n_prompt_rows_delivered.saturating_sub(self.n_computed);
+        let owes_prompt_rows = self.n_prompt_rows_delivered < self.n_prompt;
+        if owes_prompt_rows && n_repeated > 0 {
+            // Computed again after a preemption: their logits were delivered, so they are no part of an `All` chunk.
+            n_rows = n_rows.min(n_repeated);
+        }
+        let samples = n_rows == self.n_remaining();
+        let logits = match (owes_prompt_rows && n_repeated == 0, samples) {
+            (true, _) => LogitsRows::All,
+            (false, true) => LogitsRows::Last,
+            (false, false) => LogitsRows::None,
+        };
+        Chunk { n_rows, logits, samples }
+    }
+
+    /// The tokens of a chunk.
+    pub(super) fn rows(&self, chunk: Chunk) -> &[u32] {
+        &self.token_ids[self.n_computed..self.n_computed + chunk.n_rows]
+    }
+
+    /// The blocks of the table that no plan has carried yet; the caller puts them into one.
+    pub(super) fn take_new_blocks(&mut self) -> Vec<BlockId> {
+        let new = self.blocks[self.n_planned_blocks..].to_vec();
+        self.n_planned_blocks = self.blocks.len();
+        new
+    }
+
+    /// The chunk has been computed. Returns the blocks that it filled, each with its key.
+    pub(super) fn advance(&mut self, chunk: Chunk) -> impl Iterator<Item = (BlockKey, BlockId)> {
+        let n_full_before = self.n_computed / self.block_size;
+        self.n_computed += chunk.n_rows;
+        if chunk.logits == LogitsRows::All {
+            self.n_prompt_rows_delivered = self.n_computed;
+        }
+        let filled = n_full_before..self.n_computed / self.block_size;
+        self.keys[filled.clone()].iter().copied().zip(self.blocks[filled].iter().copied())
+    }
+}
