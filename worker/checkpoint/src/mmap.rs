@@ -1,0 +1,23 @@
+//! A mapping: a whole file as read-only bytes, paged in on use.
+
+use std::fs::File;
+use std::path::Path;
+
+use memmap2::Mmap;
+
+use crate::error::CheckpointError;
+
+/// Maps the regular file at `path`.
+pub(crate) fn open(path: &Path) -> Result<Mmap, CheckpointError> {
+    let failed = |source| CheckpointError::Open { path: path.to_owned(), source };
+    // Asked before opening: opening a pipe would wait for a writer.
+    if !std::fs::metadata(path).map_err(failed)?.is_file() {
+        return Err(CheckpointError::NotAFile { path: path.to_owned() });
+    }
+    let file = File::open(path).map_err(failed)?;
+    // SAFETY: the bytes are only read, as plain `u8`. What `Mmap` asks for beyond that, that nobody changes the file
+    // while it is mapped, is the operator's to keep: a model file is replaced by renaming another over it, never
+    // rewritten in place. A file that shrinks while mapped ends the process with SIGBUS; guarding against that is out
+    // of scope, since the only remedy is a private copy of all weights.
+    unsafe { Mmap::map(&file) }.map_err(failed)
+}
