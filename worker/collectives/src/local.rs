@@ -1,0 +1,58 @@
+//! The local transport: ranks are threads of one process, for tests and benchmarks without servers.
+
+use std::{sync::Arc, time::Duration};
+
+use crate::{
+    Endpoint, Member,
+    member::{DEFAULT_TIMEOUT, MAX_WORLD_SIZE},
+    slots::{Region, Slots},
+};
+
+/// The ends of a group of `world_size` ranks, in rank order, with [`DEFAULT_TIMEOUT`].
+///
+/// # Panics
+///
+/// As [`group_with_timeout`].
+pub fn group(world_size: usize) -> Vec<Endpoint> {
+    group_with_timeout(world_size, DEFAULT_TIMEOUT)
+}
+
+/// The ends of a group of `world_size` ranks, in rank order, whose calls wait at most for `timeout`.
+///
+/// # Panics
+///
+/// If the world size is not in `1..=MAX_WORLD_SIZE`, or memory runs out.
+pub fn group_with_timeout(world_size: usize, timeout: Duration) -> Vec<Endpoint> {
+    assert!((1..=MAX_WORLD_SIZE).contains(&world_size), "the world size is {world_size}");
+    let region = Arc::new(Region::anonymous(world_size).expect("the process has memory left"));
+    let endpoint = |rank| {
+        let member = Member { rank, world_size, timeout, ..Member::default() };
+        let slots = Slots::take(Arc::clone(&region), member.clone()).expect("the desks of a new region are free");
+        Endpoint::new(member, slots)
+    };
+    (0..world_size).map(endpoint).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Collective;
+
+    #[test]
+    fn every_thread_gathers_what_all_gave() {
+        let ranks: Vec<_> = group(3)
+            .into_iter()
+            .map(|mut end| {
+                std::thread::spawn(move || {
+                    let mine = vec![end.rank() as f32; end.rank()];
+                    let mut out = [0.0; 3];
+                    end.all_gather(&mine, &[0, 1, 2], &mut out).unwrap();
+                    out
+                })
+            })
+            .collect();
+        for rank in ranks {
+            assert_eq!(rank.join().unwrap(), [1.0, 2.0, 2.0]);
+        }
+    }
+}
