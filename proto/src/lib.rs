@@ -8,6 +8,10 @@
 //! * [`v1`]: what clients call; [`tokenizer`] and [`worker`]: what the services say to one another.
 #![forbid(unsafe_code)]
 
+#[cfg(feature = "server")]
+pub mod config;
+pub mod error;
+
 /// What clients call: `InferenceService` and `ModelService`.
 #[allow(missing_docs, clippy::doc_markdown, reason = "generated from documented .proto files")]
 pub mod v1 {
