@@ -284,8 +284,9 @@ fn shorten(text: &str) -> String {
     if text.len() <= MAX_TEXT_BYTES {
         return text.to_owned();
     }
-    let cut = text.floor_char_boundary(MAX_TEXT_BYTES - '…'.len_utf8());
-    format!("{}…", text.get(..cut).unwrap_or_default())
+    let ends = (0..=MAX_TEXT_BYTES - '…'.len_utf8()).rev();
+    let cut = ends.filter_map(|end| text.get(..end)).next().unwrap_or_default();
+    format!("{cut}…")
 }
 
 #[cfg(test)]

@@ -6,14 +6,26 @@
 //! # Layout
 //!
 //! * [`v1`]: what clients call; [`tokenizer`] and [`worker`]: what the services say to one another.
+//! * [`error`]: how a refusal crosses the wire; [`trace`]: how a call is known on its way.
+//! * `client` (feature `client`): channels with limits, and deadlines.
+//! * `config`, `server`, `telemetry` (feature `server`): settings, everything around the RPCs, logs and metrics.
 #![forbid(unsafe_code)]
+
+pub mod error;
+pub mod trace;
+
+#[cfg(feature = "client")]
+pub mod client;
 
 #[cfg(feature = "server")]
 pub mod config;
-pub mod error;
+#[cfg(feature = "server")]
+pub mod server;
+#[cfg(feature = "server")]
+pub mod telemetry;
 
 /// What clients call: `InferenceService` and `ModelService`.
-#[allow(missing_docs, clippy::doc_markdown, reason = "generated from documented .proto files")]
+#[allow(missing_docs, clippy::doc_markdown, clippy::too_many_lines, reason = "generated from documented .proto files")]
 pub mod v1 {
     tonic::include_proto!("lockstep.v1");
 }
@@ -21,7 +33,7 @@ pub mod v1 {
 /// What the tokenizer service answers.
 pub mod tokenizer {
     /// Version 1.
-    #[allow(missing_docs, reason = "generated from documented .proto files")]
+    #[allow(missing_docs, clippy::too_many_lines, reason = "generated from documented .proto files")]
     pub mod v1 {
         tonic::include_proto!("lockstep.tokenizer.v1");
     }
@@ -30,7 +42,7 @@ pub mod tokenizer {
 /// What a worker group answers, to the gateway and to its own ranks.
 pub mod worker {
     /// Version 1.
-    #[allow(missing_docs, reason = "generated from documented .proto files")]
+    #[allow(missing_docs, clippy::too_many_lines, reason = "generated from documented .proto files")]
     pub mod v1 {
         tonic::include_proto!("lockstep.worker.v1");
     }

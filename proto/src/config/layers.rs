@@ -67,7 +67,7 @@ impl Schema {
     /// The key that a path into a value belongs to: `models` for `models[0].name`.
     fn key_of<'a>(&self, path: &'a str) -> Option<&'a str> {
         let ends = path.match_indices(['.', '[']).map(|(at, _)| at).chain([path.len()]);
-        ends.filter_map(|end| path.get(..end)).filter(|prefix| self.kind(prefix).is_some()).last()
+        ends.filter_map(|end| path.get(..end)).rfind(|prefix| self.kind(prefix).is_some())
     }
 }
 

@@ -1,0 +1,227 @@
+//! A connection is served by one task, which the accept loop of its port owns; it ends with its peer, by a limit, or
+//! when the server closes.
+//!
+//! ```text
+//! accepted ── 33 bytes within handshake_timeout ──► open ── no call for idle_timeout, or closing ──► GOAWAY ──► closed
+//!     └────────────── else ─────────────► closed      └── ping unanswered, HTTP/1 head too slow ──► closed
+//! ```
+
+use std::{
+    convert::Infallible,
+    io,
+    net::SocketAddr,
+    pin::{Pin, pin},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use http::{Request, Response};
+use hyper::{body::Incoming, service::Service};
+use hyper_util::{
+    rt::{TokioExecutor, TokioIo, TokioTimer},
+    server::conn::auto::Builder,
+};
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    net::{TcpListener, TcpStream},
+    sync::watch,
+    task::JoinSet,
+    time::timeout,
+};
+
+use super::{CLOSE_GRACE, Limits};
+
+/// Bytes that any client sends unasked: HTTP/2's preface and the head of its first SETTINGS frame (RFC 9113, 3.4).
+/// A complete HTTP/1 request may be shorter; it counts as a call, and so as an open connection.
+const GREETING_BYTES: u64 = 24 + 9;
+
+/// Pause after a failed accept, which is nearly always a want of file descriptors that an instant retry would not end.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+
+/// What a service may know about the connection that a call came over.
+#[derive(Debug, Clone)]
+pub(super) struct Connection {
+    pub(super) local: Option<SocketAddr>,
+    pub(super) peer: SocketAddr,
+    /// Calls that run on this connection; the service counts them.
+    pub(super) calls: watch::Sender<usize>,
+}
+
+/// HTTP/2 and HTTP/1 with the limits: gRPC needs the former, and a front for browsers the latter.
+pub(super) fn grpc(limits: &Limits) -> Builder<TokioExecutor> {
+    let mut builder = http(limits);
+    builder
+        .http2()
+        .timer(TokioTimer::new())
+        .max_concurrent_streams(limits.max_concurrent_streams)
+        .max_header_list_size(limits.max_header_bytes)
+        .keep_alive_interval(Duration::from_millis(limits.keepalive_interval_ms))
+        .keep_alive_timeout(Duration::from_millis(limits.keepalive_timeout_ms));
+    builder
+}
+
+/// HTTP/1 alone with the limits.
+pub(super) fn http1(limits: &Limits) -> Builder<TokioExecutor> {
+    http(limits).http1_only()
+}
+
+fn http(limits: &Limits) -> Builder<TokioExecutor> {
+    let mut builder = Builder::new(TokioExecutor::new());
+    builder
+        .http1()
+        .timer(TokioTimer::new())
+        .header_read_timeout(Duration::from_millis(limits.header_read_timeout_ms))
+        .max_buf_size((limits.max_header_bytes as usize).max(8 << 10)); // hyper panics below 8 KiB
+    builder
+}
+
+/// Accepts connections until `closing`, then closes them; those which do not end in time are cut.
+pub(super) async fn serve<S, B>(
+    listener: TcpListener,
+    builder: Builder<TokioExecutor>,
+    limits: &Limits,
+    mut closing: watch::Receiver<bool>,
+    mut make_service: impl FnMut(Connection) -> S,
+) where
+    S: Service<Request<Incoming>, Response = Response<B>, Error = Infallible> + Send + 'static,
+    S::Future: Send + 'static,
+    B: http_body::Body + Send + 'static,
+    B::Data: Send,
+    B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
+{
+    let mut open = JoinSet::new();
+    loop {
+        let accepted = tokio::select! {
+            _ = closing.wait_for(|closing| *closing) => break,
+            Some(_) = open.join_next() => continue,
+            accepted = listener.accept() => accepted,
+        };
+        match accepted {
+            Ok((stream, peer)) if open.len() < limits.max_connections as usize => {
+                let connection = Connection { local: stream.local_addr().ok(), peer, calls: watch::Sender::new(0) };
+                let calls = connection.calls.subscribe();
+                let service = make_service(connection);
+                open.spawn(drive(stream, builder.clone(), service, calls, limits.clone(), closing.clone()));
+            }
+            Ok((_, peer)) => tracing::warn!(%peer, limit = limits.max_connections, "too many connections, closed one"),
+            Err(error) => {
+                tracing::warn!(%error, "cannot accept a connection");
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+            }
+        }
+    }
+    drop(listener);
+    let all_ended = async { while open.join_next().await.is_some() {} };
+    let _ = timeout(CLOSE_GRACE, all_ended).await;
+    open.shutdown().await;
+}
+
+/// Serves one connection to its end.
+async fn drive<S, B>(
+    stream: TcpStream,
+    builder: Builder<TokioExecutor>,
+    service: S,
+    calls: watch::Receiver<usize>,
+    limits: Limits,
+    mut closing: watch::Receiver<bool>,
+) where
+    S: Service<Request<Incoming>, Response = Response<B>, Error = Infallible> + Send + 'static,
+    S::Future: Send + 'static,
+    B: http_body::Body + Send + 'static,
+    B::Data: Send,
+    B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
+{
+    // Tokens are small and late ones are useless, so none waits for a fuller packet.
+    let _ = stream.set_nodelay(true);
+    let received = Arc::new(AtomicU64::new(0));
+    let stream = Counted { stream, received: Arc::clone(&received) };
+    let mut connection = pin!(builder.serve_connection(TokioIo::new(stream), service));
+    let mut handshake = pin!(tokio::time::sleep(Duration::from_millis(limits.handshake_timeout_ms)));
+    let mut idle = pin!(idle(calls.clone(), Duration::from_millis(limits.idle_timeout_ms)));
+    let (mut greeted, mut leaving) = (false, false);
+    loop {
+        tokio::select! {
+            ended = &mut connection => {
+                if let Err(error) = ended {
+                    tracing::debug!(error, "connection failed");
+                }
+                return;
+            }
+            () = &mut handshake, if !greeted => {
+                greeted = received.load(Ordering::Relaxed) >= GREETING_BYTES || *calls.borrow() > 0;
+                if !greeted {
+                    tracing::debug!("connection closed: no greeting in time");
+                    return;
+                }
+            }
+            () = &mut idle, if !leaving => {
+                leaving = true;
+                connection.as_mut().graceful_shutdown();
+            }
+            _ = closing.wait_for(|closing| *closing), if !leaving => {
+                leaving = true;
+                connection.as_mut().graceful_shutdown();
+            }
+        }
+    }
+}
+
+/// Waits until no call has run for so long.
+async fn idle(mut calls: watch::Receiver<usize>, limit: Duration) {
+    // An error says that the service has gone, and with it the connection; nobody waits here any more.
+    while calls.wait_for(|calls| *calls == 0).await.is_ok() {
+        match timeout(limit, calls.wait_for(|calls| *calls > 0)).await {
+            Ok(Ok(_)) => {}
+            Ok(Err(_)) | Err(_) => return,
+        }
+    }
+}
+
+/// A stream that counts what it has received.
+#[derive(Debug)]
+struct Counted {
+    stream: TcpStream,
+    received: Arc<AtomicU64>,
+}
+
+// === impl Counted ===
+
+impl AsyncRead for Counted {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let before = buf.filled().len();
+        let result = Pin::new(&mut self.stream).poll_read(cx, buf);
+        let count = buf.filled().len() - before;
+        self.received.fetch_add(count as u64, Ordering::Relaxed);
+        result
+    }
+}
+
+impl AsyncWrite for Counted {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write(cx, buf)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write_vectored(cx, bufs)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
+}

@@ -1,0 +1,259 @@
+//! A call is one request with its whole response. Every call gets its [`Trace`], a log line at its end, and a place in
+//! the count that a drain waits for.
+
+use std::{
+    convert::Infallible,
+    fmt,
+    future::Future,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll},
+    time::{Duration, Instant},
+};
+
+use bytes::Bytes;
+use http::{HeaderMap, Method, Request, Response, StatusCode, header::CONTENT_TYPE};
+use http_body::{Frame, SizeHint};
+use hyper::body::Incoming;
+use prometheus_client::registry::Registry;
+use tokio::sync::watch;
+use tonic::{Code, Status, body::Body, service::Routes, transport::server::TcpConnectInfo};
+use tower::Service as _;
+use tracing::{Instrument as _, Span};
+
+use super::{connections::Connection, shutdown::Shutdown};
+use crate::{
+    error::{Error, Reason},
+    telemetry::{METRICS_CONTENT_TYPE, metrics_text},
+    trace::Trace,
+};
+
+/// Calls that carry no client's work on any server.
+const BACKGROUND: [&str; 2] = ["/grpc.health.v1.Health/", "/grpc.reflection."];
+
+/// When a client that met a drain should try again: by then a balancer has seen it, or a successor is up.
+const DRAIN_RETRY: Duration = Duration::from_secs(1);
+
+/// All calls of a server. Clones share the count.
+#[derive(Debug, Clone)]
+pub(super) struct Calls {
+    background: Arc<[&'static str]>,
+    shutdown: Shutdown,
+    running: watch::Sender<usize>,
+}
+
+/// One more in a count for as long as it lives.
+#[derive(Debug)]
+struct Counted(watch::Sender<usize>);
+
+/// The service of one connection.
+#[derive(Debug)]
+pub(super) struct CallService {
+    calls: Calls,
+    routes: Routes,
+    connection: Connection,
+}
+
+/// A response's body, which ends the call when it ends or is dropped.
+pub(super) struct CallBody {
+    inner: Body,
+    call: Call,
+}
+
+/// What is remembered until a call's end.
+#[derive(Debug)]
+struct Call {
+    span: Span,
+    started: Instant,
+    /// The gRPC status, once it is known.
+    code: Option<Code>,
+    background: bool,
+    _counts: [Option<Counted>; 2],
+}
+
+// === impl Calls ===
+
+impl Calls {
+    pub(super) fn new(mut background: Vec<&'static str>, shutdown: Shutdown) -> Self {
+        background.extend(BACKGROUND);
+        Self { background: background.into(), shutdown, running: watch::Sender::new(0) }
+    }
+
+    pub(super) fn service(&self, routes: Routes, connection: Connection) -> CallService {
+        CallService { calls: self.clone(), routes, connection }
+    }
+
+    /// Calls with a client's work that run now.
+    pub(super) fn running(&self) -> usize {
+        *self.running.borrow()
+    }
+
+    /// Waits until none runs.
+    pub(super) async fn ended(&self) {
+        // The sender is `self`, so the channel cannot close while this waits.
+        let _ = self.running.subscribe().wait_for(|running| *running == 0).await;
+    }
+
+    /// Counts a call in, or refuses it. Counting comes first: a drain that begins in between waits for it.
+    fn admit(&self, background: bool) -> Result<Option<Counted>, Error> {
+        if background {
+            return Ok(None);
+        }
+        let counted = Counted::new(&self.running);
+        if self.shutdown.is_started() {
+            return Err(Error::new(Reason::Draining, "the server is shutting down").retry_after(DRAIN_RETRY));
+        }
+        Ok(Some(counted))
+    }
+}
+
+// === impl CallService ===
+
+impl hyper::service::Service<Request<Incoming>> for CallService {
+    type Response = Response<CallBody>;
+    type Error = Infallible;
+    type Future = Pin<Box<dyn Future<Output = Result<Self::Response, Infallible>> + Send>>;
+
+    fn call(&self, mut request: Request<Incoming>) -> Self::Future {
+        let method = request.uri().path();
+        let background = self.calls.background.iter().any(|prefix| method.starts_with(prefix));
+        let trace = Trace::from_headers(request.headers());
+        let peer = self.connection.peer;
+        let span = tracing::info_span!("call", method, request_id = trace.request_id(), %peer);
+        let connection_count = Counted::new(&self.connection.calls);
+        let (work, refusal) = match self.calls.admit(background) {
+            Ok(work) => (work, None),
+            Err(refusal) => (None, Some(refusal)),
+        };
+        let counts = [Some(connection_count), work];
+        let mut call = Call { span: span.clone(), started: Instant::now(), code: None, background, _counts: counts };
+        request.extensions_mut().insert(trace);
+        let (local_addr, remote_addr) = (self.connection.local, Some(peer));
+        request.extensions_mut().insert(TcpConnectInfo { local_addr, remote_addr });
+        let mut routes = self.routes.clone();
+        let respond = async move {
+            let response = match refusal {
+                Some(refusal) => Status::from(refusal).into_http(),
+                None => routes.call(request).await?,
+            };
+            // A call that was refused or failed at once has its status in the head.
+            call.code = code_in(response.headers());
+            Ok(response.map(|inner| CallBody { inner, call }))
+        };
+        Box::pin(respond.instrument(span))
+    }
+}
+
+// === impl CallBody ===
+
+impl http_body::Body for CallBody {
+    type Data = Bytes;
+    type Error = Status;
+
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
+        let this = &mut *self;
+        let _entered = this.call.span.enter();
+        let frame = Pin::new(&mut this.inner).poll_frame(cx);
+        if let Poll::Ready(Some(Ok(frame))) = &frame
+            && let Some(trailers) = frame.trailers_ref()
+        {
+            this.call.code = code_in(trailers);
+        }
+        frame
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.inner.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.inner.size_hint()
+    }
+}
+
+impl fmt::Debug for CallBody {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("CallBody").field("call", &self.call).finish_non_exhaustive()
+    }
+}
+
+// === impl Call ===
+
+impl Drop for Call {
+    fn drop(&mut self) {
+        let _entered = self.span.enter();
+        let elapsed_ms = self.started.elapsed().as_secs_f64() * 1e3;
+        // Without a status the peer went away first.
+        let code = self.code.unwrap_or(Code::Cancelled);
+        if self.background {
+            tracing::debug!(?code, elapsed_ms, "call ended");
+        } else {
+            tracing::info!(?code, elapsed_ms, "call ended");
+        }
+    }
+}
+
+// === impl Counted ===
+
+impl Counted {
+    fn new(count: &watch::Sender<usize>) -> Self {
+        count.send_modify(|count| *count += 1);
+        Self(count.clone())
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.0.send_modify(|count| *count -= 1);
+    }
+}
+
+fn code_in(headers: &HeaderMap) -> Option<Code> {
+    headers.get("grpc-status").map(|value| Code::from_bytes(value.as_bytes()))
+}
+
+/// The service behind the metrics port: `GET /metrics`.
+pub(super) fn metrics_service(
+    registry: Arc<Registry>,
+    connection: Connection,
+) -> impl hyper::service::Service<
+    Request<Incoming>,
+    Response = Response<String>,
+    Error = Infallible,
+    Future = impl Future<Output = Result<Response<String>, Infallible>> + Send + 'static,
+> + Send
++ 'static {
+    hyper::service::service_fn(move |request: Request<Incoming>| {
+        let counted = Counted::new(&connection.calls);
+        let response = metrics_response(&request, &registry);
+        async move {
+            drop(counted);
+            Ok(response)
+        }
+    })
+}
+
+fn metrics_response(request: &Request<Incoming>, registry: &Registry) -> Response<String> {
+    let refused = |status, text: &str| {
+        let mut response = Response::new(text.to_owned());
+        *response.status_mut() = status;
+        response
+    };
+    if request.uri().path() != "/metrics" {
+        return refused(StatusCode::NOT_FOUND, "only /metrics is here\n");
+    }
+    if request.method() != Method::GET {
+        return refused(StatusCode::METHOD_NOT_ALLOWED, "only GET is answered\n");
+    }
+    match metrics_text(registry) {
+        Ok(text) => {
+            let mut response = Response::new(text);
+            response.headers_mut().insert(CONTENT_TYPE, http::HeaderValue::from_static(METRICS_CONTENT_TYPE));
+            response
+        }
+        Err(error) => {
+            tracing::error!(%error, "metrics cannot be encoded");
+            refused(StatusCode::INTERNAL_SERVER_ERROR, "metrics cannot be encoded\n")
+        }
+    }
+}
