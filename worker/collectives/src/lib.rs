@@ -24,7 +24,9 @@ pub mod endpoint;
 pub mod error;
 pub mod local;
 pub mod member;
+pub mod shm;
 mod slots;
+pub mod tcp;
 
 pub use abort::AbortHandle;
 pub use call::{Call, Op};

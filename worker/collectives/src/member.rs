@@ -2,6 +2,8 @@
 
 use std::time::{Duration, Instant};
 
+use rustix::event::Timespec;
+
 use crate::{AbortHandle, Call, CollectiveError};
 
 /// How long a call waits at most, unless a [`Member`] says otherwise. It is the last resort behind the peer's death
@@ -74,7 +76,12 @@ impl Member {
 
     /// For one call that starts now.
     pub(crate) fn patience(&self) -> Patience {
-        Patience { abort: self.abort.clone(), deadline: Instant::now() + self.timeout, timeout: self.timeout }
+        self.patience_until(Instant::now() + self.timeout)
+    }
+
+    /// For the group's set-up.
+    pub(crate) fn patience_until(&self, deadline: Instant) -> Patience {
+        Patience { abort: self.abort.clone(), deadline, timeout: self.timeout }
     }
 }
 
@@ -104,4 +111,9 @@ impl Patience {
             _ => Err(Interruption::TimedOut),
         }
     }
+}
+
+/// As the kernel takes it.
+pub(crate) fn timespec(duration: Duration) -> Timespec {
+    Timespec { tv_sec: duration.as_secs().cast_signed(), tv_nsec: duration.subsec_nanos().into() }
 }

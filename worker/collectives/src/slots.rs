@@ -15,9 +15,9 @@ mod desk;
 mod liveness;
 mod region;
 
-use std::{hint, sync::Arc, thread, time::Duration};
+use std::{fmt, hint, sync::Arc, thread, time::Duration};
 
-pub(crate) use self::region::{Region, SLOT_FLOATS};
+pub(crate) use self::region::{Region, SLOT_FLOATS, Title};
 use self::{
     desk::{Desk, Tenant},
     liveness::Liveness,
@@ -202,6 +202,12 @@ impl Drop for Slots {
     fn drop(&mut self) {
         self.region.desk(self.member.rank).leave();
         self.ring_waiting_peers();
+    }
+}
+
+impl fmt::Debug for Slots {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Slots").field("member", &self.member).field("round", &self.round).finish_non_exhaustive()
     }
 }
 

@@ -7,8 +7,10 @@ use std::{
 
 use rustix::{
     io::Errno,
-    thread::futex::{self, Flags, Timespec},
+    thread::futex::{self, Flags},
 };
+
+use crate::member::timespec;
 
 /// One rank's words. All zero: nobody has sat down yet.
 ///
@@ -117,7 +119,6 @@ impl Desk {
 
     /// Sleeps until a ring that came after `doorbell` was read, at most `limit`. Returns whether it may have rung.
     pub(crate) fn sleep(&self, doorbell: u32, limit: Duration) -> bool {
-        let limit = Timespec { tv_sec: limit.as_secs().cast_signed(), tv_nsec: limit.subsec_nanos().into() };
-        futex::wait(&self.doorbell, Flags::empty(), doorbell, Some(&limit)) != Err(Errno::TIMEDOUT)
+        futex::wait(&self.doorbell, Flags::empty(), doorbell, Some(&timespec(limit))) != Err(Errno::TIMEDOUT)
     }
 }

@@ -1,13 +1,16 @@
 //! Liveness: whether the processes of the other ranks still run, as the kernel knows it.
 
+use std::time::Duration;
+
 use rustix::{
-    event::{PollFd, PollFlags, Timespec, poll},
+    event::{PollFd, PollFlags, poll},
     fd::OwnedFd,
     io::Errno,
     process::{Pid, PidfdFlags, pidfd_open},
 };
 
 use super::desk::Tenant;
+use crate::member::timespec;
 
 /// Watches the processes of peers through process file descriptors, which, unlike process ids, never come to mean
 /// another process.
@@ -50,6 +53,6 @@ impl Liveness {
     pub(crate) fn is_dead(&self, peer: usize) -> bool {
         let Some(process) = &self.processes[peer] else { return false };
         let mut polled = [PollFd::new(process, PollFlags::IN)];
-        poll(&mut polled, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })).is_ok_and(|ended| ended > 0)
+        poll(&mut polled, Some(&timespec(Duration::ZERO))).is_ok_and(|ended| ended > 0)
     }
 }

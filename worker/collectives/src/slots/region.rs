@@ -8,9 +8,10 @@
 //! touch the floats when is the protocol's matter.
 
 use std::{
+    fmt,
     fs::File,
     io, ptr,
-    sync::atomic::{AtomicU32, AtomicU64, Ordering},
+    sync::atomic::{AtomicU64, Ordering},
 };
 
 use memmap2::{MmapMut, MmapRaw};
@@ -51,6 +52,14 @@ struct SlotHead {
 const MAGIC: u64 = u64::from_be_bytes(*b"lockstp\x01");
 
 const SLOT_BYTES: usize = size_of::<SlotHead>() + SLOT_FLOATS * size_of::<f32>();
+
+// === impl Title ===
+
+impl fmt::Display for Title {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "epoch {} for {} ranks", self.epoch, self.world_size)
+    }
+}
 
 // === impl Region ===
 
