@@ -2,7 +2,11 @@
 //!
 //! # Layout
 //!
-//! * [`admission`]: who may call, and how much may be under way.
+//! * [`admission`]: who may call, and how much may be under way;
+//! * [`router`]: which group takes a request; [`groups`] is the router with clients.
 #![forbid(unsafe_code)]
 
 pub mod admission;
+mod backoff;
+pub mod groups;
+pub mod router;
