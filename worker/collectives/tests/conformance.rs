@@ -1,4 +1,5 @@
 //! What every transport must do alike, checked over all of them with ranks in threads.
+#![allow(clippy::unwrap_used, reason = "in a test a panic is the report")]
 
 use std::{
     hash::{BuildHasher, RandomState},

@@ -1,6 +1,7 @@
 //! What happens to the other ranks when a rank's process is killed.
 //!
 //! The test is rank 0; the others are this test's own binary, started again to run [`rank_in_a_process`].
+#![allow(clippy::unwrap_used, reason = "in a test a panic is the report")]
 
 use std::{
     env,
