@@ -1,5 +1,7 @@
 //! A collective: what a rank can do together with all other ranks of its group.
 
+use std::fmt;
+
 use crate::{AbortHandle, CollectiveError};
 
 /// One rank's end of a group. All ranks make the same calls in the same order; none of them may be skipped.
@@ -15,7 +17,7 @@ use crate::{AbortHandle, CollectiveError};
 /// # Errors
 ///
 /// Every method fails with a [`CollectiveError`]; after the first one, all later calls fail with the same error.
-pub trait Collective: Send {
+pub trait Collective: fmt::Debug + Send {
     /// This rank, below [`world_size`](Self::world_size).
     fn rank(&self) -> usize;
 

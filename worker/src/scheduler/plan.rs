@@ -55,6 +55,17 @@ pub struct StepPlan {
     pub sequences: Vec<SequenceStep>,
 }
 
+impl SequenceStep {
+    /// Rows of logits that the step gives for this sequence.
+    pub fn n_logits_rows(&self) -> usize {
+        match self.logits {
+            LogitsRows::None => 0,
+            LogitsRows::Last => 1,
+            LogitsRows::All => self.token_ids.len(),
+        }
+    }
+}
+
 impl StepPlan {
     /// The number of rows in all.
     pub fn n_rows(&self) -> usize {
