@@ -3,10 +3,19 @@
 use std::{sync::Arc, time::Duration};
 
 use crate::{
-    Endpoint, Member,
-    member::{DEFAULT_TIMEOUT, MAX_WORLD_SIZE},
+    CollectiveError, Endpoint, Member,
+    endpoint::{Exchange, Link},
+    member::{DEFAULT_TIMEOUT, MAX_WORLD_SIZE, Patience},
     slots::{Region, Slots},
 };
+
+/// The link of a rank that has no peers: what it gives is what it takes.
+struct Alone;
+
+/// The end of a group of one rank, which moves nothing.
+pub fn solo() -> Endpoint {
+    Endpoint::new(Member::default(), Alone)
+}
 
 /// The ends of a group of `world_size` ranks, in rank order, with [`DEFAULT_TIMEOUT`].
 ///
@@ -33,6 +42,14 @@ pub fn group_with_timeout(world_size: usize, timeout: Duration) -> Vec<Endpoint>
     (0..world_size).map(endpoint).collect()
 }
 
+// === impl Alone ===
+
+impl Link for Alone {
+    fn exchange(&mut self, _exchange: Exchange<'_>, _patience: &Patience) -> Result<(), CollectiveError> {
+        Ok(())
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -54,5 +71,18 @@ mod tests {
         for rank in ranks {
             assert_eq!(rank.join().unwrap(), [1.0, 2.0, 2.0]);
         }
+    }
+
+    #[test]
+    fn a_rank_alone_gathers_its_own() {
+        let mut end = solo();
+        let mut out = [0.0; 2];
+        end.all_gather(&[1.0, 2.0], &[2], &mut out).unwrap();
+        assert_eq!(out, [1.0, 2.0]);
+        end.gather(0, &[3.0, 4.0], &[2], Some(&mut out)).unwrap();
+        assert_eq!(out, [3.0, 4.0]);
+        end.barrier().unwrap();
+        end.abort_handle().abort();
+        assert_eq!(end.barrier(), Err(CollectiveError::Aborted));
     }
 }

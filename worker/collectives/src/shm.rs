@@ -10,7 +10,7 @@
 use std::{fmt::Display, fs::File, io, sync::Arc, time::Instant};
 
 use rustix::{
-    fs::{FallocateFlags, FlockOperation, Mode, fallocate, flock},
+    fs::{FallocateFlags, FlockOperation, Mode, fallocate, flock, fstat},
     shm::{self, OFlags},
 };
 
@@ -101,6 +101,10 @@ impl Segment {
         // From here on an error removes the name.
         let named = Named { name: name.to_owned(), file: File::from(file) };
         flock(&named.file, FlockOperation::NonBlockingLockExclusive).map_err(failed("lock", name))?;
+        // Until it was locked, another leader's `remove_stale` could take it for an abandoned one.
+        if fstat(&named.file).map_err(failed("inspect", name))?.st_nlink == 0 {
+            return Err(setup(format!("segment {name} was removed by somebody else")));
+        }
         // Unlike a mere change of length it fails now, not with a fatal signal later, if memory is short.
         let size_bytes = Region::size_bytes(member.world_size) as u64;
         fallocate(&named.file, FallocateFlags::empty(), 0, size_bytes).map_err(failed("allocate", name))?;
