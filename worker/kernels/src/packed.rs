@@ -1,0 +1,320 @@
+//! A packed matrix: the weights of one linear layer's shard in the run-time layout that every kernel reads.
+//!
+//! Weights stay quantized: codes and scales are those of the file, in another order. There is one layout a family.
+//!
+//! **Integers** (every quantized encoding). A *panel* is 16 neighbouring outputs, the last one filled up with zeros. Per
+//! panel and per 32 inputs there are lines of 64 bytes, one for each *quad* (4 neighbouring inputs): byte `4 * o + k` is
+//! input `k` of the quad for output `o`. That is the operand of a VNNI dot product, and a column of an AMX tile. Codes
+//! that fit four bits lie two to a byte: line `i` holds quad `i` in its low nibbles and quad `i + 4` in its high ones.
+//! Scales and minimums lie apart from the codes, 16 to a group of the panel.
+//!
+//! | family | encodings | bytes a panel of 32 inputs |
+//! |---|---|---|
+//! | nibbles, one level | Q4_0, Q4_1 | 256 + 32 (scales) + 32 (minimums of Q4_1) |
+//! | nibbles, two levels | Q2_K, Q3_K, Q4_K | 256 + 16 to 64 (small scales and minimums) + 4 to 8 (block scales) |
+//! | bytes, one level | Q5_0, Q5_1, Q8_0 | 512 + 32 or 64 |
+//! | bytes, two levels | Q5_K, Q6_K | 512 + 32 + 4 or 8 |
+//!
+//! **Floats** (F32, F16, BF16): rows as they lie in the file, any number of columns.
+
+use std::ops::Range;
+
+use half::f16;
+use lockstep_checkpoint::Encoding;
+
+use crate::quant::{self, Block, Format};
+use crate::segments::SegmentPlan;
+use crate::{EncodedRows, KernelError};
+
+/// Outputs in a panel, and f32 lanes in a vector.
+pub(crate) const PANEL: usize = 16;
+/// Inputs that share one activation scale.
+pub(crate) const BLOCK: usize = 32;
+
+/// 64 bytes that start on a cache line: 16 outputs times 4 inputs.
+#[derive(Clone, Copy, Debug)]
+#[repr(C, align(64))]
+pub(crate) struct Line(pub(crate) [u8; 64]);
+
+/// The weights of one linear layer's shard, `[n_out, n_in]`, and the K-segments by which its products are summed.
+#[derive(Debug)]
+pub struct PackedMatrix {
+    n_out: usize,
+    n_in: usize,
+    plan: SegmentPlan,
+    weights: Weights,
+}
+
+/// Weights by family.
+#[derive(Debug)]
+pub(crate) enum Weights {
+    /// Quantized.
+    Integers(Integers),
+    /// F32, row by row.
+    Singles(Vec<f32>),
+    /// F16 bits, row by row.
+    Halves(Vec<u16>),
+    /// BF16 bits, row by row.
+    Brains(Vec<u16>),
+}
+
+/// The integer family's arrays, each panel by panel.
+#[derive(Debug)]
+pub(crate) struct Integers {
+    pub(crate) format: Format,
+    /// `[n_panels, n_in / 32, 4 or 8]`.
+    pub(crate) codes: Vec<Line>,
+    /// f16 bits: `[n_panels, n_groups]`; with two levels `[n_panels, ceil(n_in / 256)]`.
+    pub(crate) scales: Vec<[u16; PANEL]>,
+    /// As `scales`; empty without minimums.
+    pub(crate) minimums: Vec<[u16; PANEL]>,
+    /// `[n_panels, n_groups]`; empty with one level.
+    pub(crate) sub_scales: Vec<[i8; PANEL]>,
+    /// As `sub_scales`; empty without minimums or with one level.
+    pub(crate) sub_minimums: Vec<[i8; PANEL]>,
+    /// Groups of 16 or 32 in a row.
+    pub(crate) n_groups: usize,
+    /// Groups that share an entry of `scales`.
+    pub(crate) groups_per_scale: usize,
+}
+
+// === impl PackedMatrix ===
+
+impl PackedMatrix {
+    /// Packs `source`, a shard `[n_out, n_in]`, for products that are summed by K-segments.
+    ///
+    /// The segments end at the columns `segments`, ascending, the last at `n_in`; for quantized encodings every end is a
+    /// multiple of 32. `subtrees` are the ranges of (local) segments that [`SumTree`](crate::SumTree) lets this rank add
+    /// up, in order: a product has one partial plane for each. A layer that is not split by columns has one segment and
+    /// one subtree.
+    ///
+    /// # Errors
+    /// If the segments or subtrees do not cover the columns in order, or `source` has neither rows nor columns.
+    pub fn pack(source: &EncodedRows<'_>, segments: &[usize], subtrees: &[Range<usize>]) -> Result<Self, KernelError> {
+        let (encoding, n_out, n_in) = (source.encoding(), source.n_rows(), source.n_cols());
+        if n_out == 0 {
+            return Err(KernelError::Shape { encoding, n_rows: n_out, n_cols: n_in });
+        }
+        let format = Format::of(encoding);
+        let plan = SegmentPlan::new(segments, subtrees, n_in, if format.is_some() { BLOCK } else { 1 })?;
+        let weights = match (format, encoding) {
+            (Some(format), _) => Weights::Integers(Integers::pack(source, format)),
+            (None, Encoding::F32) => Weights::Singles(pack_floats(source, f32::from_le_bytes)),
+            (None, Encoding::F16) => Weights::Halves(pack_floats(source, u16::from_le_bytes)),
+            (None, _) => Weights::Brains(pack_floats(source, u16::from_le_bytes)),
+        };
+        Ok(Self { n_out, n_in, plan, weights })
+    }
+
+    /// Packs a matrix whose products are summed whole: one segment, one partial plane.
+    ///
+    /// # Errors
+    /// If `source` has neither rows nor columns.
+    #[allow(clippy::single_range_in_vec_init, reason = "one subtree of one segment")]
+    pub fn pack_whole(source: &EncodedRows<'_>) -> Result<Self, KernelError> {
+        Self::pack(source, &[source.n_cols()], &[0..1])
+    }
+
+    /// Outputs: rows of the matrix.
+    pub fn n_out(&self) -> usize {
+        self.n_out
+    }
+
+    /// Inputs: columns of the matrix.
+    pub fn n_in(&self) -> usize {
+        self.n_in
+    }
+
+    /// Partial planes of a product: the number of subtrees.
+    pub fn n_partials(&self) -> usize {
+        self.plan.n_partials()
+    }
+
+    /// Bytes of memory that the weights take.
+    pub fn size_bytes(&self) -> usize {
+        match &self.weights {
+            Weights::Integers(integers) => integers.size_bytes(),
+            Weights::Singles(values) => size_of_val(&values[..]),
+            Weights::Halves(bits) | Weights::Brains(bits) => size_of_val(&bits[..]),
+        }
+    }
+
+    /// Decodes row `row_idx` to `out[..n_in]`: exactly what [`quant::dequantize`] gives for the file's row. An embedding
+    /// table that is the output matrix too is thus kept once.
+    ///
+    /// # Panics
+    /// If `row_idx` is not below `n_out`, or `out` is not `n_in` long.
+    pub fn dequantize_row(&self, row_idx: usize, out: &mut [f32]) {
+        assert!(row_idx < self.n_out, "row {row_idx} of {}", self.n_out);
+        assert_eq!(out.len(), self.n_in, "a row of the matrix");
+        let row = row_idx * self.n_in..(row_idx + 1) * self.n_in;
+        match &self.weights {
+            Weights::Integers(integers) => integers.dequantize_row(row_idx, out),
+            Weights::Singles(values) => out.copy_from_slice(&values[row]),
+            Weights::Halves(bits) => {
+                out.iter_mut().zip(&bits[row]).for_each(|(value, bits)| *value = f16::from_bits(*bits).to_f32());
+            }
+            Weights::Brains(bits) => {
+                out.iter_mut()
+                    .zip(&bits[row])
+                    .for_each(|(value, bits)| *value = f32::from_bits(u32::from(*bits) << 16));
+            }
+        }
+    }
+
+    pub(crate) fn plan(&self) -> &SegmentPlan {
+        &self.plan
+    }
+
+    pub(crate) fn weights(&self) -> &Weights {
+        &self.weights
+    }
+
+    pub(crate) fn n_panels(&self) -> usize {
+        self.n_out.div_ceil(PANEL)
+    }
+
+    /// Whether products quantize their input.
+    pub(crate) fn is_quantized(&self) -> bool {
+        matches!(self.weights, Weights::Integers(_))
+    }
+}
+
+fn pack_floats<T, const BYTES: usize>(source: &EncodedRows<'_>, from_bytes: fn([u8; BYTES]) -> T) -> Vec<T> {
+    let mut values = Vec::with_capacity(source.n_rows() * source.n_cols());
+    for row_idx in 0..source.n_rows() {
+        let (words, _) = source.row(row_idx).as_chunks::<BYTES>();
+        values.extend(words.iter().map(|word| from_bytes(*word)));
+    }
+    values
+}
+
+// === impl Integers ===
+
+impl Integers {
+    fn pack(source: &EncodedRows<'_>, format: Format) -> Self {
+        let n_panels = source.n_rows().div_ceil(PANEL);
+        let n_groups = source.n_cols() / format.group_len;
+        let block_len = source.encoding().block_len();
+        let groups_per_scale = block_len / format.group_len;
+        let n_scales = n_groups / groups_per_scale;
+        let n_minimums = if format.has_minimum { n_scales } else { 0 };
+        let n_sub_scales = if format.two_level { n_groups } else { 0 };
+        let n_sub_minimums = if format.has_minimum { n_sub_scales } else { 0 };
+        let n_lines = source.n_cols() / BLOCK * format.lines_per_block();
+        let mut packed = Self {
+            format,
+            codes: vec![Line([0; 64]); n_panels * n_lines],
+            scales: vec![[0; PANEL]; n_panels * n_scales],
+            minimums: vec![[0; PANEL]; n_panels * n_minimums],
+            sub_scales: vec![[0; PANEL]; n_panels * n_sub_scales],
+            sub_minimums: vec![[0; PANEL]; n_panels * n_sub_minimums],
+            n_groups,
+            groups_per_scale,
+        };
+        let mut block = Block::default();
+        for row_idx in 0..source.n_rows() {
+            let blocks = source.row(row_idx).chunks_exact(source.encoding().block_bytes());
+            for (block_idx, bytes) in blocks.enumerate() {
+                quant::decode(source.encoding(), bytes, &mut block);
+                packed.insert(row_idx, block_idx, &block, block_len);
+            }
+        }
+        packed
+    }
+
+    /// Puts one decoded block of a row in its place.
+    fn insert(&mut self, row_idx: usize, block_idx: usize, block: &Block, block_len: usize) {
+        let (panel_idx, lane) = (row_idx / PANEL, row_idx % PANEL);
+        let n_scales = self.n_groups / self.groups_per_scale;
+        self.scales[panel_idx * n_scales + block_idx][lane] = block.scale.to_bits();
+        if self.format.has_minimum {
+            self.minimums[panel_idx * n_scales + block_idx][lane] = block.minimum.to_bits();
+        }
+        if self.format.two_level {
+            let first = panel_idx * self.n_groups + block_idx * self.groups_per_scale;
+            for group_idx in 0..self.groups_per_scale {
+                self.sub_scales[first + group_idx][lane] = block.sub_scales[group_idx];
+                if self.format.has_minimum {
+                    self.sub_minimums[first + group_idx][lane] = block.sub_minimums[group_idx];
+                }
+            }
+        }
+        for (part_idx, codes) in block.codes[..block_len].as_chunks::<BLOCK>().0.iter().enumerate() {
+            let lines = self.lines_mut(panel_idx, block_idx * (block_len / BLOCK) + part_idx);
+            insert_codes(lines, lane, codes);
+        }
+    }
+
+    fn lines_mut(&mut self, panel_idx: usize, part_idx: usize) -> &mut [Line] {
+        let n_lines = self.format.lines_per_block();
+        let first = (panel_idx * self.n_parts() + part_idx) * n_lines;
+        &mut self.codes[first..first + n_lines]
+    }
+
+    /// Runs of 32 inputs in a row.
+    pub(crate) fn n_parts(&self) -> usize {
+        self.n_groups * self.format.group_len / BLOCK
+    }
+
+    fn dequantize_row(&self, row_idx: usize, out: &mut [f32]) {
+        let (panel_idx, lane) = (row_idx / PANEL, row_idx % PANEL);
+        let n_lines = self.format.lines_per_block();
+        for (group_idx, out) in out.chunks_exact_mut(self.format.group_len).enumerate() {
+            let (scale, minimum) = self.group(panel_idx, group_idx, lane);
+            let first_col = group_idx * self.format.group_len;
+            let first_line = (panel_idx * self.n_parts() + first_col / BLOCK) * n_lines;
+            for (i, value) in out.iter_mut().enumerate() {
+                let code = extract_code(&self.codes[first_line..first_line + n_lines], lane, (first_col + i) % BLOCK);
+                *value = self.format.value(code, scale, minimum);
+            }
+        }
+    }
+
+    /// Scale and minimum of one group of one output.
+    fn group(&self, panel_idx: usize, group_idx: usize, lane: usize) -> (f32, f32) {
+        let n_scales = self.n_groups / self.groups_per_scale;
+        let outer = panel_idx * n_scales + group_idx / self.groups_per_scale;
+        let inner = panel_idx * self.n_groups + group_idx;
+        let value = |outers: &[[u16; PANEL]], inners: &[[i8; PANEL]]| {
+            let inner = if inners.is_empty() { 1 } else { inners[inner][lane] };
+            f16::from_bits(outers[outer][lane]).to_f32() * f32::from(inner)
+        };
+        let minimum = if self.format.has_minimum { value(&self.minimums, &self.sub_minimums) } else { 0.0 };
+        (value(&self.scales, &self.sub_scales), minimum)
+    }
+
+    fn size_bytes(&self) -> usize {
+        size_of_val(&self.codes[..])
+            + size_of_val(&self.scales[..])
+            + size_of_val(&self.minimums[..])
+            + size_of_val(&self.sub_scales[..])
+            + size_of_val(&self.sub_minimums[..])
+    }
+}
+
+// === impl Format ===
+
+impl Format {
+    /// Lines of 64 bytes that hold a panel's codes for 32 inputs.
+    pub(crate) fn lines_per_block(&self) -> usize {
+        if self.nibbles { 4 } else { 8 }
+    }
+}
+
+/// Writes the codes of 32 inputs of output `lane`: to eight lines as bytes, to four as nibbles.
+fn insert_codes(lines: &mut [Line], lane: usize, codes: &[u8; BLOCK]) {
+    let n_lines = lines.len();
+    for (quad_idx, quad) in codes.as_chunks::<4>().0.iter().enumerate() {
+        let bytes = &mut lines[quad_idx % n_lines].0[4 * lane..4 * lane + 4];
+        let shift = 4 * (quad_idx / n_lines);
+        bytes.iter_mut().zip(quad).for_each(|(byte, code)| *byte |= code << shift);
+    }
+}
+
+/// Reads one of the codes that [`insert_codes`] wrote.
+fn extract_code(lines: &[Line], lane: usize, col: usize) -> u8 {
+    let (quad_idx, n_lines) = (col / 4, lines.len());
+    let byte = lines[quad_idx % n_lines].0[4 * lane + col % 4];
+    if n_lines == 8 { byte } else { byte >> (4 * (quad_idx / n_lines)) & 15 }
+}

@@ -1,0 +1,97 @@
+//! Quantized blocks: what the bytes of every encoding mean.
+//!
+//! A quantized value is `scale * (code - offset) + minimum`. The code is an unsigned integer; the offset is one for the
+//! whole encoding; scale and minimum belong to a group of 16 or 32 neighbours. In GGML's K-quants a group's scale is
+//! itself a small integer times an f16 of the block of 256 ("two levels"), and so is its minimum. An encoding has
+//! either an offset or minimums.
+//!
+//! [`dequantize`] is exact: the scale is exact in f32 (at most 11 + 8 bits), and the value is rounded once, when the
+//! minimum is added (or, for Q6_K alone, when a 19-bit scale meets a 6-bit code).
+
+mod blocks;
+
+use half::{bf16, f16};
+use lockstep_checkpoint::Encoding;
+
+pub(crate) use blocks::{Block, decode};
+
+/// What all blocks of a quantized encoding have in common.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Format {
+    /// Values that share a scale: 16 or 32.
+    pub(crate) group_len: usize,
+    /// Whether codes fit four bits.
+    pub(crate) nibbles: bool,
+    /// What is subtracted from a code.
+    pub(crate) offset: u8,
+    /// Whether groups have minimums. If so, `offset` is 0.
+    pub(crate) has_minimum: bool,
+    /// Whether a group's scale and minimum are small integers times those of the block.
+    pub(crate) two_level: bool,
+}
+
+// === impl Format ===
+
+impl Format {
+    /// The format of `encoding`; `None` for the three that store floats.
+    #[rustfmt::skip]
+    pub(crate) const fn of(encoding: Encoding) -> Option<Format> {
+        let (group_len, nibbles, offset, has_minimum, two_level) = match encoding {
+            Encoding::F32 | Encoding::F16 | Encoding::BF16 => return None,
+            Encoding::Q4_0 => (32, true,    8, false, false),
+            Encoding::Q4_1 => (32, true,    0, true,  false),
+            Encoding::Q5_0 => (32, false,  16, false, false),
+            Encoding::Q5_1 => (32, false,   0, true,  false),
+            Encoding::Q8_0 => (32, false, 128, false, false),
+            Encoding::Q2K  => (16, true,    0, true,  true),
+            Encoding::Q3K  => (16, true,    4, false, true),
+            Encoding::Q4K  => (32, true,    0, true,  true),
+            Encoding::Q5K  => (32, false,   0, true,  true),
+            Encoding::Q6K  => (16, false,  32, false, true),
+        };
+        Some(Format { group_len, nibbles, offset, has_minimum, two_level })
+    }
+
+    /// The value of a code, from its group's scale and minimum.
+    pub(crate) fn value(&self, code: u8, scale: f32, minimum: f32) -> f32 {
+        let steps = f32::from(i16::from(code) - i16::from(self.offset));
+        if self.has_minimum { scale.mul_add(steps, minimum) } else { scale * steps }
+    }
+}
+
+/// Decodes `bytes`, whole blocks of `encoding`, to the values they stand for.
+///
+/// # Panics
+/// If `bytes` is not exactly the encoding of `out.len()` values.
+pub fn dequantize(encoding: Encoding, bytes: &[u8], out: &mut [f32]) {
+    assert_eq!(Some(bytes.len()), encoding.row_bytes(out.len()), "bytes of {} {encoding} values", out.len());
+    match encoding {
+        Encoding::F32 => {
+            let (words, _) = bytes.as_chunks::<4>();
+            out.iter_mut().zip(words).for_each(|(value, word)| *value = f32::from_le_bytes(*word));
+        }
+        Encoding::F16 => {
+            let (words, _) = bytes.as_chunks::<2>();
+            out.iter_mut().zip(words).for_each(|(value, word)| *value = f16::from_le_bytes(*word).to_f32());
+        }
+        Encoding::BF16 => {
+            let (words, _) = bytes.as_chunks::<2>();
+            out.iter_mut().zip(words).for_each(|(value, word)| *value = bf16::from_le_bytes(*word).to_f32());
+        }
+        _ => dequantize_blocks(encoding, bytes, out),
+    }
+}
+
+fn dequantize_blocks(encoding: Encoding, bytes: &[u8], out: &mut [f32]) {
+    let format = Format::of(encoding).expect("floats are handled by the caller");
+    let mut block = Block::default();
+    for (bytes, out) in bytes.chunks_exact(encoding.block_bytes()).zip(out.chunks_exact_mut(encoding.block_len())) {
+        decode(encoding, bytes, &mut block);
+        for (group_idx, (out, codes)) in
+            out.chunks_exact_mut(format.group_len).zip(block.codes.chunks_exact(format.group_len)).enumerate()
+        {
+            let (scale, minimum) = (block.group_scale(group_idx), block.group_minimum(group_idx));
+            out.iter_mut().zip(codes).for_each(|(value, code)| *value = format.value(*code, scale, minimum));
+        }
+    }
+}

@@ -1,0 +1,199 @@
+//! A block: the integers of one GGML block, unpacked from the bits of its encoding.
+//!
+//! The bit layouts are those of llama.cpp's `ggml-common.h` (structs `block_q4_0` to `block_q6_K`) and the meaning that
+//! its `ggml-quants.c` gives them.
+
+use half::f16;
+use lockstep_checkpoint::Encoding;
+
+/// Values in the largest block.
+const MAX_BLOCK_LEN: usize = 256;
+/// Groups in the block with the most.
+const MAX_GROUPS: usize = 16;
+
+/// An unpacked block. Only the first `block_len` codes and the first `block_len / group_len` groups mean anything.
+#[derive(Clone, Debug)]
+pub(crate) struct Block {
+    /// Unsigned codes, before the format's offset is taken off.
+    pub(crate) codes: [u8; MAX_BLOCK_LEN],
+    /// Scale of the block.
+    pub(crate) scale: f16,
+    /// Minimum of the block, to be added (K-quants store it negated).
+    pub(crate) minimum: f16,
+    /// What multiplies the block's scale in each group; 1 where the format has one level.
+    pub(crate) sub_scales: [i8; MAX_GROUPS],
+    /// What multiplies the block's minimum in each group; 1 where the format has one level.
+    pub(crate) sub_minimums: [i8; MAX_GROUPS],
+}
+
+// === impl Block ===
+
+impl Default for Block {
+    fn default() -> Self {
+        Self {
+            codes: [0; MAX_BLOCK_LEN],
+            scale: f16::ZERO,
+            minimum: f16::ZERO,
+            sub_scales: [1; MAX_GROUPS],
+            sub_minimums: [1; MAX_GROUPS],
+        }
+    }
+}
+
+impl Block {
+    /// The scale of a group, exact.
+    pub(crate) fn group_scale(&self, group_idx: usize) -> f32 {
+        self.scale.to_f32() * f32::from(self.sub_scales[group_idx])
+    }
+
+    /// The minimum of a group, exact.
+    pub(crate) fn group_minimum(&self, group_idx: usize) -> f32 {
+        self.minimum.to_f32() * f32::from(self.sub_minimums[group_idx])
+    }
+}
+
+/// Unpacks one block of a quantized encoding.
+///
+/// # Panics
+/// If `bytes` is not one block, or the encoding stores floats.
+pub(crate) fn decode(encoding: Encoding, bytes: &[u8], block: &mut Block) {
+    assert_eq!(bytes.len(), encoding.block_bytes(), "one block of {encoding}");
+    match encoding {
+        Encoding::Q4_0 => decode_q4(bytes, 2, block),
+        Encoding::Q4_1 => decode_q4(bytes, 4, block),
+        Encoding::Q5_0 => decode_q5(bytes, 2, block),
+        Encoding::Q5_1 => decode_q5(bytes, 4, block),
+        Encoding::Q8_0 => decode_q8(bytes, block),
+        Encoding::Q2K => decode_q2k(bytes, block),
+        Encoding::Q3K => decode_q3k(bytes, block),
+        Encoding::Q4K => decode_q4k(bytes, block),
+        Encoding::Q5K => decode_q5k(bytes, block),
+        Encoding::Q6K => decode_q6k(bytes, block),
+        Encoding::F32 | Encoding::F16 | Encoding::BF16 => panic!("{encoding} has no blocks"),
+    }
+}
+
+fn f16_at(bytes: &[u8], start: usize) -> f16 {
+    f16::from_le_bytes([bytes[start], bytes[start + 1]])
+}
+
+/// Scale, minimum if the header is 4 bytes, then 16 bytes: low nibbles are values 0..16, high ones 16..32.
+fn decode_q4(bytes: &[u8], header: usize, block: &mut Block) {
+    block.scale = f16_at(bytes, 0);
+    block.minimum = if header == 4 { f16_at(bytes, 2) } else { f16::ZERO };
+    for (i, byte) in bytes[header..].iter().enumerate() {
+        block.codes[i] = byte & 15;
+        block.codes[i + 16] = byte >> 4;
+    }
+}
+
+/// As [`decode_q4`], with the fifth bits of all 32 values in a word before the nibbles.
+fn decode_q5(bytes: &[u8], header: usize, block: &mut Block) {
+    block.scale = f16_at(bytes, 0);
+    block.minimum = if header == 4 { f16_at(bytes, 2) } else { f16::ZERO };
+    let (fifth_bits, nibbles) = bytes[header..].split_at(4);
+    for (i, byte) in nibbles.iter().enumerate() {
+        block.codes[i] = byte & 15 | bit(fifth_bits[i / 8], i % 8) << 4;
+        block.codes[i + 16] = byte >> 4 | bit(fifth_bits[2 + i / 8], i % 8) << 4;
+    }
+}
+
+/// Scale, then 32 signed bytes.
+fn decode_q8(bytes: &[u8], block: &mut Block) {
+    block.scale = f16_at(bytes, 0);
+    for (code, byte) in block.codes.iter_mut().zip(&bytes[2..]) {
+        *code = byte ^ 0x80;
+    }
+}
+
+/// 16 bytes of group scale (low nibble) and minimum (high), 64 bytes of 2-bit codes, scale, minimum.
+fn decode_q2k(bytes: &[u8], block: &mut Block) {
+    let (groups, rest) = bytes.split_at(16);
+    for (group_idx, byte) in groups.iter().enumerate() {
+        block.sub_scales[group_idx] = (byte & 15) as i8;
+        block.sub_minimums[group_idx] = (byte >> 4) as i8;
+    }
+    for (i, code) in block.codes.iter_mut().enumerate() {
+        *code = crumb(rest, i);
+    }
+    block.scale = f16_at(rest, 64);
+    block.minimum = -f16_at(rest, 66);
+}
+
+/// 32 bytes of third bits, 64 bytes of low 2-bit codes, 12 bytes of 6-bit group scales less 32, scale.
+fn decode_q3k(bytes: &[u8], block: &mut Block) {
+    let (third_bits, rest) = bytes.split_at(32);
+    let (low_bits, rest) = rest.split_at(64);
+    for (i, code) in block.codes.iter_mut().enumerate() {
+        *code = crumb(low_bits, i) | bit(third_bits[i % 32], i / 32) << 2;
+    }
+    for (group_idx, scale) in block.sub_scales.iter_mut().enumerate() {
+        let low = nibble(rest[group_idx % 8], group_idx / 8);
+        let high = rest[8 + group_idx % 4] >> (2 * (group_idx / 4)) & 3;
+        *scale = (low | high << 4) as i8 - 32;
+    }
+    block.scale = f16_at(rest, 12);
+    block.minimum = f16::ZERO;
+}
+
+/// Scale, minimum, 12 bytes of 6-bit group scales and minimums, 128 bytes of nibbles: 32 bytes hold the low nibbles of
+/// one group of 32 and the high nibbles of the next.
+fn decode_q4k(bytes: &[u8], block: &mut Block) {
+    decode_k_header(bytes, block);
+    for (i, code) in block.codes.iter_mut().enumerate() {
+        *code = nibble(bytes[16 + i / 64 * 32 + i % 32], i / 32 % 2);
+    }
+}
+
+/// As [`decode_q4k`], with 32 bytes of fifth bits (one bit a group) before the nibbles.
+fn decode_q5k(bytes: &[u8], block: &mut Block) {
+    decode_k_header(bytes, block);
+    for (i, code) in block.codes.iter_mut().enumerate() {
+        let low = nibble(bytes[48 + i / 64 * 32 + i % 32], i / 32 % 2);
+        *code = low | bit(bytes[16 + i % 32], i / 32) << 4;
+    }
+}
+
+/// 128 bytes of low nibbles, 64 bytes of high 2 bits, 16 signed group scales, scale. Each half of the block has 64 bytes
+/// of nibbles (low ones first) and 32 bytes of high bits.
+fn decode_q6k(bytes: &[u8], block: &mut Block) {
+    let (nibbles, rest) = bytes.split_at(128);
+    let (high_bits, rest) = rest.split_at(64);
+    for (i, code) in block.codes.iter_mut().enumerate() {
+        let low = nibble(nibbles[i / 128 * 64 + i % 64], i / 64 % 2);
+        *code = low | crumb(high_bits, i) << 4;
+    }
+    for (scale, byte) in block.sub_scales.iter_mut().zip(rest) {
+        *scale = *byte as i8;
+    }
+    block.scale = f16_at(rest, 16);
+    block.minimum = f16::ZERO;
+}
+
+/// Scale, minimum and the eight 6-bit pairs of Q4_K and Q5_K: the first four have their low bits in plain order, the
+/// last four are put together from nibbles and the top bits of the first.
+fn decode_k_header(bytes: &[u8], block: &mut Block) {
+    block.scale = f16_at(bytes, 0);
+    block.minimum = -f16_at(bytes, 2);
+    let packed = &bytes[4..16];
+    for i in 0..4 {
+        block.sub_scales[i] = (packed[i] & 63) as i8;
+        block.sub_minimums[i] = (packed[i + 4] & 63) as i8;
+        block.sub_scales[i + 4] = (packed[i + 8] & 15 | packed[i] >> 6 << 4) as i8;
+        block.sub_minimums[i + 4] = (packed[i + 8] >> 4 | packed[i + 4] >> 6 << 4) as i8;
+    }
+}
+
+fn bit(byte: u8, idx: usize) -> u8 {
+    byte >> idx & 1
+}
+
+fn nibble(byte: u8, idx: usize) -> u8 {
+    byte >> (4 * idx) & 15
+}
+
+/// The 2-bit code of value `i` in K-quant order: each half of the block has 32 bytes, whose four pairs of bits belong to
+/// values 32 apart.
+fn crumb(bytes: &[u8], i: usize) -> u8 {
+    bytes[i / 128 * 32 + i % 32] >> (2 * (i / 32 % 4)) & 3
+}
