@@ -6,11 +6,13 @@
 //! # Layout
 //!
 //! * [`v1`]: what clients call; [`tokenizer`] and [`worker`]: what the services say to one another.
-//! * [`error`]: how a refusal crosses the wire; [`trace`]: how a call is known on its way.
+//! * [`announcement`]: how a service says where it listens; [`error`]: how a refusal crosses the wire; [`trace`]: how a
+//!   call is known on its way.
 //! * `client` (feature `client`): channels with limits, and deadlines.
 //! * `config`, `server`, `telemetry` (feature `server`): settings, everything around the RPCs, logs and metrics.
 #![forbid(unsafe_code)]
 
+pub mod announcement;
 pub mod error;
 pub mod trace;
 

@@ -38,6 +38,7 @@ use tokio::{net::TcpListener, sync::watch};
 use tonic::service::Routes;
 
 use crate::{
+    announcement::Announcement,
     client::ClientLimits,
     config::{ConfigError, Key},
 };
@@ -278,18 +279,18 @@ impl Server {
         self.metrics.as_ref().map(|(_, address)| *address)
     }
 
-    /// Says where the server listens, in one line on stdout for supervisors and tests:
-    /// `lockstep-gateway listening grpc=127.0.0.1:43211 metrics=127.0.0.1:43212`.
+    /// Says where the server listens, in one line on stdout for supervisors and tests: an [`Announcement`].
     ///
     /// # Errors
     /// If stdout is closed.
     pub fn announce(&self) -> io::Result<()> {
+        let announcement = Announcement {
+            service: self.settings.service.to_owned(),
+            grpc: self.grpc_address,
+            metrics: self.metrics_address(),
+        };
         let mut out = io::stdout().lock();
-        write!(out, "lockstep-{} listening grpc={}", self.settings.service, self.grpc_address)?;
-        if let Some(address) = self.metrics_address() {
-            write!(out, " metrics={address}")?;
-        }
-        writeln!(out)?;
+        writeln!(out, "{announcement}")?;
         out.flush()
     }
 

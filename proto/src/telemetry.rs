@@ -80,7 +80,9 @@ impl LogSettings {
 /// If the filter is not readable.
 pub fn init(settings: &LogSettings) -> Result<(), ConfigError> {
     let filter = settings.parse_filter()?;
-    let lines = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
+    // By default a line that cannot be written panics, through `eprintln!`. A service whose supervisor has died, and the
+    // other end of stderr with it, must still drain.
+    let lines = tracing_subscriber::fmt::layer().with_writer(std::io::stderr).log_internal_errors(false);
     let lines = match settings.format {
         LogFormat::Text => lines.with_ansi(std::io::stderr().is_terminal()).boxed(),
         LogFormat::Json => lines.json().flatten_event(true).with_current_span(true).with_span_list(false).boxed(),
