@@ -1,0 +1,152 @@
+//! Attention over the paged cache: against the plain twin, against f64, and against itself in other chunks and blocks.
+
+use lockstep_kernels::{AttentionBatch, AttentionRow, Cpu, KvCache, plain};
+use rand_chacha::ChaCha8Rng;
+
+use crate::{assert_same_bits, on_every_cpu, random};
+
+/// Sizes of a model's attention.
+#[derive(Clone, Copy, Debug)]
+struct Shape {
+    n_heads: usize,
+    n_kv_heads: usize,
+    head_dim: usize,
+    block_size: usize,
+}
+
+const SHAPES: [Shape; 4] = [
+    Shape { n_heads: 9, n_kv_heads: 3, head_dim: 64, block_size: 16 },
+    Shape { n_heads: 8, n_kv_heads: 2, head_dim: 128, block_size: 32 },
+    Shape { n_heads: 5, n_kv_heads: 5, head_dim: 80, block_size: 16 },
+    Shape { n_heads: 71, n_kv_heads: 1, head_dim: 16, block_size: 48 },
+];
+
+/// The second of two layers, filled with sequences of `lens` positions in scattered blocks. Slots that belong to nobody
+/// hold NaN: whoever reads one is found out.
+fn cache_of(rng: &mut ChaCha8Rng, shape: Shape, lens: &[usize]) -> (KvCache, Vec<Vec<u32>>) {
+    let n_blocks: usize = lens.iter().map(|len| len.div_ceil(shape.block_size)).sum();
+    let mut cache = KvCache::new(2, n_blocks, shape.block_size, shape.n_kv_heads, shape.head_dim).unwrap();
+    let width = shape.n_kv_heads * shape.head_dim;
+    for slot in 0..n_blocks * shape.block_size {
+        cache.write(1, slot, &vec![f32::NAN; width], &vec![f32::NAN; width]);
+    }
+    let mut next = 0;
+    let mut tables = Vec::new();
+    for len in lens {
+        // Blocks are handed out from both ends in turn.
+        let block = |i: usize| if i % 2 == 0 { i / 2 } else { n_blocks - 1 - i / 2 } as u32;
+        let n = len.div_ceil(shape.block_size);
+        let table: Vec<u32> = (next..next + n).map(block).collect();
+        next += n;
+        let slots: Vec<u32> = (0..*len)
+            .map(|p| table[p / shape.block_size] * shape.block_size as u32 + (p % shape.block_size) as u32)
+            .collect();
+        let (k, v) = (random::floats(rng, len * width), random::floats(rng, len * width));
+        Cpu::new(1).write_kv(&mut cache, 1, &slots, &k, &v);
+        tables.push(table);
+    }
+    (cache, tables)
+}
+
+fn rows_of(table: usize, positions: impl IntoIterator<Item = usize>) -> impl Iterator<Item = AttentionRow> {
+    positions.into_iter().map(move |position| AttentionRow { position: position as u32, table })
+}
+
+#[test]
+fn a_mixed_batch_has_the_bits_of_the_plain_twin() {
+    for shape in SHAPES {
+        let rng = &mut random::seeded(40);
+        let (cache, tables) = cache_of(rng, shape, &[1, 16, 75, 40]);
+        let tables: Vec<&[u32]> = tables.iter().map(Vec::as_slice).collect();
+        // Decodes, a chunk of a prompt that crosses tiles, a whole prompt, and rows of one sequence apart.
+        let mut rows: Vec<AttentionRow> = rows_of(0, [0]).chain(rows_of(1, [15])).chain(rows_of(2, 30..75)).collect();
+        rows.extend(rows_of(3, 0..40).chain(rows_of(2, [3])).chain(rows_of(3, [39])));
+        let batch = AttentionBatch { cache: &cache, layer: 1, rows: &rows, tables: &tables, n_heads: shape.n_heads };
+        let q = random::floats(rng, rows.len() * shape.n_heads * shape.head_dim);
+        let mut expected = vec![f32::NAN; q.len()];
+        plain::attention(&q, &batch, &mut expected);
+        assert!(expected.iter().all(|out| out.is_finite()));
+        on_every_cpu(|cpu| {
+            let mut out = vec![f32::NAN; q.len()];
+            cpu.attention(&q, &batch, &mut out);
+            assert_same_bits(&out, &expected, &format_args!("{shape:?} on {cpu:?}"));
+        });
+    }
+}
+
+#[test]
+fn any_chunking_gives_the_same_bits() {
+    let rng = &mut random::seeded(41);
+    for shape in SHAPES {
+        let (cache, tables) = cache_of(rng, shape, &[70]);
+        let rows: Vec<AttentionRow> = rows_of(0, 0..70).collect();
+        let width = shape.n_heads * shape.head_dim;
+        let q = random::floats(rng, 70 * width);
+        let attend = |rows: &[AttentionRow], q: &[f32]| {
+            let mut out = vec![f32::NAN; q.len()];
+            let tables = [tables[0].as_slice()];
+            Cpu::new(2).attention(
+                q,
+                &AttentionBatch { cache: &cache, layer: 1, rows, tables: &tables, n_heads: shape.n_heads },
+                &mut out,
+            );
+            out
+        };
+        let whole = attend(&rows, &q);
+        for chunk_len in [1, 7, 16, 33] {
+            let chunks = rows.chunks(chunk_len).zip(q.chunks(chunk_len * width));
+            let chunked: Vec<f32> = chunks.flat_map(|(rows, q)| attend(rows, q)).collect();
+            assert_same_bits(&chunked, &whole, &format_args!("{shape:?} in chunks of {chunk_len}"));
+        }
+    }
+}
+
+#[test]
+fn the_place_of_blocks_and_their_size_do_not_matter() {
+    let shape = SHAPES[0];
+    let attend = |block_size: usize, others: &[usize]| {
+        let rng = &mut random::seeded(42);
+        let shape = Shape { block_size, ..shape };
+        let (cache, tables) = cache_of(rng, shape, &[&[60], others].concat());
+        let q = random::floats(&mut random::seeded(43), shape.n_heads * shape.head_dim);
+        let mut out = vec![f32::NAN; q.len()];
+        let tables: Vec<&[u32]> = tables.iter().map(Vec::as_slice).collect();
+        let rows = [AttentionRow { position: 59, table: 0 }];
+        let batch = AttentionBatch { cache: &cache, layer: 1, rows: &rows, tables: &tables, n_heads: shape.n_heads };
+        Cpu::new(1).attention(&q, &batch, &mut out);
+        out
+    };
+    let expected = attend(16, &[]);
+    assert_same_bits(&attend(16, &[100, 3]), &expected, &"among others");
+    assert_same_bits(&attend(32, &[]), &expected, &"blocks of 32");
+    assert_same_bits(&attend(64, &[200]), &expected, &"blocks of 64");
+}
+
+#[test]
+fn attention_is_near_f64() {
+    let shape = SHAPES[1];
+    let rng = &mut random::seeded(44);
+    let (cache, tables) = cache_of(rng, shape, &[90]);
+    let q: Vec<f32> = random::floats(rng, shape.n_heads * shape.head_dim).iter().map(|q| q / 50.0).collect();
+    let rows = [AttentionRow { position: 89, table: 0 }];
+    let tables = [tables[0].as_slice()];
+    let mut out = vec![0.0; q.len()];
+    let batch = AttentionBatch { cache: &cache, layer: 1, rows: &rows, tables: &tables, n_heads: shape.n_heads };
+    Cpu::new(1).attention(&q, &batch, &mut out);
+    for (head, (q, out)) in q.chunks(shape.head_dim).zip(out.chunks(shape.head_dim)).enumerate() {
+        let (mut k, mut v) = (vec![0.0; shape.head_dim], vec![0.0; shape.head_dim]);
+        let (mut total, mut sums) = (0.0, vec![0.0; shape.head_dim]);
+        for position in 0..90 {
+            let slot = tables[0][position / shape.block_size] as usize * shape.block_size + position % shape.block_size;
+            cache.read(1, slot, head / (shape.n_heads / shape.n_kv_heads), &mut k, &mut v);
+            let score: f64 = q.iter().zip(&k).map(|(q, k)| f64::from(*q) * f64::from(*k)).sum();
+            let weight = (score / (shape.head_dim as f64).sqrt()).exp();
+            total += weight;
+            sums.iter_mut().zip(&v).for_each(|(sum, v)| *sum += weight * f64::from(*v));
+        }
+        for (out, sum) in out.iter().zip(&sums) {
+            // Scores of some tens carry an absolute error of some 1e-6, the weights' relative one; values reach 100.
+            assert!((f64::from(*out) - sum / total).abs() < 1e-3, "head {head}: {out} for {}", sum / total);
+        }
+    }
+}

@@ -1,0 +1,33 @@
+//! The conformance table: every op, on every instruction set that the processor has, with several numbers of threads and
+//! rows, gives the bits of its plain twin; and the plain twins agree with f64 arithmetic and with candle.
+
+mod attention;
+mod elementwise;
+mod encodings;
+mod products;
+mod random;
+mod ranks;
+
+use lockstep_kernels::{Cpu, Isa};
+
+/// Row counts: one, a few, odd ones, and past every number of rows that kernels take at once.
+const ROW_COUNTS: [usize; 6] = [1, 2, 3, 7, 16, 33];
+
+/// Runs `check` on every supported instruction set with one, two and three threads.
+fn on_every_cpu(mut check: impl FnMut(&mut Cpu)) {
+    for isa in Isa::ALL.into_iter().filter(|isa| isa.is_supported()) {
+        for n_threads in 1..=3 {
+            check(&mut Cpu::with_isa(n_threads, isa).unwrap());
+        }
+    }
+}
+
+/// Asserts that two results have the same bits, and says where they first differ.
+#[track_caller]
+fn assert_same_bits(actual: &[f32], expected: &[f32], what: &dyn std::fmt::Display) {
+    assert_eq!(actual.len(), expected.len(), "{what}: lengths");
+    let difference = actual.iter().zip(expected).position(|(a, b)| a.to_bits() != b.to_bits());
+    if let Some(i) = difference {
+        panic!("{what}: element {i} of {} is {:e}, should be {:e}", actual.len(), actual[i], expected[i]);
+    }
+}
