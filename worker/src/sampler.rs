@@ -1,0 +1,176 @@
+//! The sampler: from the logits of a position to the next token id.
+//!
+//! What it does is a function of logits, prompt ids, emitted ids, choice and parameters, and of nothing else: there is no
+//! random state to carry along. A stream that is resumed on another replica goes on token for token.
+//!
+//! In the order of work: [`processors`] change the logits, [`select`] takes the best or draws among those that the
+//! warpers leave, with a number from [`random`]; [`softmax`] is the arithmetic under both drawing and log-probabilities.
+//!
+//! Logits that are NaN count as impossible, infinite ones as the largest number; neither is an error here.
+
+mod processors;
+mod random;
+mod select;
+mod softmax;
+
+use select::Candidates;
+use softmax::{clean, exp};
+
+/// How the next token is chosen; the fields mean what they do in `transformers`' `GenerationConfig`, and in OpenAI's API
+/// where that has none of the name. The default takes the likeliest token.
+#[derive(Clone, PartialEq, Debug)]
+pub struct SamplingParams {
+    /// Divides the logits. 0 (or less, or NaN) takes the likeliest token, and the warpers below are off.
+    pub temperature: f32,
+    /// Keeps the k likeliest tokens, and what is as likely as the last of them. 0: off.
+    pub top_k: u32,
+    /// Keeps the smallest set of likeliest tokens that has this probability. 1: off.
+    pub top_p: f32,
+    /// Drops tokens less likely than this fraction of the likeliest one's probability. 0: off.
+    pub min_p: f32,
+    /// Keeps the tokens whose information is nearest to the entropy, up to this probability. 1: off.
+    pub typical_p: f32,
+    /// Divides positive and multiplies negative logits of tokens in prompt or output. 1: off.
+    pub repetition_penalty: f32,
+    /// Subtracted from the logits of tokens in the output. 0: off.
+    pub presence_penalty: f32,
+    /// Subtracted from a token's logit for each time that it is in the output. 0: off.
+    pub frequency_penalty: f32,
+    /// Added to the logits of tokens.
+    pub logit_bias: Vec<(u32, f32)>,
+    /// Tokens that end the sequence; impossible before `min_new_tokens`.
+    pub stop_token_ids: Vec<u32>,
+    /// Tokens of output before which none of `stop_token_ids` is chosen. 0: off.
+    pub min_new_tokens: u32,
+    /// Decides the random numbers, with choice and position.
+    pub seed: u64,
+}
+
+impl Default for SamplingParams {
+    fn default() -> Self {
+        Self {
+            temperature: 0.0,
+            top_k: 0,
+            top_p: 1.0,
+            min_p: 0.0,
+            typical_p: 1.0,
+            repetition_penalty: 1.0,
+            presence_penalty: 0.0,
+            frequency_penalty: 0.0,
+            logit_bias: Vec::new(),
+            stop_token_ids: Vec::new(),
+            min_new_tokens: 0,
+            seed: 0,
+        }
+    }
+}
+
+/// A token with the natural logarithm of its probability.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub struct Logprob {
+    /// The token.
+    pub id: u32,
+    /// Finite and at most 0; `f32::MIN` for what is impossible.
+    pub logprob: f32,
+}
+
+/// A token's log-probability, with what else might have stood there.
+#[derive(Clone, PartialEq, Debug)]
+pub struct TokenLogprobs {
+    /// The token that stands there.
+    pub token: Logprob,
+    /// The likeliest ones, best first, of equal ones the lower id first.
+    pub top: Vec<Logprob>,
+}
+
+/// Chooses tokens. Owns the scratch for it, and nothing that outlives a call.
+#[derive(Debug)]
+pub struct Sampler {
+    /// Processed logits, `[vocab_size]`.
+    logits: Vec<f32>,
+    /// Zeros between calls, `[vocab_size]`.
+    counts: Vec<u32>,
+    candidates: Candidates,
+}
+
+impl Sampler {
+    /// A sampler for logits of `[vocab_size]`. Takes 52 bytes for each.
+    ///
+    /// # Panics
+    /// If the vocabulary is empty.
+    pub fn new(vocab_size: usize) -> Self {
+        assert!(vocab_size > 0, "the vocabulary is empty");
+        Self { logits: vec![0.0; vocab_size], counts: vec![0; vocab_size], candidates: Candidates::new(vocab_size) }
+    }
+
+    /// The token after `prompt` and `emitted`, for which the model gave `logits`, `[vocab_size]`. If all of them are
+    /// impossible, it is token 0.
+    ///
+    /// # Panics
+    /// If there are more or fewer logits than the vocabulary has tokens.
+    pub fn sample(
+        &mut self,
+        logits: &[f32],
+        params: &SamplingParams,
+        prompt: &[u32],
+        emitted: &[u32],
+        choice: u32,
+    ) -> u32 {
+        self.check_len(logits);
+        let logits = if processors::are_active(params, emitted.len()) {
+            self.logits.copy_from_slice(logits);
+            processors::apply(&mut self.logits, params, prompt, emitted, &mut self.counts);
+            &self.logits
+        } else {
+            logits
+        };
+        if params.temperature > 0.0 {
+            let position = (prompt.len() + emitted.len()) as u64;
+            let uniform = random::uniform(params.seed, choice, position);
+            self.candidates.choose(logits, params, uniform)
+        } else {
+            select::argmax(logits)
+        }
+    }
+
+    /// The log-probability of `token` and of the `n_top` likeliest tokens, before any parameter is applied.
+    ///
+    /// # Panics
+    /// If there are more or fewer logits than the vocabulary has tokens, or `token` is not one of them.
+    pub fn logprobs(&mut self, logits: &[f32], token: u32, n_top: usize) -> TokenLogprobs {
+        self.check_len(logits);
+        let top = highest(logits, n_top.max(1));
+        let max_logit = f64::from(top[0].1);
+        let total: f64 = logits.iter().map(|&logit| exp(f64::from(clean(logit)) - max_logit)).sum();
+        let logprob = |(id, logit): (u32, f32)| {
+            // At least f32::MIN where nothing is possible, and at most 0 in spite of rounding.
+            let logprob = (f64::from(logit) - max_logit - total.ln()).min(0.0).max(f64::from(f32::MIN));
+            Logprob { id, logprob: logprob as f32 }
+        };
+        TokenLogprobs {
+            token: logprob((token, clean(logits[token as usize]))),
+            top: top.into_iter().take(n_top).map(logprob).collect(),
+        }
+    }
+
+    fn check_len(&self, logits: &[f32]) {
+        assert_eq!(logits.len(), self.logits.len(), "the vocabulary's size");
+    }
+}
+
+/// The `n` highest logits with their ids, highest first, of equal ones the lower id first.
+fn highest(logits: &[f32], n: usize) -> Vec<(u32, f32)> {
+    let mut top: Vec<(u32, f32)> = Vec::with_capacity(n.min(logits.len()) + 1);
+    for (id, &logit) in (0..).zip(logits) {
+        let logit = clean(logit);
+        if top.len() < n || top.last().is_some_and(|last| logit > last.1) {
+            let rank = top.partition_point(|other| other.1 >= logit);
+            top.insert(rank, (id, logit));
+            top.truncate(n);
+        }
+    }
+    top
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,355 @@
+//! Selection: which of the tokens is the next one, given the processed logits.
+//!
+//! Either the likeliest ([`argmax`]), or one of the [`Candidates`] that the warpers leave. Warpers are those of
+//! `transformers` 5.23 in its order (`generation/utils.py`): temperature, `top_k`, `top_p`, `min_p`, `typical_p`. Each
+//! sees the distribution that the one before has left, renormalized, and each leaves at least one candidate. Where that
+//! library leaves open which of equally likely tokens goes first, the lower id does here. Masses are summed in f64 and
+//! in a fixed order, so the outcome depends on nothing but logits and parameters.
+
+use std::cmp::Ordering;
+
+use super::SamplingParams;
+use super::softmax::{clean, exp};
+
+/// How many ranked candidates are sorted first; four times as many each further time.
+const FIRST_RANKS: usize = 64;
+/// Candidates over `top_k` that are gathered, at least, before the surplus is dropped.
+const TOP_K_SLACK: usize = 1024;
+
+/// The id of the highest logit, the lowest id if there are several. 0 if there is none above minus infinity.
+pub(super) fn argmax(logits: &[f32]) -> u32 {
+    let mut best = (0, f32::NEG_INFINITY);
+    for (token_id, &logit) in (0..).zip(logits) {
+        // Never true of NaN.
+        if logit > best.1 {
+            best = (token_id, logit);
+        }
+    }
+    best.0
+}
+
+/// A token that may be chosen.
+#[derive(Clone, Copy, Debug)]
+struct Candidate {
+    token_id: u32,
+    logit: f32,
+    /// Its probability, times a factor that is the same for all; the likeliest one's is 1.
+    weight: f64,
+}
+
+/// Where a candidate stands in an order that a warper cuts.
+#[derive(Clone, Copy, Debug)]
+struct Rank {
+    key: f64,
+    token_id: u32,
+    weight: f64,
+}
+
+impl Rank {
+    fn cmp(&self, other: &Self) -> Ordering {
+        self.key.total_cmp(&other.key).then(self.token_id.cmp(&other.token_id))
+    }
+}
+
+/// The tokens that may still be chosen, always by ascending id, and scratch to narrow them down.
+#[derive(Debug)]
+pub(super) struct Candidates {
+    candidates: Vec<Candidate>,
+    /// The highest logit among them.
+    max_logit: f32,
+    ranks: Vec<Rank>,
+    sorted_logits: Vec<f32>,
+}
+
+impl Candidates {
+    /// With room for a vocabulary.
+    pub(super) fn new(vocab_size: usize) -> Self {
+        Self {
+            candidates: Vec::with_capacity(vocab_size),
+            max_logit: f32::NEG_INFINITY,
+            ranks: Vec::with_capacity(vocab_size),
+            sorted_logits: Vec::with_capacity(vocab_size),
+        }
+    }
+
+    /// Chooses by the number `uniform` in [0, 1): the first token, by id, at which the cumulative probability exceeds it.
+    /// 0 if no logit is above minus infinity.
+    pub(super) fn choose(&mut self, logits: &[f32], params: &SamplingParams, uniform: f64) -> u32 {
+        // Temperature keeps the order, so top_k may come before it.
+        self.load(logits, params.top_k as usize);
+        self.weigh(params.temperature);
+        if params.top_p < 1.0 {
+            self.keep_top_p(f64::from(params.top_p));
+        }
+        if params.min_p > 0.0 {
+            self.keep_min_p(f64::from(params.min_p));
+        }
+        if params.typical_p < 1.0 {
+            self.keep_typical_p(f64::from(params.typical_p), f64::from(params.temperature));
+        }
+        self.at_cumulative(uniform)
+    }
+
+    /// Takes in the `top_k` highest logits (0: all), and all that equal the lowest of these. One pass, which drops the
+    /// surplus each time that it has grown too large.
+    fn load(&mut self, logits: &[f32], top_k: usize) {
+        self.candidates.clear();
+        self.max_logit = f32::NEG_INFINITY;
+        let top_k = if top_k == 0 { usize::MAX } else { top_k };
+        let mut capacity = top_k.saturating_add(top_k.max(TOP_K_SLACK));
+        let mut floor = f32::MIN;
+        for (token_id, &logit) in (0..).zip(logits) {
+            let logit = clean(logit);
+            if logit < floor {
+                continue;
+            }
+            self.max_logit = self.max_logit.max(logit);
+            self.candidates.push(Candidate { token_id, logit, weight: 0.0 });
+            if self.candidates.len() >= capacity {
+                floor = self.keep_top_k(top_k);
+                // Ties may have left more than top_k; looking again at each further one would take quadratic time.
+                capacity = capacity.max(2 * self.candidates.len());
+            }
+        }
+        self.keep_top_k(top_k);
+    }
+
+    /// Returns the lowest logit that it keeps, or the lowest of all if there is no need to drop any.
+    fn keep_top_k(&mut self, top_k: usize) -> f32 {
+        let Some(n_surplus) = self.candidates.len().checked_sub(top_k) else { return f32::MIN };
+        self.sorted_logits.clear();
+        self.sorted_logits.extend(self.candidates.iter().map(|candidate| candidate.logit));
+        let (_, floor, _) = self.sorted_logits.select_nth_unstable_by(n_surplus, f32::total_cmp);
+        let floor = *floor;
+        self.candidates.retain(|candidate| candidate.logit >= floor);
+        floor
+    }
+
+    /// Turns logits into weights. Drops those that are 0 in f64.
+    fn weigh(&mut self, temperature: f32) {
+        let (max_logit, temperature) = (f64::from(self.max_logit), f64::from(temperature));
+        for candidate in &mut self.candidates {
+            candidate.weight = exp((f64::from(candidate.logit) - max_logit) / temperature);
+        }
+        self.candidates.retain(|candidate| candidate.weight > 0.0);
+    }
+
+    fn total_weight(&self) -> f64 {
+        self.candidates.iter().map(|candidate| candidate.weight).sum()
+    }
+
+    /// Keeps the likeliest candidates up to the one with which they have the mass `top_p`.
+    fn keep_top_p(&mut self, top_p: f64) {
+        let mass = top_p * self.total_weight();
+        if let Some(last) = self.rank_at_mass(mass, |candidate| -f64::from(candidate.logit)) {
+            self.candidates.retain(|candidate| {
+                let key = -f64::from(candidate.logit);
+                key < last.key || (key == last.key && candidate.token_id <= last.token_id)
+            });
+        }
+    }
+
+    /// Drops candidates less likely than `min_p` times the likeliest.
+    fn keep_min_p(&mut self, min_p: f64) {
+        // The likeliest one has weight 1, and stays.
+        let floor = min_p.min(1.0);
+        self.candidates.retain(|candidate| candidate.weight >= floor);
+    }
+
+    /// Keeps the candidates whose information is nearest to the entropy, up to the mass `typical_p`, and those that are
+    /// as near as the last of them.
+    ///
+    /// With x the logit over the temperature and Z the total weight, a candidate's information is ln Z - x and the
+    /// entropy, the mean of that, is ln Z - mean(x): they differ by |mean(x) - x|.
+    fn keep_typical_p(&mut self, typical_p: f64, temperature: f64) {
+        let max_logit = f64::from(self.max_logit);
+        let scaled = |candidate: &Candidate| (f64::from(candidate.logit) - max_logit) / temperature;
+        let total = self.total_weight();
+        let weighted: f64 = self.candidates.iter().map(|candidate| candidate.weight * scaled(candidate)).sum();
+        let mean = weighted / total;
+        let distance = |candidate: &Candidate| (mean - scaled(candidate)).abs();
+        if let Some(last) = self.rank_at_mass(typical_p * total, distance) {
+            self.candidates.retain(|candidate| distance(candidate) <= last.key);
+        }
+    }
+
+    /// Adds weights up by ascending key, then id, and returns where the sum reaches `mass`. None if it never does. Sorts
+    /// no more than it needs: most often the first few candidates hold nearly all of the mass.
+    fn rank_at_mass(&mut self, mass: f64, key: impl Fn(&Candidate) -> f64) -> Option<Rank> {
+        self.ranks.clear();
+        self.ranks.extend(self.candidates.iter().map(|candidate| Rank {
+            key: key(candidate),
+            token_id: candidate.token_id,
+            weight: candidate.weight,
+        }));
+        let mut unsorted = self.ranks.as_mut_slice();
+        let mut n_sorted = FIRST_RANKS;
+        let mut sum = 0.0;
+        while !unsorted.is_empty() {
+            if n_sorted < unsorted.len() {
+                unsorted.select_nth_unstable_by(n_sorted, Rank::cmp);
+            }
+            let (next, rest) = unsorted.split_at_mut(n_sorted.min(unsorted.len()));
+            next.sort_unstable_by(Rank::cmp);
+            for rank in next {
+                sum += rank.weight;
+                if sum >= mass {
+                    return Some(*rank);
+                }
+            }
+            unsorted = rest;
+            n_sorted *= 4;
+        }
+        None
+    }
+
+    fn at_cumulative(&self, uniform: f64) -> u32 {
+        let target = uniform * self.total_weight();
+        let mut sum = 0.0;
+        for candidate in &self.candidates {
+            sum += candidate.weight;
+            if sum > target {
+                return candidate.token_id;
+            }
+        }
+        // Only rounding can make the target the whole sum: then it is the last one's.
+        self.candidates.last().map_or(0, |candidate| candidate.token_id)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn ln(probabilities: &[f32]) -> Vec<f32> {
+        probabilities.iter().map(|probability| probability.ln()).collect()
+    }
+
+    /// The tokens that can come out at all, over a fine grid of numbers.
+    #[track_caller]
+    fn check(logits: &[f32], params: SamplingParams, expected: &[u32]) {
+        let mut candidates = Candidates::new(logits.len());
+        let mut chosen: Vec<u32> =
+            (0..1000).map(|step| candidates.choose(logits, &params, f64::from(step) / 1000.0)).collect();
+        assert!(chosen.is_sorted(), "ids ascend with the number");
+        chosen.dedup();
+        assert_eq!(chosen, expected);
+    }
+
+    fn off() -> SamplingParams {
+        SamplingParams { temperature: 1.0, ..SamplingParams::default() }
+    }
+
+    #[test]
+    fn the_best_token_is_the_lowest_id_of_the_highest_logit() {
+        assert_eq!(argmax(&[1.0, 3.0, 2.0, 3.0]), 1);
+        assert_eq!(argmax(&[f32::NAN, -3.0, f32::NAN, f32::NEG_INFINITY]), 1);
+        assert_eq!(argmax(&[0.0, f32::INFINITY, f32::MAX]), 1);
+        assert_eq!(argmax(&[f32::NAN, f32::NEG_INFINITY]), 0);
+    }
+
+    #[test]
+    fn everything_possible_can_be_chosen() {
+        check(&ln(&[0.1, 0.4, 0.0, 0.5]), off(), &[0, 1, 3]);
+        check(&[f32::NAN, 0.0, f32::NEG_INFINITY, 1.0], off(), &[1, 3]);
+        check(&[f32::NAN, f32::NEG_INFINITY], off(), &[0]);
+        check(&[5.0, f32::INFINITY, 7.0, f32::INFINITY], off(), &[1, 3]);
+    }
+
+    #[test]
+    fn the_number_is_compared_with_the_cumulative_probability() {
+        let mut candidates = Candidates::new(4);
+        let logits = ln(&[0.25, 0.25, 0.0, 0.5]);
+        for (uniform, expected) in [(0.0, 0), (0.249, 0), (0.251, 1), (0.499, 1), (0.501, 3), (1.0 - 2f64.powi(-53), 3)]
+        {
+            assert_eq!(candidates.choose(&logits, &off(), uniform), expected, "{uniform}");
+        }
+    }
+
+    #[test]
+    fn a_low_temperature_leaves_the_best_and_a_high_one_all() {
+        check(&[1.0, 2.0, 3.0], SamplingParams { temperature: 0.001, ..off() }, &[2]);
+        check(&[1.0, 2.0, 3.0], SamplingParams { temperature: 1e-45, ..off() }, &[2]);
+        check(&[-50.0, 0.0, 50.0], SamplingParams { temperature: 100.0, ..off() }, &[0, 1, 2]);
+        check(&[-50.0, 0.0, 50.0], SamplingParams { temperature: f32::INFINITY, ..off() }, &[0, 1, 2]);
+    }
+
+    #[test]
+    fn top_k_keeps_what_equals_the_last_one() {
+        let logits = [1.0, 3.0, 2.0, 2.0, 0.0];
+        let top_k = |top_k| SamplingParams { top_k, ..off() };
+        check(&logits, top_k(1), &[1]);
+        check(&logits, top_k(2), &[1, 2, 3]);
+        check(&logits, top_k(3), &[1, 2, 3]);
+        check(&logits, top_k(4), &[0, 1, 2, 3]);
+        check(&logits, top_k(5), &[0, 1, 2, 3, 4]);
+        check(&logits, top_k(u32::MAX), &[0, 1, 2, 3, 4]);
+    }
+
+    #[test]
+    fn top_k_of_a_large_vocabulary_is_that_of_a_full_sort() {
+        for (n_values, top_k) in [(1_000_003, 50), (1_000_003, 3000), (7, 10), (1, 10)] {
+            let logits: Vec<f32> = (0..20_000u64).map(|i| (i * 7_919 % n_values) as f32).collect();
+            let mut sorted = logits.clone();
+            sorted.sort_by(f32::total_cmp);
+            let floor = sorted[sorted.len() - top_k];
+            let expected: Vec<u32> = (0..20_000).filter(|&i| logits[i as usize] >= floor).collect();
+            let mut candidates = Candidates::new(logits.len());
+            candidates.load(&logits, top_k);
+            let kept: Vec<u32> = candidates.candidates.iter().map(|candidate| candidate.token_id).collect();
+            assert_eq!(kept, expected, "{n_values} values, top {top_k}");
+        }
+    }
+
+    #[test]
+    fn top_p_keeps_the_one_that_reaches_the_mass() {
+        let logits = ln(&[0.125, 0.5, 0.25, 0.125]);
+        let top_p = |top_p| SamplingParams { top_p, ..off() };
+        check(&logits, top_p(0.0), &[1]);
+        check(&logits, top_p(0.49), &[1]);
+        check(&logits, top_p(0.6), &[1, 2]);
+        check(&logits, top_p(0.8), &[0, 1, 2]);
+        check(&logits, top_p(0.9), &[0, 1, 2, 3]);
+    }
+
+    #[test]
+    fn top_p_reaches_far_into_a_flat_distribution() {
+        let logits = vec![0.0; 1000];
+        let expected: Vec<u32> = (0..750).collect();
+        let mut candidates = Candidates::new(logits.len());
+        candidates.load(&logits, 0);
+        candidates.weigh(1.0);
+        candidates.keep_top_p(0.75);
+        let kept: Vec<u32> = candidates.candidates.iter().map(|candidate| candidate.token_id).collect();
+        assert_eq!(kept, expected, "the lower ids of equally likely ones");
+    }
+
+    #[test]
+    fn min_p_is_relative_to_the_best() {
+        let logits = ln(&[0.1, 0.5, 0.15, 0.25]);
+        let min_p = |min_p| SamplingParams { min_p, ..off() };
+        check(&logits, min_p(0.1), &[0, 1, 2, 3]);
+        check(&logits, min_p(0.25), &[1, 2, 3]);
+        check(&logits, min_p(0.45), &[1, 3]);
+        check(&logits, min_p(1.0), &[1]);
+        check(&logits, min_p(f32::INFINITY), &[1]);
+    }
+
+    #[test]
+    fn typical_p_prefers_the_usual_to_the_likeliest() {
+        let logits = ln(&[0.5, 0.15, 0.15, 0.1, 0.1]);
+        let typical_p = |typical_p| SamplingParams { typical_p, ..off() };
+        // In nats: entropy 1.376, distances from it 0.683, 0.521, 0.521, 0.926, 0.926.
+        check(&logits, typical_p(0.1), &[1, 2]);
+        check(&logits, typical_p(0.5), &[0, 1, 2]);
+        check(&logits, typical_p(0.9), &[0, 1, 2, 3, 4]);
+    }
+
+    #[test]
+    fn each_warper_sees_what_the_one_before_has_left() {
+        // After top_k = 2 the likeliest has 0.5 / 0.75 of the mass, which is enough for top_p = 0.6.
+        let logits = ln(&[0.25, 0.5, 0.125, 0.125]);
+        check(&logits, SamplingParams { top_p: 0.6, ..off() }, &[0, 1]);
+        check(&logits, SamplingParams { top_p: 0.6, top_k: 2, ..off() }, &[1]);
+    }
+}
