@@ -5,3 +5,5 @@
 pub mod kv;
 pub mod sampler;
 pub mod scheduler;
+#[cfg(test)]
+mod test_seed;

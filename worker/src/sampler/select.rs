@@ -75,6 +75,12 @@ impl Candidates {
     /// Chooses by the number `uniform` in [0, 1): the first token, by id, at which the cumulative probability exceeds it.
     /// 0 if no logit is above minus infinity.
     pub(super) fn choose(&mut self, logits: &[f32], params: &SamplingParams, uniform: f64) -> u32 {
+        self.narrow(logits, params);
+        self.at_cumulative(uniform)
+    }
+
+    /// Leaves the tokens that the warpers leave.
+    fn narrow(&mut self, logits: &[f32], params: &SamplingParams) {
         // Temperature keeps the order, so top_k may come before it.
         self.load(logits, params.top_k as usize);
         self.weigh(params.temperature);
@@ -87,7 +93,14 @@ impl Candidates {
         if params.typical_p < 1.0 {
             self.keep_typical_p(f64::from(params.typical_p), f64::from(params.temperature));
         }
-        self.at_cumulative(uniform)
+    }
+
+    /// What [`choose`](Self::choose) draws from: ids, ascending, with their probabilities.
+    #[cfg(test)]
+    pub(super) fn distribution(&mut self, logits: &[f32], params: &SamplingParams) -> Vec<(u32, f64)> {
+        self.narrow(logits, params);
+        let total = self.total_weight();
+        self.candidates.iter().map(|candidate| (candidate.token_id, candidate.weight / total)).collect()
     }
 
     /// Takes in the `top_k` highest logits (0: all), and all that equal the lowest of these. One pass, which drops the
