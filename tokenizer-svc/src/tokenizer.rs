@@ -1,0 +1,244 @@
+//! A tokenizer: a vocabulary with the rules that turn a text into its ids and each id back into its bytes.
+//!
+//! Encoding is the tokenizers library's own pipeline (normalizer, pre-tokenizer, merges, template) with one stage of
+//! ours, the search for added tokens, which also obeys [`Breaks`]. Decoding needs no pipeline: in the vocabularies
+//! that we accept, each id stands for fixed bytes, and [`decoding`] tabulates them once.
+
+use std::{io, ops::Range};
+
+use sha2::{Digest as _, Sha256};
+use tokenizers::{
+    Model as _, ModelWrapper, NormalizedString, Normalizer as _, OffsetType, PreTokenizedString, PreTokenizer as _,
+    Token,
+};
+
+use self::{
+    added_tokens::{AddedTokens, range_in_text},
+    decoding::TokenBytes,
+};
+use crate::error::{LoadError, TokenizeError, check_limit};
+
+mod added_tokens;
+mod breaks;
+mod decoding;
+
+pub use breaks::Breaks;
+
+/// Largest vocabulary. The largest of today's models have a quarter of it. Unit: ids.
+pub const MAX_VOCAB_SIZE: usize = 1 << 20;
+
+/// How often a word is encoded anew, in smaller parts, because the model spelled a control token over a break; after
+/// that each character is a part. Keeps the work linear in the word whatever the merges are.
+const MAX_CUTS: u32 = 4;
+
+/// A token that stands for structure, not for text.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SpecialToken {
+    /// Its id.
+    pub id: u32,
+    /// The string that encodes to it.
+    pub text: String,
+}
+
+/// A vocabulary with its rules. Cheap to share, never changes.
+#[derive(Debug)]
+pub struct Tokenizer {
+    pipeline: tokenizers::Tokenizer,
+    added: AddedTokens,
+    token_bytes: TokenBytes,
+    special: Vec<SpecialToken>,
+    fingerprint: String,
+}
+
+// === impl Tokenizer ===
+
+impl Tokenizer {
+    /// Wraps a pipeline. `min_vocab_size` is the number of rows of the model's embedding as far as it is known: a model
+    /// may have rows without a token, and their ids decode to nothing.
+    ///
+    /// # Errors
+    /// If the pipeline is not byte-pair encoding, decodes by an unknown rule, or has too many or contradictory tokens.
+    pub(crate) fn new(mut pipeline: tokenizers::Tokenizer, min_vocab_size: usize) -> Result<Self, LoadError> {
+        let ModelWrapper::BPE(model) = pipeline.get_model() else {
+            return Err(LoadError::Unsupported("a tokenizer model other than BPE".into()));
+        };
+        if model.dropout.is_some_and(|dropout| dropout > 0.0) {
+            return Err(LoadError::Unsupported("BPE dropout, which encodes at random,".into()));
+        }
+        // Limits and padding of training runs: `transformers` switches both off before it encodes, and so do we.
+        pipeline.with_truncation(None).map_err(|e| LoadError::Invalid(e.to_string()))?;
+        pipeline.with_padding(None);
+
+        let max_id = pipeline.get_vocab(true).into_values().max().unwrap_or(0);
+        let vocab_size = min_vocab_size.max(max_id as usize + 1);
+        check_limit("the vocabulary size (ids)", vocab_size, MAX_VOCAB_SIZE)?;
+
+        let (added, special) = added_tokens(&pipeline)?;
+        let token_bytes = TokenBytes::new(&pipeline, vocab_size)?;
+        let fingerprint = fingerprint(&pipeline, vocab_size)?;
+        let tokenizer = Self { pipeline, added, token_bytes, special, fingerprint };
+        // Some malformed descriptions load and panic at the first text: let that be now, while it is contained.
+        let trial = tokenizer.encode("A trial: 1, 2,\n\u{e9}\u{4e2d}.", Breaks::NONE, true);
+        trial.map_err(|e| LoadError::Invalid(e.to_string()))?;
+        Ok(tokenizer)
+    }
+
+    /// The ids of `text`, exactly as Hugging Face's `encode` gives them, except that control-token strings across a
+    /// break are text. `add_special_tokens` adds what the tokenizer adds around a text.
+    ///
+    /// # Errors
+    /// [`TokenizeError::Pipeline`] if the library fails.
+    pub fn encode(
+        &self,
+        text: &str,
+        breaks: Breaks<'_>,
+        add_special_tokens: bool,
+    ) -> Result<Vec<u32>, TokenizeError> {
+        let encode = || -> tokenizers::Result<Vec<u32>> {
+            let mut pieces = PreTokenizedString::from(text);
+            pieces.split(|_, piece| Ok(self.added.split_as_written(&piece, breaks)))?;
+            pieces.split(|_, mut piece| {
+                if let Some(normalizer) = self.pipeline.get_normalizer() {
+                    normalizer.normalize(&mut piece)?;
+                }
+                Ok(self.added.split_normalized(&piece, breaks))
+            })?;
+            if let Some(pre_tokenizer) = self.pipeline.get_pre_tokenizer() {
+                pre_tokenizer.pre_tokenize(&mut pieces)?;
+            }
+            pieces.tokenize(|word| self.merge(word, breaks))?;
+            let encoding = pieces.into_encoding(None, 0, OffsetType::None)?;
+            Ok(self.pipeline.post_process(encoding, None, add_special_tokens)?.get_ids().to_vec())
+        };
+        encode().map_err(|e| TokenizeError::Pipeline(e.to_string()))
+    }
+
+    /// The bytes that an id stands for. Empty for ids of rows without a token.
+    ///
+    /// # Errors
+    /// [`TokenizeError::TokenId`] if `id` is not below [`Self::vocab_size`]; `idx` says where it stood.
+    pub(crate) fn token_bytes(&self, idx: usize, id: u32) -> Result<&[u8], TokenizeError> {
+        self.token_bytes.get(id).ok_or(TokenizeError::TokenId { idx, id, vocab_size: self.vocab_size() })
+    }
+
+    /// Whether a decoded text loses the blank that it starts with, because encoding put one there.
+    pub(crate) fn strips_leading_space(&self) -> bool {
+        self.token_bytes.strips_leading_space()
+    }
+
+    /// Whether an id is a control token's.
+    #[must_use]
+    pub fn is_special(&self, id: u32) -> bool {
+        self.added.is_special(id)
+    }
+
+    /// Every control token, ascending by id.
+    #[must_use]
+    pub fn special_tokens(&self) -> &[SpecialToken] {
+        &self.special
+    }
+
+    /// The id of a token by its string, control token or not.
+    #[must_use]
+    pub fn token_id(&self, text: &str) -> Option<u32> {
+        self.pipeline.token_to_id(text)
+    }
+
+    /// Ids are below this.
+    #[must_use]
+    pub fn vocab_size(&self) -> u32 {
+        self.token_bytes.vocab_size()
+    }
+
+    /// SHA-256 over all that decides what encoding and decoding answer, in hexadecimal.
+    #[must_use]
+    pub fn fingerprint(&self) -> &str {
+        &self.fingerprint
+    }
+
+    /// The tokens of one word. Merges may spell a control token out of plain text (a vocabulary holds them as ordinary
+    /// strings, and some pipelines look words up whole). Over a break that must not stand: the word is cut inside it.
+    fn merge(&self, word: &NormalizedString, breaks: Breaks<'_>) -> tokenizers::Result<Vec<Token>> {
+        let model = self.pipeline.get_model();
+        let text = word.get();
+        let mut parts = vec![(0..text.len(), 0)];
+        let mut tokens = Vec::new();
+        while let Some((part, n_cuts)) = parts.pop() {
+            let part_tokens = model.tokenize(&text[part.clone()])?;
+            let cuts = self.cuts(word, &part, &part_tokens, breaks);
+            if cuts.is_empty() {
+                tokens.extend(part_tokens);
+            } else if n_cuts < MAX_CUTS {
+                push_parts(&mut parts, part, cuts, n_cuts + 1);
+            } else {
+                let every_character = text[part.clone()].char_indices().skip(1).map(|(at, _)| part.start + at);
+                let cuts = every_character.collect();
+                push_parts(&mut parts, part, cuts, n_cuts);
+            }
+        }
+        Ok(tokens)
+    }
+
+    /// Where a part of a word has to be cut: after the first character of each control token spelled over a break.
+    fn cuts(&self, word: &NormalizedString, part: &Range<usize>, tokens: &[Token], breaks: Breaks<'_>) -> Vec<usize> {
+        if breaks.is_empty() {
+            return Vec::new();
+        }
+        let cut = tokens.iter().filter(|token| self.is_special(token.id)).filter_map(|token| {
+            let range = part.start + token.offsets.0..part.start + token.offsets.1;
+            let text = word.get().get(range.clone())?;
+            // The unknown token stands for text that it does not spell; there is nothing to guard against then.
+            let first_bytes = text.chars().next()?.len_utf8();
+            let spelled = text == token.value && first_bytes < text.len();
+            (spelled && breaks.cut(&range_in_text(word, &range))).then_some(range.start + first_bytes)
+        });
+        cut.collect()
+    }
+}
+
+/// Puts the parts between `cuts` (ascending, inside `part`) on the stack, the first on top.
+fn push_parts(parts: &mut Vec<(Range<usize>, u32)>, part: Range<usize>, cuts: Vec<usize>, n_cuts: u32) {
+    let mut end = part.end;
+    for start in cuts.into_iter().rev() {
+        parts.push((start..end, n_cuts));
+        end = start;
+    }
+    parts.push((part.start..end, n_cuts));
+}
+
+/// The pipeline's added tokens as we search for them, and the control tokens among them.
+fn added_tokens(pipeline: &tokenizers::Tokenizer) -> Result<(AddedTokens, Vec<SpecialToken>), LoadError> {
+    let tokens = pipeline.get_added_tokens_decoder();
+    let vocabulary = pipeline.get_added_vocabulary();
+    let normalized = |id, content: &str| vocabulary.simple_id_to_token(id).unwrap_or_else(|| content.to_owned());
+    let added = AddedTokens::new(tokens.iter().map(|(&id, token)| (id, token, normalized(id, &token.content))))?;
+    let special = tokens.iter().filter(|(_, token)| token.special);
+    let mut special: Vec<_> =
+        special.map(|(&id, token)| SpecialToken { id, text: token.content.clone() }).collect();
+    special.sort_unstable_by_key(|token| token.id);
+    Ok((added, special))
+}
+
+/// Digests the pipeline in the library's own serialized form, which is ordered and complete.
+fn fingerprint(pipeline: &tokenizers::Tokenizer, vocab_size: usize) -> Result<String, LoadError> {
+    struct Digesting(Sha256);
+    impl io::Write for Digesting {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.0.update(bytes);
+            Ok(bytes.len())
+        }
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+    let mut digest = Digesting(Sha256::new());
+    digest.0.update(format!("lockstep tokenizer 1, {vocab_size} ids\n"));
+    let mut serialize = io::BufWriter::new(&mut digest);
+    serde_json::to_writer(&mut serialize, pipeline).map_err(|e| LoadError::Invalid(e.to_string()))?;
+    io::Write::flush(&mut serialize).map_err(|e| LoadError::Invalid(e.to_string()))?;
+    drop(serialize);
+    Ok(digest.0.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
+}
+
+#[cfg(test)]
+mod tests;
