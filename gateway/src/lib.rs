@@ -3,6 +3,7 @@
 //! # Layout
 //!
 //! * [`admission`]: who may call, and how much may be under way;
+//! * [`stop`]: generated text is searched for stop strings, across token boundaries;
 //! * [`router`]: which group takes a request; [`groups`] is the router with clients.
 #![forbid(unsafe_code)]
 
@@ -10,3 +11,4 @@ pub mod admission;
 mod backoff;
 pub mod groups;
 pub mod router;
+pub mod stop;
