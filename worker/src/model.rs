@@ -1,0 +1,85 @@
+//! The model: a Llama, cut into shards, and the one forward pass that every backend runs.
+//!
+//! # Layout
+//!
+//! * [`config`]: the shape of a model, read and checked once from a checkpoint.
+//! * [`shard`]: which ranges of every weight a rank holds, and the fixed order of sums across ranks.
+//! * [`ops`]: what a backend must be able to do; the only place that knows tensors and kernels.
+//! * [`linear`], [`attention`], [`mlp`], [`llama`]: the layers, read top to bottom.
+//! * [`batch`]: the rows of one step as the layers see them.
+//! * [`load`]: from a checkpoint to a loaded shard.
+
+pub mod attention;
+pub mod batch;
+pub mod config;
+pub mod linear;
+pub mod llama;
+pub mod load;
+pub mod mlp;
+pub mod ops;
+pub mod shard;
+
+use lockstep_checkpoint::CheckpointError;
+use lockstep_collectives::CollectiveError;
+
+/// Why a model cannot be served.
+#[derive(Debug, thiserror::Error)]
+pub enum LoadError {
+    /// The file is damaged or lacks something.
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+    /// The file is sound, but describes a model that Lockstep does not run.
+    #[error("{what}: {why}")]
+    Unsupported {
+        /// The metadata key or the tensor.
+        what: String,
+        /// What is wrong with it.
+        why: String,
+    },
+    /// The model cannot be cut into so many shards.
+    #[error("world size {world_size} is not possible for this model: {why}")]
+    WorldSize {
+        /// What was asked for.
+        world_size: usize,
+        /// What stands against it.
+        why: String,
+    },
+    /// A kernel refused a weight.
+    #[error("tensor {tensor}: {source}")]
+    Tensor {
+        /// Its name in the checkpoint.
+        tensor: String,
+        /// Why.
+        source: OpError,
+    },
+}
+
+/// Why an operation on a backend failed.
+#[derive(Debug, thiserror::Error)]
+pub enum OpError {
+    /// From our kernels.
+    #[error(transparent)]
+    Kernel(#[from] lockstep_kernels::KernelError),
+    /// From candle.
+    #[error("candle: {0}")]
+    Candle(#[from] candle_core::Error),
+}
+
+/// Why a step failed on this rank.
+#[derive(Debug, thiserror::Error)]
+pub enum StepError {
+    /// Other ranks did not do their part.
+    #[error(transparent)]
+    Collective(#[from] CollectiveError),
+    /// The backend failed.
+    #[error(transparent)]
+    Op(#[from] OpError),
+    /// The plan does not fit what this rank knows.
+    #[error("step {step_id}: {why}")]
+    Plan {
+        /// The step.
+        step_id: u64,
+        /// What does not fit.
+        why: String,
+    },
+}

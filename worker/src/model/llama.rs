@@ -1,0 +1,147 @@
+//! Llama: the forward pass of one step, on one rank.
+
+use std::{ops::Range, sync::Arc};
+
+use lockstep_checkpoint::Checkpoint;
+use lockstep_collectives::Collective;
+
+use super::{
+    LoadError, OpError, StepError,
+    attention::Attention,
+    batch::Batch,
+    config::ModelConfig,
+    linear::ColumnParallel,
+    mlp::Mlp,
+    ops::{AttentionShape, Backend},
+};
+
+/// One rank's shard of a model.
+#[derive(Debug)]
+pub struct Llama<B: Backend> {
+    pub(super) config: ModelConfig,
+    pub(super) shape: AttentionShape,
+    pub(super) embedding: Embedding,
+    pub(super) layers: Vec<Layer<B>>,
+    pub(super) norm: B::Tensor,
+    pub(super) output: ColumnParallel<B>,
+    pub(super) vocab: Vec<Range<usize>>,
+}
+
+/// One transformer block.
+#[derive(Debug)]
+pub struct Layer<B: Backend> {
+    pub(super) attention_norm: B::Tensor,
+    pub(super) attention: Attention<B>,
+    pub(super) mlp_norm: B::Tensor,
+    pub(super) mlp: Mlp<B>,
+}
+
+/// What the layers of one step share.
+#[derive(Debug)]
+pub(super) struct Step<'a, B: Backend> {
+    pub(super) ops: &'a mut B,
+    pub(super) collective: &'a mut dyn Collective,
+    pub(super) kv: &'a mut B::Kv,
+    pub(super) batch: &'a Batch,
+    pub(super) shape: &'a AttentionShape,
+}
+
+impl<B: Backend> Llama<B> {
+    /// Token ids are below this.
+    pub fn vocab_size(&self) -> usize {
+        self.config.vocab_size
+    }
+
+    /// Computes the step's rows, stores their keys and values, and returns the logits of the rows that need them,
+    /// `[n_logits_rows, vocab_size]`, on rank 0; nothing on the others.
+    ///
+    /// # Errors
+    /// Another rank that fails or is gone, or the backend's own failure. The cache is then undefined.
+    pub fn forward(
+        &self,
+        ops: &mut B,
+        collective: &mut dyn Collective,
+        kv: &mut B::Kv,
+        batch: &Batch,
+    ) -> Result<Option<Vec<f32>>, StepError> {
+        let step = &mut Step { ops, collective, kv, batch, shape: &self.shape };
+        let eps = self.config.rms_eps;
+        let embedded = self.embedding.rows(&batch.token_ids)?;
+        let mut x = step.ops.upload(embedded, self.config.hidden_dim)?; // [n_rows, hidden_dim]
+        for (i, layer) in self.layers.iter().enumerate() {
+            let normed = step.ops.rms_norm(&x, &layer.attention_norm, eps)?;
+            let attended = layer.attention.forward(step, i, &normed)?;
+            step.ops.add(&mut x, &attended)?;
+            let normed = step.ops.rms_norm(&x, &layer.mlp_norm, eps)?;
+            let mixed = layer.mlp.forward(step, &normed)?;
+            step.ops.add(&mut x, &mixed)?;
+        }
+        if batch.logits_rows.is_empty() {
+            return Ok(None);
+        }
+        let x = step.ops.select_rows(x, &batch.logits_rows)?; // [n_logits_rows, hidden_dim]
+        let x = step.ops.rms_norm(&x, &self.norm, eps)?;
+        let [logits] = step.ops.matmul([&self.output.weight], &x)?; // [n_logits_rows, vocab_size/world]
+        let logits = step.ops.download(logits)?;
+        self.gather_logits(step.collective, logits, batch.logits_rows.len())
+    }
+
+    /// Brings every rank's columns together on rank 0: `[n_rows, vocab_size]`.
+    fn gather_logits(
+        &self,
+        collective: &mut dyn Collective,
+        mine: Vec<f32>,
+        n_rows: usize,
+    ) -> Result<Option<Vec<f32>>, StepError> {
+        if collective.world_size() == 1 {
+            return Ok(Some(mine));
+        }
+        let lengths: Vec<usize> = self.vocab.iter().map(|range| range.len() * n_rows).collect();
+        if collective.rank() != 0 {
+            collective.gather(0, &mine, &lengths, None)?;
+            return Ok(None);
+        }
+        let vocab_size = self.config.vocab_size;
+        let mut shards = vec![0.0; n_rows * vocab_size];
+        collective.gather(0, &mine, &lengths, Some(&mut shards))?;
+        let mut logits = vec![0.0; n_rows * vocab_size];
+        let mut shard = shards.as_slice();
+        for range in &self.vocab {
+            let (rows, rest) = shard.split_at(range.len() * n_rows);
+            for (row, values) in rows.chunks_exact(range.len()).enumerate() {
+                logits[row * vocab_size..][range.clone()].copy_from_slice(values);
+            }
+            shard = rest;
+        }
+        Ok(Some(logits))
+    }
+}
+
+/// The embedding table, read from the mapped checkpoint row by row: every rank needs all of it, but only a few rows a
+/// step, so no rank keeps a copy.
+#[derive(Debug)]
+pub(super) struct Embedding {
+    checkpoint: Arc<Checkpoint>,
+    hidden_dim: usize,
+}
+
+impl Embedding {
+    pub(super) const TENSOR: &str = "token_embd.weight";
+
+    pub(super) fn new(checkpoint: Arc<Checkpoint>, hidden_dim: usize) -> Result<Self, LoadError> {
+        super::load::check_shape(&checkpoint.tensor(Self::TENSOR)?, None, hidden_dim)?;
+        Ok(Self { checkpoint, hidden_dim })
+    }
+
+    /// `[n_ids, hidden_dim]`. Ids must be below the vocabulary's size, which the model runner has checked.
+    fn rows(&self, ids: &[u32]) -> Result<Vec<f32>, OpError> {
+        let table = self.checkpoint.tensor(Self::TENSOR).expect("it was there when the model was loaded");
+        let row_bytes = table.row_bytes();
+        let mut out = vec![0.0; ids.len() * self.hidden_dim];
+        for (&id, out) in ids.iter().zip(out.chunks_exact_mut(self.hidden_dim)) {
+            let row = &table.bytes[id as usize * row_bytes..][..row_bytes];
+            lockstep_kernels::dequantize(table.encoding, row, out);
+        }
+        Ok(out)
+    }
+}

@@ -1,0 +1,249 @@
+//! Loading: from a checkpoint to one rank's shard, reading only the ranges that the shard plan names.
+
+use std::{collections::HashSet, ops::Range, sync::Arc};
+
+use lockstep_checkpoint::{Checkpoint, Tensor};
+use lockstep_kernels::{EncodedRows, RopeStyle, dequantize};
+
+use super::{
+    LoadError, OpError,
+    attention::Attention,
+    config::ModelConfig,
+    linear::{ColumnParallel, RowParallel},
+    llama::{Embedding, Layer, Llama},
+    mlp::Mlp,
+    ops::{AttentionShape, Backend, RopeSpec},
+    shard::{Reduction, RowParallelBlocks, ShardPlan},
+};
+
+const OUTPUT: &str = "output.weight";
+const OUTPUT_NORM: &str = "output_norm.weight";
+const ROPE_FREQS: &str = "rope_freqs.weight";
+
+/// A checkpoint that is a model Lockstep can run, with its shard plan for one rank.
+#[derive(Debug)]
+pub struct Source {
+    checkpoint: Arc<Checkpoint>,
+    config: ModelConfig,
+    plan: ShardPlan,
+}
+
+impl Source {
+    /// Reads the configuration and plans the shard; loads nothing yet.
+    ///
+    /// # Errors
+    /// A damaged or unsupported model, tensors that no part of a Llama uses, or an impossible world size.
+    pub fn open(checkpoint: Arc<Checkpoint>, rank: usize, world_size: usize) -> Result<Self, LoadError> {
+        let config = ModelConfig::from_checkpoint(&checkpoint)?;
+        refuse_unused_tensors(&checkpoint, &config)?;
+        let blocks = RowParallelBlocks {
+            o: largest_block(&checkpoint, &config, "attn_output")?,
+            down: largest_block(&checkpoint, &config, "ffn_down")?,
+        };
+        let plan = ShardPlan::new(&config, rank, world_size, blocks)?;
+        Ok(Self { checkpoint, config, plan })
+    }
+
+    /// The model's shape.
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// What this rank will hold.
+    pub fn plan(&self) -> &ShardPlan {
+        &self.plan
+    }
+
+    /// The checkpoint.
+    pub fn checkpoint(&self) -> &Arc<Checkpoint> {
+        &self.checkpoint
+    }
+
+    /// The attention that this rank computes.
+    ///
+    /// `context_length`: positions are below this.
+    ///
+    /// # Errors
+    /// Frequency factors of the wrong shape or encoding.
+    pub fn attention_shape(&self, context_length: usize) -> Result<AttentionShape, LoadError> {
+        let config = &self.config;
+        let n_pairs = config.rope_dim / 2;
+        let mut factors = match self.checkpoint.find(ROPE_FREQS) {
+            None => None,
+            Some(tensor) => Some(self.read_vector(&tensor, n_pairs)?),
+        };
+        if config.rope_scale != 1.0 {
+            // Dividing positions by the scale is dividing every frequency by it.
+            factors
+                .get_or_insert_with(|| vec![1.0; n_pairs])
+                .iter_mut()
+                .for_each(|factor| *factor *= config.rope_scale);
+        }
+        Ok(AttentionShape {
+            n_heads: self.plan.heads.len(),
+            n_kv_heads: self.plan.kv_heads.len(),
+            head_dim: config.head_dim,
+            rope: RopeSpec {
+                rope_dim: config.rope_dim,
+                base: config.rope_base,
+                factors,
+                n_positions: context_length,
+                // GGUF conversion reorders the rows of q and k so that rotated pairs are neighbours.
+                style: RopeStyle::Adjacent,
+            },
+        })
+    }
+
+    /// Bytes of a tensor, as encoded, that this rank holds.
+    pub fn held_bytes(&self, tensor: &Tensor<'_>) -> usize {
+        let part = tensor.name.rsplit('.').nth(1).unwrap_or(tensor.name);
+        let (held, of) = match part {
+            "attn_q" => (self.plan.heads.len(), self.config.n_heads),
+            "attn_k" | "attn_v" => (self.plan.kv_heads.len(), self.config.n_kv_heads),
+            "attn_output" => (self.plan.attention_sum.columns.len(), self.config.q_dim()),
+            "ffn_gate" | "ffn_up" | "ffn_down" => (self.plan.ffn.len(), self.config.ffn_dim),
+            "output" => (self.plan.vocab[self.plan.rank].len(), self.config.vocab_size),
+            // A tied embedding is also the output matrix; otherwise its few rows a step stay in the mapped file.
+            "token_embd" if self.checkpoint.find(OUTPUT).is_some() => (0, 1),
+            "token_embd" => (self.plan.vocab[self.plan.rank].len(), self.config.vocab_size),
+            _ => (1, 1),
+        };
+        (tensor.bytes.len() as u64 * held as u64 / of as u64) as usize
+    }
+
+    /// Loads this rank's shard onto a backend.
+    ///
+    /// # Errors
+    /// A tensor that is missing, of the wrong shape, or that the backend refuses.
+    pub fn load<B: Backend>(&self, ops: &mut B, shape: AttentionShape) -> Result<Llama<B>, LoadError> {
+        let hidden_dim = self.config.hidden_dim;
+        let layers = (0..self.config.n_layers).map(|layer| self.load_layer(ops, layer)).collect::<Result<_, _>>()?;
+        let output = if self.checkpoint.find(OUTPUT).is_some() { OUTPUT } else { Embedding::TENSOR };
+        let vocab = &self.plan.vocab[self.plan.rank];
+        Ok(Llama {
+            embedding: Embedding::new(Arc::clone(&self.checkpoint), hidden_dim)?,
+            layers,
+            norm: self.load_vector(ops, OUTPUT_NORM, hidden_dim)?,
+            output: self.column_parallel(ops, output, self.config.vocab_size, vocab)?,
+            vocab: self.plan.vocab.clone(),
+            config: self.config.clone(),
+            shape,
+        })
+    }
+
+    fn load_layer<B: Backend>(&self, ops: &mut B, layer: usize) -> Result<Layer<B>, LoadError> {
+        let ModelConfig { hidden_dim, head_dim, ffn_dim, .. } = self.config;
+        let (q_dim, kv_dim) = (self.config.q_dim(), self.config.kv_dim());
+        let q_rows = self.plan.heads.start * head_dim..self.plan.heads.end * head_dim;
+        let kv_rows = self.plan.kv_heads.start * head_dim..self.plan.kv_heads.end * head_dim;
+        let name = |part: &str| layer_tensor(layer, part);
+        Ok(Layer {
+            attention_norm: self.load_vector(ops, &name("attn_norm"), hidden_dim)?,
+            attention: Attention {
+                q: self.column_parallel(ops, &name("attn_q"), q_dim, &q_rows)?,
+                k: self.column_parallel(ops, &name("attn_k"), kv_dim, &kv_rows)?,
+                v: self.column_parallel(ops, &name("attn_v"), kv_dim, &kv_rows)?,
+                o: self.row_parallel(ops, &name("attn_output"), q_dim, &self.plan.attention_sum)?,
+            },
+            mlp_norm: self.load_vector(ops, &name("ffn_norm"), hidden_dim)?,
+            mlp: Mlp {
+                gate: self.column_parallel(ops, &name("ffn_gate"), ffn_dim, &self.plan.ffn)?,
+                up: self.column_parallel(ops, &name("ffn_up"), ffn_dim, &self.plan.ffn)?,
+                down: self.row_parallel(ops, &name("ffn_down"), ffn_dim, &self.plan.ffn_sum)?,
+            },
+        })
+    }
+
+    /// Rows `rows` of a weight `[n_rows, hidden_dim]`.
+    fn column_parallel<B: Backend>(
+        &self,
+        ops: &mut B,
+        name: &str,
+        n_rows: usize,
+        rows: &Range<usize>,
+    ) -> Result<ColumnParallel<B>, LoadError> {
+        let tensor = self.checkpoint.tensor(name)?;
+        check_shape(&tensor, Some(n_rows), self.config.hidden_dim)?;
+        let load = || -> Result<B::Matrix, OpError> {
+            let source = encoded(&tensor)?.rows(rows.clone())?;
+            ops.load_matrix(&source, None)
+        };
+        Ok(ColumnParallel { weight: named(name, load)? })
+    }
+
+    /// The reduction's columns of a weight `[hidden_dim, n_cols]`.
+    fn row_parallel<B: Backend>(
+        &self,
+        ops: &mut B,
+        name: &str,
+        n_cols: usize,
+        reduction: &Reduction,
+    ) -> Result<RowParallel<B>, LoadError> {
+        let tensor = self.checkpoint.tensor(name)?;
+        check_shape(&tensor, Some(self.config.hidden_dim), n_cols)?;
+        let load = || -> Result<B::Matrix, OpError> {
+            let source = encoded(&tensor)?.cols(reduction.columns.clone())?;
+            ops.load_matrix(&source, Some(reduction))
+        };
+        Ok(RowParallel { weight: named(name, load)?, reduction: reduction.clone() })
+    }
+
+    fn load_vector<B: Backend>(&self, ops: &mut B, name: &str, width: usize) -> Result<B::Tensor, LoadError> {
+        let values = self.read_vector(&self.checkpoint.tensor(name)?, width)?;
+        named(name, || ops.upload(values, width))
+    }
+
+    fn read_vector(&self, tensor: &Tensor<'_>, width: usize) -> Result<Vec<f32>, LoadError> {
+        check_shape(tensor, Some(1), width)?;
+        let mut values = vec![0.0; width];
+        dequantize(tensor.encoding, tensor.bytes, &mut values);
+        Ok(values)
+    }
+}
+
+/// Checks a tensor's shape, `[n_rows, n_cols]`; a vector is one row.
+pub(super) fn check_shape(tensor: &Tensor<'_>, n_rows: Option<usize>, n_cols: usize) -> Result<(), LoadError> {
+    if tensor.shape.len() <= 2 && n_rows.is_none_or(|n| tensor.n_rows() == n) && tensor.n_cols() == n_cols {
+        return Ok(());
+    }
+    let wanted = n_rows.map_or_else(|| format!("[*, {n_cols}]"), |n| format!("[{n}, {n_cols}]"));
+    let why = format!("its shape {:?} is not {wanted}, which the model's metadata asks for", tensor.shape);
+    Err(LoadError::Unsupported { what: format!("tensor {}", tensor.name), why })
+}
+
+fn encoded<'a>(tensor: &Tensor<'a>) -> Result<EncodedRows<'a>, OpError> {
+    Ok(EncodedRows::new(tensor.encoding, tensor.bytes, tensor.n_rows(), tensor.n_cols())?)
+}
+
+fn named<T>(tensor: &str, load: impl FnOnce() -> Result<T, OpError>) -> Result<T, LoadError> {
+    load().map_err(|source| LoadError::Tensor { tensor: tensor.to_owned(), source })
+}
+
+fn layer_tensor(layer: usize, part: &str) -> String {
+    format!("blk.{layer}.{part}.weight")
+}
+
+fn largest_block(checkpoint: &Checkpoint, config: &ModelConfig, part: &str) -> Result<usize, LoadError> {
+    let mut largest = 1;
+    for layer in 0..config.n_layers {
+        largest = largest.max(checkpoint.tensor(&layer_tensor(layer, part))?.encoding.block_len());
+    }
+    Ok(largest)
+}
+
+/// A tensor that a Llama does not know (a bias, a router, an adapter) would change the result if it were used, so a
+/// file that has one is refused rather than run wrongly.
+fn refuse_unused_tensors(checkpoint: &Checkpoint, config: &ModelConfig) -> Result<(), LoadError> {
+    const PARTS: [&str; 9] =
+        ["attn_norm", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_norm", "ffn_gate", "ffn_up", "ffn_down"];
+    let mut known: HashSet<String> =
+        [Embedding::TENSOR, OUTPUT, OUTPUT_NORM, ROPE_FREQS].map(str::to_owned).into_iter().collect();
+    known.extend((0..config.n_layers).flat_map(|layer| PARTS.iter().map(move |part| layer_tensor(layer, part))));
+    match checkpoint.tensors().find(|tensor| !known.contains(tensor.name)) {
+        None => Ok(()),
+        Some(tensor) => Err(LoadError::Unsupported {
+            what: format!("tensor {}", tensor.name),
+            why: "it is no part of a Llama with this metadata".into(),
+        }),
+    }
+}

@@ -1,0 +1,119 @@
+//! Ops: what a backend must be able to do for one forward pass. The only place of the worker that knows tensors and
+//! kernels; a layer sees nothing but [`Backend`].
+//!
+//! Activations are f32 matrices `[n_rows, width]` in a form of the backend's own choice. Row `i` of a result depends
+//! on row `i` of the operands alone (and, in attention, on the cached keys and values of its own sequence).
+
+pub mod cpu;
+pub mod reference;
+
+use std::fmt::Debug;
+
+use lockstep_collectives::Collective;
+use lockstep_kernels::{EncodedRows, RopeStyle};
+
+use super::{OpError, StepError, batch::Batch, shard::Reduction};
+
+/// The shape of the attention that one rank computes.
+#[derive(Clone, Debug)]
+pub struct AttentionShape {
+    /// Query heads of this rank.
+    pub n_heads: usize,
+    /// Key and value heads of this rank.
+    pub n_kv_heads: usize,
+    /// Width of a head.
+    pub head_dim: usize,
+    /// Rotary embedding.
+    pub rope: RopeSpec,
+}
+
+/// A rotary position embedding (Su et al., RoFormer, arXiv 2104.09864).
+#[derive(Clone, Debug)]
+pub struct RopeSpec {
+    /// Values of a head that are rotated; even.
+    pub rope_dim: usize,
+    /// Base of the frequencies: pair `i` turns by `position * base^(-2i / rope_dim) / factor_i`.
+    pub base: f32,
+    /// Divisors of the frequencies, `[rope_dim / 2]`: Llama 3.1's `rope_freqs`, or a linear scaling.
+    pub factors: Option<Vec<f32>>,
+    /// Positions are below this.
+    pub n_positions: usize,
+    /// Which values of a head are a pair.
+    pub style: RopeStyle,
+}
+
+/// The size of a paged key and value cache.
+#[derive(Clone, Copy, Debug)]
+pub struct KvShape {
+    /// Layers.
+    pub n_layers: usize,
+    /// Blocks in each layer.
+    pub n_blocks: usize,
+    /// Positions in a block.
+    pub block_size: usize,
+}
+
+/// A device and how it computes. See the module for what every method keeps to.
+pub trait Backend: Debug + Send {
+    /// Activations, `[n_rows, width]`, or norm weights, `[1, width]`.
+    type Tensor: Debug + Send;
+    /// One rank's part of a weight, `[n_out, n_in]`.
+    type Matrix: Debug + Send;
+    /// Keys and values of all layers.
+    type Kv: Debug + Send;
+
+    /// Loads a rank's part of a weight. With a `reduction` the weight is row-parallel: products are partial sums, one
+    /// for each of the rank's subtrees.
+    fn load_matrix(&mut self, source: &EncodedRows<'_>, reduction: Option<&Reduction>)
+    -> Result<Self::Matrix, OpError>;
+    /// Makes room for keys and values, empty.
+    fn new_kv(&mut self, shape: KvShape) -> Result<Self::Kv, OpError>;
+    /// Bytes of device memory that a loaded weight takes.
+    fn matrix_bytes(&self, matrix: &Self::Matrix) -> usize;
+
+    /// Brings values `[n_rows, width]` to the device.
+    fn upload(&mut self, values: Vec<f32>, width: usize) -> Result<Self::Tensor, OpError>;
+    /// Brings values back.
+    fn download(&mut self, x: Self::Tensor) -> Result<Vec<f32>, OpError>;
+    /// `x * weight / sqrt(mean(x^2) + eps)`, row by row.
+    fn rms_norm(&mut self, x: &Self::Tensor, weight: &Self::Tensor, eps: f32) -> Result<Self::Tensor, OpError>;
+    /// `x · wᵀ` for several weights: `[n_rows, n_out]` each. None may be row-parallel.
+    fn matmul<const N: usize>(
+        &mut self,
+        weights: [&Self::Matrix; N],
+        x: &Self::Tensor,
+    ) -> Result<[Self::Tensor; N], OpError>;
+    /// `x · wᵀ` for a row-parallel weight, summed over all ranks in the reduction's order: `[n_rows, n_out]`.
+    fn matmul_reduce(
+        &mut self,
+        weight: &Self::Matrix,
+        x: &Self::Tensor,
+        reduction: &Reduction,
+        collective: &mut dyn Collective,
+    ) -> Result<Self::Tensor, StepError>;
+    /// `acc += x`.
+    fn add(&mut self, acc: &mut Self::Tensor, x: &Self::Tensor) -> Result<(), OpError>;
+    /// Rotates heads in place by their rows' positions: `x: [n_rows, n_heads * head_dim]`.
+    fn rope(&mut self, x: &mut Self::Tensor, n_heads: usize, positions: &[u32]) -> Result<(), OpError>;
+    /// Stores the batch's keys and values, `[n_rows, n_kv_heads * head_dim]` each, at its slots.
+    fn write_kv(
+        &mut self,
+        kv: &mut Self::Kv,
+        layer: usize,
+        slots: &[u32],
+        k: &Self::Tensor,
+        v: &Self::Tensor,
+    ) -> Result<(), OpError>;
+    /// Causal attention over each row's own sequence: `q` and the result are `[n_rows, n_heads * head_dim]`.
+    fn attention(
+        &mut self,
+        q: &Self::Tensor,
+        kv: &Self::Kv,
+        layer: usize,
+        batch: &Batch,
+    ) -> Result<Self::Tensor, OpError>;
+    /// `silu(gate) * up`, element by element.
+    fn silu_mul(&mut self, gate: Self::Tensor, up: &Self::Tensor) -> Result<Self::Tensor, OpError>;
+    /// The given rows of `x`.
+    fn select_rows(&mut self, x: Self::Tensor, rows: &[u32]) -> Result<Self::Tensor, OpError>;
+}

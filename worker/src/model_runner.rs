@@ -1,0 +1,197 @@
+//! The model runner: turns a step plan into logits. Every rank has one, and its result is a function of the weights,
+//! the cache and the plan; only rank 0 sees the logits.
+
+use std::collections::HashMap;
+
+use lockstep_collectives::Collective;
+use lockstep_kernels::{AttentionRow, Cpu};
+
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    model::{
+        LoadError, OpError, StepError,
+        batch::Batch,
+        llama::Llama,
+        load::Source,
+        ops::{Backend, KvShape, cpu::CpuBackend, reference::ReferenceBackend},
+    },
+    scheduler::plan::{BlockId, LogitsRows, SeqId, SequenceStep, StepPlan},
+};
+
+/// Which backend computes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum BackendChoice {
+    /// Our own CPU kernels.
+    #[default]
+    Cpu,
+    /// candle tensors with eager attention: slow, plain, the standard of tests.
+    Reference,
+}
+
+/// How a runner is built.
+#[derive(Clone, Copy, Debug)]
+pub struct RunnerSettings {
+    /// Which backend computes.
+    pub backend: BackendChoice,
+    /// Threads that compute. Only the `cpu` backend has threads of its own.
+    pub threads: usize,
+    /// Blocks of keys and values.
+    pub n_blocks: usize,
+    /// Positions in a block.
+    pub block_size: usize,
+    /// Longest sequence.
+    pub context_length: usize,
+}
+
+/// Loads a rank's shard and makes a runner of it.
+///
+/// # Errors
+/// See [`Source::load`].
+pub fn build(source: &Source, settings: &RunnerSettings) -> Result<Box<dyn RunStep>, LoadError> {
+    let RunnerSettings { backend, threads, n_blocks, block_size, context_length } = *settings;
+    let shape = source.attention_shape(context_length)?;
+    let kv_shape = KvShape { n_layers: source.config().n_layers, n_blocks, block_size };
+    let failed = |source| LoadError::Tensor { tensor: "key and value cache".into(), source };
+    Ok(match backend {
+        BackendChoice::Cpu => {
+            let mut ops = CpuBackend::new(Cpu::new(threads), shape.clone()).map_err(failed)?;
+            let model = source.load(&mut ops, shape)?;
+            Box::new(ModelRunner::new(ops, model, kv_shape, context_length).map_err(failed)?)
+        }
+        BackendChoice::Reference => {
+            let mut ops = ReferenceBackend::new(candle_core::Device::Cpu, shape.clone());
+            let model = source.load(&mut ops, shape)?;
+            Box::new(ModelRunner::new(ops, model, kv_shape, context_length).map_err(failed)?)
+        }
+    })
+}
+
+/// Runs steps, whatever the backend.
+pub trait RunStep: Send + std::fmt::Debug {
+    /// Executes one plan. On rank 0 the logits of the rows that the plan asks for, in its order, `[n, vocab_size]`;
+    /// empty on other ranks.
+    ///
+    /// # Errors
+    /// See [`StepError`]. After an error only [`RunStep::reset`] makes the runner usable again.
+    fn run(&mut self, plan: &StepPlan, collective: &mut dyn Collective) -> Result<Vec<f32>, StepError>;
+    /// Forgets every sequence: a new epoch begins.
+    fn reset(&mut self);
+    /// Token ids are below this.
+    fn vocab_size(&self) -> usize;
+    /// Rows that fit into one block and the context.
+    fn block_size(&self) -> usize;
+}
+
+/// A shard of a model on a backend, with its cache and its mirror of the block tables.
+#[derive(Debug)]
+pub struct ModelRunner<B: Backend> {
+    ops: B,
+    model: Llama<B>,
+    kv: B::Kv,
+    kv_shape: KvShape,
+    context_length: usize,
+    block_tables: HashMap<SeqId, Vec<u32>>,
+}
+
+impl<B: Backend> ModelRunner<B> {
+    /// A runner for sequences of at most `context_length` tokens.
+    ///
+    /// # Errors
+    /// No room for the cache.
+    pub fn new(mut ops: B, model: Llama<B>, kv_shape: KvShape, context_length: usize) -> Result<Self, OpError> {
+        let kv = ops.new_kv(kv_shape)?;
+        Ok(Self { ops, model, kv, kv_shape, context_length, block_tables: HashMap::new() })
+    }
+
+    /// Applies the plan's deltas to the mirrored block tables and lays its rows out.
+    fn batch(&mut self, plan: &StepPlan) -> Result<Batch, String> {
+        for id in &plan.released {
+            self.block_tables.remove(id);
+        }
+        let block_size = self.kv_shape.block_size;
+        let vocab_size = self.model.vocab_size();
+        let mut batch = Batch::default();
+        for step in &plan.sequences {
+            let table = self.block_tables.entry(step.id).or_default();
+            table.extend(step.new_blocks.iter().map(|block| block.0));
+            let start = step.start_position as usize;
+            let end = start + step.token_ids.len();
+            if end > self.context_length || end > table.len() * block_size {
+                return Err(format!(
+                    "{:?} ends at position {end}, past its {} blocks or the context of {}",
+                    step.id,
+                    table.len(),
+                    self.context_length
+                ));
+            }
+            if let Some(block) = step.new_blocks.iter().find(|block| block.0 as usize >= self.kv_shape.n_blocks) {
+                return Err(format!("{block:?} is not one of {} blocks", self.kv_shape.n_blocks));
+            }
+            if let Some(id) = step.token_ids.iter().find(|id| **id as usize >= vocab_size) {
+                return Err(format!("token id {id} is not below the vocabulary's size {vocab_size}"));
+            }
+            let first_row = batch.n_rows();
+            batch.token_ids.extend(&step.token_ids);
+            for position in start..end {
+                batch.positions.push(position as u32);
+                batch.slots.push(table[position / block_size] * block_size as u32 + (position % block_size) as u32);
+                batch.attention.push(AttentionRow { position: position as u32, table: batch.block_tables.len() });
+            }
+            batch.block_tables.push(table.clone());
+            let rows = match step.logits {
+                LogitsRows::None => batch.n_rows()..batch.n_rows(),
+                LogitsRows::Last => batch.n_rows() - 1..batch.n_rows(),
+                LogitsRows::All => first_row..batch.n_rows(),
+            };
+            batch.logits_rows.extend(rows.map(|row| row as u32));
+        }
+        Ok(batch)
+    }
+}
+
+impl<B: Backend> RunStep for ModelRunner<B>
+where
+    B::Tensor: Send,
+{
+    fn run(&mut self, plan: &StepPlan, collective: &mut dyn Collective) -> Result<Vec<f32>, StepError> {
+        let batch = self.batch(plan).map_err(|why| StepError::Plan { step_id: plan.step_id, why })?;
+        if batch.n_rows() == 0 {
+            return Ok(Vec::new());
+        }
+        let logits = self.model.forward(&mut self.ops, collective, &mut self.kv, &batch)?;
+        Ok(logits.unwrap_or_default())
+    }
+
+    fn reset(&mut self) {
+        self.block_tables.clear();
+    }
+
+    fn vocab_size(&self) -> usize {
+        self.model.vocab_size()
+    }
+
+    fn block_size(&self) -> usize {
+        self.kv_shape.block_size.min(self.context_length)
+    }
+}
+
+/// Runs one prefill that every rank knows without being told, so that the first request finds caches, pages and
+/// threads warm, and a rank that cannot compute is found out before the group is ready.
+///
+/// # Errors
+/// See [`RunStep::run`].
+pub fn warm_up(runner: &mut dyn RunStep, collective: &mut dyn Collective) -> Result<(), StepError> {
+    let id = SeqId(u64::MAX);
+    let prefill = SequenceStep {
+        id,
+        start_position: 0,
+        token_ids: (0..runner.block_size()).map(|i| (i % runner.vocab_size()) as u32).collect(),
+        new_blocks: vec![BlockId(0)],
+        logits: LogitsRows::Last,
+    };
+    runner.run(&StepPlan { step_id: 0, released: Vec::new(), sequences: vec![prefill] }, collective)?;
+    runner.reset();
+    Ok(())
+}
