@@ -103,6 +103,11 @@ impl Sampler {
         Self { logits: vec![0.0; vocab_size], counts: vec![0; vocab_size], candidates: Candidates::new(vocab_size) }
     }
 
+    /// Token ids are below this.
+    pub fn vocab_size(&self) -> usize {
+        self.logits.len()
+    }
+
     /// The token after `prompt` and `emitted`, for which the model gave `logits`, `[vocab_size]`. If all of them are
     /// impossible, it is token 0.
     ///

@@ -1,0 +1,73 @@
+//! A follower's loop: joins epochs, and runs the plans that rank 0 sends.
+
+use lockstep_proto::server::Readiness;
+use tracing::warn;
+
+use super::metrics::Metrics;
+use crate::{
+    group::{Epoch, FollowerGroup, GroupError},
+    model::StepError,
+    model_runner::{RunStep, warm_up},
+};
+
+/// The engine of a rank that is not 0.
+#[derive(Debug)]
+pub struct Follower {
+    group: FollowerGroup,
+    runner: Box<dyn RunStep>,
+    metrics: Metrics,
+    readiness: Readiness,
+}
+
+/// Why an epoch ended.
+#[derive(Debug, thiserror::Error)]
+enum EpochEnd {
+    #[error(transparent)]
+    Group(#[from] GroupError),
+    #[error(transparent)]
+    Step(#[from] StepError),
+}
+
+impl Follower {
+    /// An engine that follows `group`'s leader. `readiness` says whether it does.
+    pub fn new(group: FollowerGroup, runner: Box<dyn RunStep>, metrics: Metrics, readiness: Readiness) -> Self {
+        Self { group, runner, metrics, readiness }
+    }
+
+    /// Follows until the process is told to end, or until the leader refuses this rank for good. Blocks: the thread is
+    /// the engine's own.
+    ///
+    /// # Errors
+    /// The leader's refusal.
+    pub fn run(mut self) -> Result<(), GroupError> {
+        loop {
+            let end = match self.group.join() {
+                Ok(epoch) => {
+                    self.metrics.epochs.inc();
+                    let Err(end) = self.follow(epoch);
+                    end
+                }
+                Err(refusal @ GroupError::Refused { .. }) => return Err(refusal),
+                Err(error) => error.into(),
+            };
+            self.readiness.set_ready(false);
+            if matches!(end, EpochEnd::Group(GroupError::Stopped)) {
+                return Ok(());
+            }
+            warn!(reason = %end, "not in the group");
+        }
+    }
+
+    fn follow(&mut self, epoch: Epoch) -> Result<std::convert::Infallible, EpochEnd> {
+        let Epoch { mut collective, .. } = epoch;
+        let runner = self.runner.as_mut();
+        runner.reset();
+        warm_up(runner, collective.as_mut())?;
+        self.readiness.set_ready(true);
+        loop {
+            let plan = self.group.next_plan()?;
+            self.metrics.time_step(collective.as_mut(), |collective| runner.run(&plan, collective))?;
+            self.group.finished_step(plan.step_id);
+        }
+    }
+}

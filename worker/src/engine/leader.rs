@@ -1,0 +1,286 @@
+//! The leader's loop: forms epochs, and turns jobs into steps while an epoch holds.
+
+use std::{
+    collections::HashSet,
+    ops::ControlFlow,
+    sync::mpsc::{RecvTimeoutError, TryRecvError},
+    time::{Duration, Instant},
+};
+
+use lockstep_collectives::Collective;
+use tokio::sync::oneshot;
+use tracing::{debug, info, warn};
+
+use super::{
+    EngineError,
+    handle::{Command, EnginePort, EngineStatus, Submission},
+    live::{LiveJobs, Reason},
+    metrics::Metrics,
+};
+use crate::{
+    group::{Epoch, GroupError, LeaderGroup},
+    model::StepError,
+    model_runner::{RunStep, warm_up},
+    sampler::Sampler,
+    scheduler::{
+        Ended, Sampled, Scheduler,
+        plan::{LogitsRows, SeqId, StepPlan},
+    },
+};
+
+/// How long an idle loop sleeps before it looks after its group and shows that it is alive.
+const IDLE_TURN: Duration = Duration::from_millis(200);
+
+/// Rank 0's engine.
+#[derive(Debug)]
+pub struct Leader {
+    group: LeaderGroup,
+    runner: Box<dyn RunStep>,
+    scheduler: Scheduler,
+    sampler: Sampler,
+    metrics: Metrics,
+    port: EnginePort,
+    live: LiveJobs,
+    drained: Vec<oneshot::Sender<()>>,
+    epoch: u64,
+    ready: bool,
+    draining: bool,
+}
+
+/// Why an epoch ended.
+#[derive(Debug, thiserror::Error)]
+enum EpochEnd {
+    #[error("the engine was stopped")]
+    Stopped,
+    #[error(transparent)]
+    Group(#[from] GroupError),
+    #[error(transparent)]
+    Step(#[from] StepError),
+}
+
+impl Leader {
+    /// An engine that will serve the port's handles.
+    pub fn new(
+        group: LeaderGroup,
+        runner: Box<dyn RunStep>,
+        scheduler: Scheduler,
+        metrics: Metrics,
+        port: EnginePort,
+    ) -> Self {
+        let sampler = Sampler::new(runner.vocab_size());
+        Self {
+            group,
+            runner,
+            scheduler,
+            sampler,
+            metrics,
+            port,
+            live: LiveJobs::default(),
+            drained: Vec::new(),
+            epoch: 0,
+            ready: false,
+            draining: false,
+        }
+    }
+
+    /// Serves until it is stopped. Blocks: the thread is the engine's own.
+    pub fn run(mut self) {
+        loop {
+            let end = match self.group.form() {
+                Ok(epoch) => self.serve(epoch),
+                Err(failure) => EpochEnd::Group(failure),
+            };
+            self.ready = false;
+            let reason = end.to_string();
+            self.group.give_up(&reason);
+            self.scheduler.reset();
+            self.live.fail_all(&EngineError::GroupLost(reason.clone()));
+            self.publish();
+            if matches!(end, EpochEnd::Stopped | EpochEnd::Group(GroupError::Stopped)) {
+                info!("the engine has stopped");
+                return;
+            }
+            warn!(epoch = self.epoch, reason, "the epoch has ended");
+            if self.refuse_while_down(&reason).is_break() {
+                return;
+            }
+        }
+    }
+
+    /// One epoch.
+    fn serve(&mut self, epoch: Epoch) -> EpochEnd {
+        let Epoch { number, mut collective } = epoch;
+        self.epoch = number;
+        self.metrics.epochs.inc();
+        self.runner.reset();
+        if let Err(failure) = warm_up(self.runner.as_mut(), collective.as_mut()) {
+            return failure.into();
+        }
+        self.ready = true;
+        info!(epoch = number, world_size = collective.world_size(), "the group is ready");
+        loop {
+            match self.turn(collective.as_mut()) {
+                Ok(ControlFlow::Continue(())) => {}
+                Ok(ControlFlow::Break(())) => return EpochEnd::Stopped,
+                Err(end) => return end,
+            }
+        }
+    }
+
+    /// One turn of the loop: take commands in, compute one step if there is one.
+    fn turn(&mut self, collective: &mut dyn Collective) -> Result<ControlFlow<()>, EpochEnd> {
+        if self.receive().is_break() {
+            return Ok(ControlFlow::Break(()));
+        }
+        if let Some(broken) = self.group.is_broken() {
+            return Err(broken.into());
+        }
+        let abandoned = self.live.drop_abandoned(&mut self.scheduler);
+        self.metrics.cancelled.inc_by(abandoned as u64);
+        let scheduled = self.scheduler.schedule(Instant::now());
+        for id in scheduled.expired {
+            self.live.finish(id, Reason::Deadline);
+        }
+        if let Some(plan) = scheduled.plan {
+            self.step(&plan, collective)?;
+        }
+        self.answer_drains();
+        self.publish();
+        Ok(ControlFlow::Continue(()))
+    }
+
+    /// Runs one plan on every rank and hands its tokens out.
+    fn step(&mut self, plan: &StepPlan, collective: &mut dyn Collective) -> Result<(), EpochEnd> {
+        self.group.send_plan(plan)?;
+        let runner = self.runner.as_mut();
+        let logits = self.metrics.time_step(collective, |collective| runner.run(plan, collective))?;
+
+        let (sampled, cut_off) = self.hand_out(plan, &logits);
+        self.metrics.generated_tokens.inc_by(sampled.len() as u64);
+        for (id, ended) in self.scheduler.commit(&sampled) {
+            let reason = match ended {
+                Ended::Stop => Reason::Stop,
+                Ended::Length => Reason::Length,
+            };
+            self.live.finish(id, reason);
+        }
+        for id in cut_off {
+            self.live.drop_job_of(&mut self.scheduler, id);
+            self.metrics.slow_readers.inc();
+        }
+        Ok(())
+    }
+
+    /// Samples where tokens are due and tells the readers. Returns the tokens, and the sequences whose readers are gone
+    /// or too slow.
+    fn hand_out(&mut self, plan: &StepPlan, logits: &[f32]) -> (Vec<Sampled>, Vec<SeqId>) {
+        let due: HashSet<SeqId> = self.scheduler.due().collect();
+        let vocab_size = self.sampler.vocab_size();
+        let mut sampled = Vec::with_capacity(due.len());
+        let mut cut_off = Vec::new();
+        let mut rest = logits;
+        for step in &plan.sequences {
+            let (rows, after) = rest.split_at(step.n_logits_rows() * vocab_size);
+            rest = after;
+            if step.logits == LogitsRows::All {
+                self.live.keep_prompt_logprobs(step, rows, &mut self.sampler);
+            }
+            if !due.contains(&step.id) {
+                continue;
+            }
+            let last_row = &rows[rows.len() - vocab_size..];
+            let cached_tokens = self.scheduler.cached_tokens(step.id);
+            if let Some(outcome) = self.live.advance(step.id, last_row, cached_tokens, &mut self.sampler) {
+                sampled.push(outcome.sampled);
+                if outcome.cut_off {
+                    cut_off.push(step.id);
+                }
+            }
+        }
+        (sampled, cut_off)
+    }
+
+    /// Takes in every command that waits; sleeps for one if there is nothing to compute.
+    fn receive(&mut self) -> ControlFlow<()> {
+        if self.live.is_empty() {
+            match self.port.commands.recv_timeout(IDLE_TURN) {
+                Ok(command) => self.obey(command)?,
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => return ControlFlow::Break(()),
+            }
+        }
+        loop {
+            match self.port.commands.try_recv() {
+                Ok(command) => self.obey(command)?,
+                Err(TryRecvError::Empty) => return ControlFlow::Continue(()),
+                Err(TryRecvError::Disconnected) => return ControlFlow::Break(()),
+            }
+        }
+    }
+
+    fn obey(&mut self, command: Command) -> ControlFlow<()> {
+        match command {
+            Command::Submit(submission) => self.submit(submission),
+            Command::Drain(done) => {
+                self.draining = true;
+                self.drained.push(done);
+            }
+            Command::Stop => return ControlFlow::Break(()),
+        }
+        ControlFlow::Continue(())
+    }
+
+    fn submit(&mut self, submission: Submission) {
+        let Submission { job, accepted, outlet } = submission;
+        let n_prompt = job.prompt.len() as u64;
+        let request_id = job.request_id.clone();
+        let answer = if self.draining {
+            Err(EngineError::Draining)
+        } else {
+            self.live.admit(&mut self.scheduler, job, outlet, Instant::now()).map_err(EngineError::from)
+        };
+        match &answer {
+            Ok(()) => {
+                self.metrics.prompt_tokens.inc_by(n_prompt);
+                debug!(request_id, n_prompt, "admitted");
+            }
+            Err(refusal) => debug!(request_id, %refusal, "refused"),
+        }
+        // A caller that is gone by now has dropped its stream too, which the next turn sees.
+        let _ = accepted.send(answer);
+    }
+
+    /// Answers what came in while the group was not together, so that nobody waits for it.
+    fn refuse_while_down(&mut self, reason: &str) -> ControlFlow<()> {
+        while let Ok(command) = self.port.commands.try_recv() {
+            match command {
+                Command::Submit(submission) => {
+                    let _ = submission.accepted.send(Err(EngineError::NotReady(reason.to_owned())));
+                }
+                other => self.obey(other)?,
+            }
+        }
+        self.answer_drains();
+        ControlFlow::Continue(())
+    }
+
+    fn answer_drains(&mut self) {
+        if self.live.is_empty() {
+            for done in self.drained.drain(..) {
+                let _ = done.send(());
+            }
+        }
+    }
+
+    fn publish(&mut self) {
+        let stats = self.scheduler.stats();
+        self.metrics.observe_stats(&stats);
+        self.port.status.send_replace(EngineStatus {
+            ready: self.ready,
+            draining: self.draining,
+            epoch: self.epoch,
+            stats,
+            last_turn: Instant::now(),
+        });
+    }
+}

@@ -1,0 +1,151 @@
+//! What a rank measures: its steps, the time that they spend waiting for other ranks, queues, blocks and tokens.
+
+use std::{
+    sync::atomic::AtomicU64,
+    time::{Duration, Instant},
+};
+
+use lockstep_collectives::{AbortHandle, Collective, CollectiveError};
+use prometheus_client::{
+    metrics::{counter::Counter, gauge::Gauge, histogram::Histogram},
+    registry::{Registry, Unit},
+};
+
+use crate::scheduler::Stats;
+
+/// A rank's metrics. Cloning shares them.
+#[derive(Clone, Debug)]
+pub struct Metrics {
+    /// Time of a step on this rank.
+    pub step: Histogram,
+    /// Time of a step that went into collectives: waiting for the slowest rank, and moving data.
+    pub collective: Histogram,
+    /// Prompt tokens of admitted jobs.
+    pub prompt_tokens: Counter,
+    /// Tokens sampled.
+    pub generated_tokens: Counter,
+    /// Jobs whose reader went away.
+    pub cancelled: Counter,
+    /// Jobs whose reader was too slow.
+    pub slow_readers: Counter,
+    /// Epochs begun.
+    pub epochs: Counter,
+    waiting: Gauge,
+    running: Gauge,
+    outstanding_tokens: Gauge<i64, std::sync::atomic::AtomicI64>,
+    free_blocks: Gauge,
+    used_blocks: Gauge,
+    cached_blocks: Gauge,
+}
+
+/// From 0.25 ms to 8 s: a small model's decode step up to a large model's prefill on a CPU.
+fn step_buckets() -> impl Iterator<Item = f64> {
+    (0..16).map(|i| 0.000_25 * f64::from(1u32 << i))
+}
+
+impl Metrics {
+    /// Registers them with names that start with `worker_`.
+    pub fn register(registry: &mut Registry) -> Self {
+        let metrics = Self {
+            step: Histogram::new(step_buckets()),
+            collective: Histogram::new(step_buckets()),
+            prompt_tokens: Counter::<u64, AtomicU64>::default(),
+            generated_tokens: Counter::default(),
+            cancelled: Counter::default(),
+            slow_readers: Counter::default(),
+            epochs: Counter::default(),
+            waiting: Gauge::default(),
+            running: Gauge::default(),
+            outstanding_tokens: Gauge::default(),
+            free_blocks: Gauge::default(),
+            used_blocks: Gauge::default(),
+            cached_blocks: Gauge::default(),
+        };
+        let sub = registry.sub_registry_with_prefix("worker");
+        sub.register_with_unit("step", "Time of a step on this rank", Unit::Seconds, metrics.step.clone());
+        let help = "Time of a step on this rank that went into collectives";
+        sub.register_with_unit("collective", help, Unit::Seconds, metrics.collective.clone());
+        sub.register("prompt_tokens", "Prompt tokens of admitted jobs", metrics.prompt_tokens.clone());
+        sub.register("generated_tokens", "Tokens sampled", metrics.generated_tokens.clone());
+        sub.register("cancelled_jobs", "Jobs whose reader went away", metrics.cancelled.clone());
+        sub.register("slow_reader_jobs", "Jobs whose reader was cut off", metrics.slow_readers.clone());
+        sub.register("epochs", "Times that the group has formed", metrics.epochs.clone());
+        sub.register("waiting_sequences", "Sequences that wait", metrics.waiting.clone());
+        sub.register("running_sequences", "Sequences that run", metrics.running.clone());
+        let help = "Tokens still to be computed or generated, at most";
+        sub.register("outstanding_tokens", help, metrics.outstanding_tokens.clone());
+        sub.register("kv_blocks_free", "KV blocks that hold nothing", metrics.free_blocks.clone());
+        sub.register("kv_blocks_used", "KV blocks that sequences use", metrics.used_blocks.clone());
+        sub.register("kv_blocks_cached", "KV blocks that hold an unused prefix", metrics.cached_blocks.clone());
+        metrics
+    }
+
+    /// Shows the scheduler's state.
+    pub fn observe_stats(&self, stats: &Stats) {
+        self.waiting.set(stats.waiting as i64);
+        self.running.set(stats.running as i64);
+        self.outstanding_tokens.set(stats.outstanding_tokens as i64);
+        self.free_blocks.set(stats.blocks.free as i64);
+        self.used_blocks.set(stats.blocks.referenced as i64);
+        self.cached_blocks.set(stats.blocks.cached as i64);
+    }
+
+    /// Measures a step that runs on `collective`.
+    pub fn time_step<T>(&self, collective: &mut dyn Collective, run: impl FnOnce(&mut dyn Collective) -> T) -> T {
+        let start = Instant::now();
+        let mut timed = Timed { inner: collective, spent: Duration::ZERO };
+        let result = run(&mut timed);
+        let spent = timed.spent;
+        self.step.observe(start.elapsed().as_secs_f64());
+        self.collective.observe(spent.as_secs_f64());
+        result
+    }
+}
+
+/// A collective that adds up the time spent in it.
+#[derive(Debug)]
+struct Timed<'a> {
+    inner: &'a mut dyn Collective,
+    spent: Duration,
+}
+
+impl Timed<'_> {
+    fn timed<T>(&mut self, call: impl FnOnce(&mut dyn Collective) -> T) -> T {
+        let start = Instant::now();
+        let result = call(self.inner);
+        self.spent += start.elapsed();
+        result
+    }
+}
+
+impl Collective for Timed<'_> {
+    fn rank(&self) -> usize {
+        self.inner.rank()
+    }
+
+    fn world_size(&self) -> usize {
+        self.inner.world_size()
+    }
+
+    fn all_gather(&mut self, mine: &[f32], lengths: &[usize], out: &mut [f32]) -> Result<(), CollectiveError> {
+        self.timed(|inner| inner.all_gather(mine, lengths, out))
+    }
+
+    fn gather(
+        &mut self,
+        root: usize,
+        mine: &[f32],
+        lengths: &[usize],
+        out: Option<&mut [f32]>,
+    ) -> Result<(), CollectiveError> {
+        self.timed(|inner| inner.gather(root, mine, lengths, out))
+    }
+
+    fn barrier(&mut self) -> Result<(), CollectiveError> {
+        self.timed(|inner| inner.barrier())
+    }
+
+    fn abort_handle(&self) -> AbortHandle {
+        self.inner.abort_handle()
+    }
+}

@@ -1,0 +1,172 @@
+//! The service: `WorkerService`, which the gateway calls on rank 0.
+
+use std::{
+    pin::Pin,
+    time::{Duration, Instant},
+};
+
+use lockstep_proto::worker::v1::{
+    ChoiceFinish, DrainRequest, DrainResponse, FinishReason as WireReason, GenerateRequest, GenerateResponse,
+    GetStatusRequest, GetStatusResponse, Logprob, PromptLogprobs, Status as WireStatus, TokenLogprobs as WireLogprobs,
+    Tokens, WatchStatusRequest, WatchStatusResponse, generate_response, worker_service_server::WorkerService,
+};
+use tokio::sync::watch;
+use tokio_stream::{Stream, StreamExt};
+use tonic::{Request, Response, Status};
+
+use crate::{
+    engine::{
+        Event, FinishReason,
+        handle::{EngineHandle, EngineStatus},
+    },
+    request::{self, Limits},
+    sampler::TokenLogprobs,
+    status,
+};
+
+/// A changed status is sent at most so often: gateways need no finer picture, and a step may take less than this.
+const STATUS_INTERVAL_MIN: Duration = Duration::from_millis(50);
+/// An unchanged status is repeated after this, as a sign of life.
+const STATUS_INTERVAL_MAX: Duration = Duration::from_secs(1);
+
+/// What a worker says about itself that does not change.
+#[derive(Clone, Debug)]
+pub struct Identity {
+    /// The model's name.
+    pub model: String,
+    /// SHA-256 of the model's weights and settings, in hexadecimal.
+    pub model_digest: String,
+    /// Ranks of the group.
+    pub world_size: u32,
+    /// Positions in a block.
+    pub block_size: u32,
+    /// What requests are checked against.
+    pub limits: Limits,
+}
+
+/// The gRPC service over an engine.
+#[derive(Debug)]
+pub struct Service {
+    engine: EngineHandle,
+    identity: Identity,
+}
+
+impl Service {
+    /// A service for one engine.
+    pub fn new(engine: EngineHandle, identity: Identity) -> Self {
+        Self { engine, identity }
+    }
+}
+
+type EventStream<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+
+#[tonic::async_trait]
+impl WorkerService for Service {
+    type GenerateStream = EventStream<GenerateResponse>;
+    type WatchStatusStream = EventStream<WatchStatusResponse>;
+
+    async fn generate(&self, request: Request<GenerateRequest>) -> Result<Response<Self::GenerateStream>, Status> {
+        let job =
+            request::valid_job(request.into_inner(), self.identity.limits, Instant::now()).map_err(status::invalid)?;
+        let events = self.engine.submit(job).await.map_err(|error| status::engine(&error))?;
+        let responses = events.map(|event| event.map(response).map_err(|error| status::engine(&error)));
+        Ok(Response::new(Box::pin(responses)))
+    }
+
+    async fn get_status(&self, _: Request<GetStatusRequest>) -> Result<Response<GetStatusResponse>, Status> {
+        let status = wire_status(&self.engine.status().borrow(), &self.identity);
+        Ok(Response::new(GetStatusResponse { status: Some(status) }))
+    }
+
+    async fn watch_status(&self, _: Request<WatchStatusRequest>) -> Result<Response<Self::WatchStatusStream>, Status> {
+        let watcher = Watcher { status: self.engine.status(), identity: self.identity.clone(), last: None };
+        let stream = futures_util::stream::unfold(watcher, |mut watcher| async move {
+            let status = watcher.next().await?;
+            Some((Ok(WatchStatusResponse { status: Some(status) }), watcher))
+        });
+        Ok(Response::new(Box::pin(stream)))
+    }
+
+    async fn drain(&self, _: Request<DrainRequest>) -> Result<Response<DrainResponse>, Status> {
+        self.engine.drain().await;
+        Ok(Response::new(DrainResponse {}))
+    }
+}
+
+/// One caller of `WatchStatus`.
+struct Watcher {
+    status: watch::Receiver<EngineStatus>,
+    identity: Identity,
+    last: Option<WireStatus>,
+}
+
+impl Watcher {
+    /// The next status worth sending; `None` when the engine is gone.
+    async fn next(&mut self) -> Option<WireStatus> {
+        let repeat_at = tokio::time::Instant::now() + STATUS_INTERVAL_MAX;
+        if self.last.is_some() {
+            tokio::time::sleep(STATUS_INTERVAL_MIN).await;
+        }
+        loop {
+            let now = wire_status(&self.status.borrow_and_update(), &self.identity);
+            if self.last.as_ref() != Some(&now) || tokio::time::Instant::now() >= repeat_at {
+                self.last = Some(now.clone());
+                return Some(now);
+            }
+            match tokio::time::timeout_at(repeat_at, self.status.changed()).await {
+                Ok(Err(_engine_gone)) => return None,
+                Ok(Ok(())) | Err(_) => {}
+            }
+        }
+    }
+}
+
+fn wire_status(status: &EngineStatus, identity: &Identity) -> WireStatus {
+    WireStatus {
+        ready: status.ready,
+        draining: status.draining,
+        model: identity.model.clone(),
+        model_digest: identity.model_digest.clone(),
+        engine_version: crate::VERSION.to_owned(),
+        context_length: identity.limits.context_length as u32,
+        vocab_size: identity.limits.vocab_size as u32,
+        world_size: identity.world_size,
+        epoch: status.epoch,
+        waiting_sequences: status.stats.waiting as u32,
+        running_sequences: status.stats.running as u32,
+        outstanding_tokens: status.stats.outstanding_tokens,
+        total_blocks: status.stats.blocks.total as u32,
+        free_blocks: status.stats.blocks.free as u32,
+        cached_blocks: status.stats.blocks.cached as u32,
+        block_size: identity.block_size,
+    }
+}
+
+fn response(event: Event) -> GenerateResponse {
+    use generate_response::Event as Wire;
+    let event = match event {
+        Event::PromptLogprobs(tokens) => {
+            Wire::PromptLogprobs(PromptLogprobs { tokens: tokens.into_iter().map(wire_logprobs).collect() })
+        }
+        Event::Token { choice, position, token_id, logprobs } => Wire::Tokens(Tokens {
+            choice,
+            position,
+            token_ids: vec![token_id],
+            logprobs: logprobs.into_iter().map(wire_logprobs).collect(),
+        }),
+        Event::Finish { choice, reason, cached_tokens } => {
+            let (reason, stop_token_id) = match reason {
+                FinishReason::StopToken(id) => (WireReason::StopToken, Some(id)),
+                FinishReason::Length => (WireReason::Length, None),
+                FinishReason::Deadline => (WireReason::Deadline, None),
+            };
+            Wire::Finish(ChoiceFinish { choice, reason: reason.into(), stop_token_id, cached_tokens })
+        }
+    };
+    GenerateResponse { event: Some(event) }
+}
+
+fn wire_logprobs(logprobs: TokenLogprobs) -> WireLogprobs {
+    let entry = |entry: crate::sampler::Logprob| Logprob { token_id: entry.id, logprob: entry.logprob };
+    WireLogprobs { token: Some(entry(logprobs.token)), top: logprobs.top.into_iter().map(entry).collect() }
+}

@@ -1,0 +1,52 @@
+//! Status: the only place of the worker that makes a [`tonic::Status`].
+
+use std::time::Duration;
+
+use lockstep_proto::error::{Error, FieldViolation, Reason};
+use tonic::Status;
+
+use crate::{engine::EngineError, scheduler::Refusal};
+
+/// When to come back to a group that is full. A guess: decodes of a full batch end about so often.
+const RETRY_WHEN_FULL: Duration = Duration::from_millis(250);
+
+/// When to come back to a group that is being formed: a rank that died is found out, and rejoins, in about so long.
+const RETRY_WHEN_LOST: Duration = Duration::from_secs(2);
+
+/// The status of a request that breaks the contract.
+pub fn invalid(violations: Vec<FieldViolation>) -> Status {
+    Error::new(Reason::InvalidArgument, "the request is not valid").violations(violations).into()
+}
+
+/// The status of a job that did not start or did not end well.
+pub fn engine(error: &EngineError) -> Status {
+    let message = error.to_string();
+    let error = match error {
+        EngineError::Refused(refusal) => return refused(refusal, message),
+        EngineError::QueueFull => Error::new(Reason::Overloaded, message).retry_after(RETRY_WHEN_FULL),
+        EngineError::SlowReader => Error::new(Reason::Overloaded, message),
+        EngineError::Draining => Error::new(Reason::Draining, message),
+        EngineError::NotReady(_) | EngineError::GroupLost(_) => {
+            Error::new(Reason::GroupUnavailable, message).retry_after(RETRY_WHEN_LOST)
+        }
+        EngineError::Expired => Error::new(Reason::Deadline, message),
+    };
+    error.into()
+}
+
+fn refused(refusal: &Refusal, message: String) -> Status {
+    let error = match refusal {
+        Refusal::QueueFull { .. } => Error::new(Reason::Overloaded, message).retry_after(RETRY_WHEN_FULL),
+        Refusal::PromptTooLong { .. } | Refusal::NeverFits { .. } => {
+            Error::new(Reason::PromptTooLong, message.clone()).violation("prompt_token_ids", message)
+        }
+        Refusal::EmptyPrompt => {
+            Error::new(Reason::InvalidArgument, message.clone()).violation("prompt_token_ids", message)
+        }
+        Refusal::NothingToGenerate => {
+            Error::new(Reason::InvalidArgument, message.clone()).violation("sampling.max_new_tokens", message)
+        }
+        Refusal::DeadlinePassed => Error::new(Reason::Deadline, message),
+    };
+    error.into()
+}
