@@ -1,0 +1,252 @@
+//! Benchmark of the engine: prefill and decode rates of one model, in this process, without servers.
+
+use std::{
+    collections::HashSet,
+    path::PathBuf,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, ensure};
+use indicatif::ProgressBar;
+use lockstep_checkpoint::Checkpoint;
+use serde::Serialize;
+
+use crate::{
+    local_group::LocalGroup,
+    model::load::Source,
+    model_runner::{self, BackendChoice, RunStep, RunnerSettings},
+    sampler::{Sampler, SamplingParams},
+    scheduler::{
+        NewSequence, Sampled, Scheduler, SchedulerConfig,
+        plan::{LogitsRows, SeqId},
+    },
+};
+
+/// Positions in a block, as the worker's default.
+const BLOCK_SIZE: usize = 16;
+
+/// Measures prefill and decode.
+#[derive(Clone, Debug, clap::Args)]
+pub struct EngineBench {
+    /// GGUF file
+    model: PathBuf,
+    /// Tokens of each prompt
+    #[arg(long, default_value_t = 512)]
+    prompt: usize,
+    /// Tokens to generate for each sequence
+    #[arg(long, default_value_t = 64)]
+    generate: usize,
+    /// Sequences at a time
+    #[arg(long, default_value_t = 1)]
+    batch: usize,
+    /// Threads in all, shared among the ranks
+    #[arg(long, default_value_t = 2)]
+    threads: usize,
+    /// Ranks that share the model, as threads of this process
+    #[arg(long, default_value_t = 1)]
+    world_size: usize,
+    /// Rows of a prefill chunk
+    #[arg(long, default_value_t = 512)]
+    chunk: usize,
+    /// Times that the measurement is repeated; medians are printed
+    #[arg(long, default_value_t = 3)]
+    repeat: usize,
+    /// cpu or reference
+    #[arg(long, default_value = "cpu", value_parser = parse_backend)]
+    backend: BackendChoice,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+fn parse_backend(text: &str) -> Result<BackendChoice, String> {
+    match text {
+        "cpu" => Ok(BackendChoice::Cpu),
+        "reference" => Ok(BackendChoice::Reference),
+        other => Err(format!("{other} is neither cpu nor reference")),
+    }
+}
+
+/// What was measured.
+#[derive(Debug, Serialize)]
+struct Report {
+    model: String,
+    backend: BackendChoice,
+    world_size: usize,
+    threads: usize,
+    batch: usize,
+    prompt_tokens: usize,
+    generated_tokens: usize,
+    /// Prompt tokens a second, all sequences together.
+    prefill_tokens_per_s: f64,
+    /// Generated tokens a second once every prompt is computed, all sequences together.
+    decode_tokens_per_s: f64,
+    /// From the file to the first step, warm-up included.
+    load_s: f64,
+    /// Of the whole process.
+    peak_memory_mib: Option<u64>,
+}
+
+impl EngineBench {
+    /// Measures and prints.
+    ///
+    /// # Errors
+    /// A model that cannot be loaded, or arguments that make no sense.
+    pub fn run(&self) -> Result<()> {
+        ensure!(self.prompt >= 1 && self.generate >= 2, "--prompt must be at least 1 and --generate at least 2");
+        ensure!(self.batch >= 1 && self.repeat >= 1, "--batch and --repeat must be at least 1");
+        ensure!(
+            self.world_size >= 1 && self.threads >= self.world_size,
+            "--threads must be at least --world-size, and that at least 1"
+        );
+        let start = Instant::now();
+        let mut group = self.load()?;
+        let load = start.elapsed();
+        let progress = ProgressBar::new((self.repeat * self.batch * self.generate) as u64);
+        let mut runs = Vec::new();
+        for seed in 0..self.repeat {
+            runs.push(self.measure(&mut group, seed as u32, &progress)?);
+        }
+        progress.finish_and_clear();
+        group.0.stop()?;
+        let median = |rate: fn(&Times) -> f64| {
+            let mut rates: Vec<f64> = runs.iter().map(rate).collect();
+            rates.sort_by(f64::total_cmp);
+            rates[rates.len() / 2]
+        };
+        self.print(&Report {
+            model: self.model.display().to_string(),
+            backend: self.backend,
+            world_size: self.world_size,
+            threads: self.threads,
+            batch: self.batch,
+            prompt_tokens: self.prompt,
+            generated_tokens: self.generate,
+            prefill_tokens_per_s: median(|run| run.prefilled as f64 / run.prefill.as_secs_f64()),
+            decode_tokens_per_s: median(|run| run.decoded as f64 / run.decode.as_secs_f64()),
+            load_s: load.as_secs_f64(),
+            peak_memory_mib: peak_memory_mib(),
+        })
+    }
+
+    fn n_blocks(&self) -> usize {
+        self.batch * (self.prompt + self.generate).div_ceil(BLOCK_SIZE)
+    }
+
+    fn load(&self) -> Result<(LocalGroup, usize)> {
+        let checkpoint = Arc::new(Checkpoint::open(&self.model)?);
+        let settings = RunnerSettings {
+            backend: self.backend,
+            threads: self.threads / self.world_size,
+            n_blocks: self.n_blocks(),
+            block_size: BLOCK_SIZE,
+            context_length: self.prompt + self.generate,
+        };
+        let mut vocab_size = 0;
+        let mut runners: Vec<Box<dyn RunStep>> = Vec::new();
+        for rank in 0..self.world_size {
+            let source = Source::open(Arc::clone(&checkpoint), rank, self.world_size)?;
+            vocab_size = source.config().vocab_size;
+            runners.push(model_runner::build(&source, &settings)?);
+        }
+        Ok((LocalGroup::start(runners)?, vocab_size))
+    }
+
+    /// One run: every prompt, then every token, greedily.
+    fn measure(&self, group: &mut (LocalGroup, usize), seed: u32, progress: &ProgressBar) -> Result<Times> {
+        let (group, vocab_size) = (&mut group.0, group.1);
+        group.reset();
+        let mut scheduler = Scheduler::new(SchedulerConfig {
+            max_step_tokens: self.chunk.max(self.batch),
+            max_prefill_chunk: self.chunk,
+            max_running: self.batch,
+            max_waiting: self.batch,
+            n_blocks: self.n_blocks() as u32,
+            block_size: BLOCK_SIZE as u32,
+            context_length: (self.prompt + self.generate) as u32,
+        })?;
+        let mut sampler = Sampler::new(vocab_size);
+        let params = SamplingParams::default();
+        let start = Instant::now();
+        for sequence in 0..self.batch {
+            let prompt = random_prompt(self.prompt, vocab_size, seed * self.batch as u32 + sequence as u32);
+            let max_new_tokens = self.generate as u32;
+            scheduler.add(NewSequence { prompt, max_new_tokens, deadline: None, prompt_logprobs: false }, start)?;
+        }
+        let mut started: HashSet<SeqId> = HashSet::new();
+        let mut prefill = None;
+        let mut decoded = 0;
+        while let Some(plan) = scheduler.schedule(start).plan {
+            let logits = group.run(&plan).context("a step failed")?;
+            let due = plan.sequences.iter().filter(|step| step.logits != LogitsRows::None);
+            let sampled: Vec<Sampled> = due
+                .zip(logits.chunks_exact(vocab_size))
+                .map(|(step, row)| {
+                    let token = sampler.sample(row, &params, &[], &[], 0);
+                    Sampled { id: step.id, token, stop: false }
+                })
+                .collect();
+            scheduler.commit(&sampled);
+            progress.inc(sampled.len() as u64);
+            if prefill.is_some() {
+                decoded += sampled.len();
+            }
+            started.extend(sampled.iter().map(|sampled| sampled.id));
+            if started.len() == self.batch && prefill.is_none() {
+                prefill = Some(start.elapsed());
+            }
+        }
+        let prefill = prefill.context("not every sequence was started")?;
+        Ok(Times { prefill, prefilled: self.batch * self.prompt, decode: start.elapsed() - prefill, decoded })
+    }
+
+    #[allow(clippy::print_stdout, reason = "the report is the program's output")]
+    fn print(&self, report: &Report) -> Result<()> {
+        if self.json {
+            println!("{}", serde_json::to_string(report)?);
+            return Ok(());
+        }
+        println!("model     {}", report.model);
+        println!(
+            "setting   {:?} backend, world size {}, {} threads, batch {}, {} + {} tokens, median of {}",
+            report.backend,
+            report.world_size,
+            report.threads,
+            report.batch,
+            report.prompt_tokens,
+            report.generated_tokens,
+            self.repeat
+        );
+        println!("prefill   {:.1} tok/s", report.prefill_tokens_per_s);
+        println!("decode    {:.1} tok/s", report.decode_tokens_per_s);
+        println!("load      {:.2} s", report.load_s);
+        if let Some(mib) = report.peak_memory_mib {
+            println!("memory    {mib} MiB at its peak");
+        }
+        Ok(())
+    }
+}
+
+/// How long one run took, and for how many tokens.
+struct Times {
+    prefill: Duration,
+    prefilled: usize,
+    decode: Duration,
+    decoded: usize,
+}
+
+/// Token ids that look random and share no prefix between seeds (a multiplicative hash, Knuth 1997, section 6.4).
+fn random_prompt(n_tokens: usize, vocab_size: usize, seed: u32) -> Vec<u32> {
+    (0..n_tokens as u32)
+        .map(|i| ((seed.wrapping_mul(0x9E37_79B1) ^ i).wrapping_mul(0x85EB_CA77) >> 7) % vocab_size as u32)
+        .collect()
+}
+
+/// `VmHWM` of Linux's `/proc/self/status`; `None` elsewhere.
+fn peak_memory_mib() -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find(|line| line.starts_with("VmHWM:"))?;
+    let kib: u64 = line.split_whitespace().nth(1)?.parse().ok()?;
+    Some(kib / 1024)
+}

@@ -1,0 +1,53 @@
+//! The doctor: what this machine offers a worker, and what a worker will make of it.
+
+use std::{fs, thread};
+
+use lockstep_kernels::Cpu;
+
+/// Prints the findings, one a line: what was looked for, what was found, what follows.
+#[allow(clippy::print_stdout, reason = "the findings are the program's output")]
+pub fn run() {
+    let cores = thread::available_parallelism().map_or(1, usize::from);
+    println!("cores         {cores}: a worker computes on {cores} threads unless engine.threads says otherwise");
+    println!("cpu features  {}", cpu_features());
+    println!("cpu kernels   {:?}, the best of what this processor has", Cpu::new(1).isa());
+    match available_memory_mib() {
+        Some(mib) => println!("memory        {mib} MiB available for weights and the KV cache"),
+        None => println!("memory        not known: this system has no /proc/meminfo"),
+    }
+    match fs::read_to_string("/proc/driver/nvidia/version") {
+        Ok(version) => println!("gpu           {}: not used, this version computes on the CPU", first_line(&version)),
+        Err(_) => println!("gpu           no NVIDIA driver: a worker computes on the CPU"),
+    }
+    match fs::metadata("/dev/shm") {
+        Ok(_) => println!("transport     shm between ranks on this host (/dev/shm is there), tcp between hosts"),
+        Err(_) => println!("transport     tcp only: there is no /dev/shm"),
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+fn cpu_features() -> String {
+    macro_rules! found {
+        ($($name:tt),*) => {
+            [$(($name, std::arch::is_x86_feature_detected!($name))),*]
+        };
+    }
+    let features = found!("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vnni", "avx512bf16", "avxvnni");
+    let names: Vec<&str> = features.into_iter().filter(|(_, there)| *there).map(|(name, _)| name).collect();
+    if names.is_empty() { "none that kernels use".into() } else { names.join(" ") }
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn cpu_features() -> String {
+    format!("{}: portable kernels", std::env::consts::ARCH)
+}
+
+fn available_memory_mib() -> Option<u64> {
+    let info = fs::read_to_string("/proc/meminfo").ok()?;
+    let line = info.lines().find(|line| line.starts_with("MemAvailable:"))?;
+    line.split_whitespace().nth(1)?.parse::<u64>().ok().map(|kib| kib / 1024)
+}
+
+fn first_line(text: &str) -> &str {
+    text.lines().next().unwrap_or_default()
+}

@@ -1,0 +1,91 @@
+//! Inspection of a model file: what it is, how it is encoded, and what each rank of a group would hold.
+
+use std::{collections::BTreeMap, fmt::Write as _, path::PathBuf, sync::Arc};
+
+use anyhow::Result;
+use lockstep_checkpoint::{Checkpoint, Tensor};
+
+use crate::model::{config::ModelConfig, load::Source};
+
+/// Describes a model file.
+#[derive(Clone, Debug, clap::Args)]
+pub struct Inspect {
+    /// GGUF file
+    model: PathBuf,
+    /// Ranks that would share it
+    #[arg(long, default_value_t = 1)]
+    world_size: usize,
+}
+
+impl Inspect {
+    /// Reads the file and prints what it is.
+    ///
+    /// # Errors
+    /// A file that is damaged or that Lockstep does not run.
+    #[allow(clippy::print_stdout, reason = "the description is the program's output")]
+    pub fn run(&self) -> Result<()> {
+        let checkpoint = Arc::new(Checkpoint::open(&self.model)?);
+        let mut text = String::new();
+        let sources =
+            (0..self.world_size.max(1)).map(|rank| Source::open(Arc::clone(&checkpoint), rank, self.world_size));
+        let sources = sources.collect::<Result<Vec<_>, _>>()?;
+        describe_config(&mut text, &checkpoint, sources[0].config())?;
+        describe_tensors(&mut text, &checkpoint)?;
+        for source in &sources {
+            describe_rank(&mut text, source)?;
+        }
+        print!("{text}");
+        Ok(())
+    }
+}
+
+fn describe_config(text: &mut String, checkpoint: &Checkpoint, config: &ModelConfig) -> Result<()> {
+    let name = checkpoint.metadata().opt_str("general.name")?.unwrap_or("(no name)");
+    writeln!(text, "file          {}", checkpoint.path().display())?;
+    writeln!(text, "model         {name}, architecture llama")?;
+    let ModelConfig { n_layers, hidden_dim, n_heads, n_kv_heads, head_dim, ffn_dim, vocab_size, .. } = *config;
+    writeln!(text, "layers        {n_layers} of hidden {hidden_dim}, ffn {ffn_dim}")?;
+    writeln!(text, "attention     {n_heads} query heads, {n_kv_heads} KV heads of {head_dim}")?;
+    writeln!(text, "vocabulary    {vocab_size}")?;
+    writeln!(text, "context       {} tokens, rope base {}", config.context_length, config.rope_base)?;
+    Ok(())
+}
+
+fn describe_tensors(text: &mut String, checkpoint: &Checkpoint) -> Result<()> {
+    let mut by_encoding: BTreeMap<&str, (usize, usize, usize)> = BTreeMap::new();
+    for tensor in checkpoint.tensors() {
+        let entry = by_encoding.entry(tensor.encoding.name()).or_default();
+        entry.0 += 1;
+        entry.1 += tensor.n_rows() * tensor.n_cols();
+        entry.2 += tensor.bytes.len();
+    }
+    for (encoding, (n_tensors, n_values, n_bytes)) in by_encoding {
+        let millions = n_values as f64 / 1e6;
+        writeln!(text, "tensors       {encoding:5} {n_tensors:4}  {millions:9.2} M values  {}", mib(n_bytes))?;
+    }
+    Ok(())
+}
+
+fn describe_rank(text: &mut String, source: &Source) -> Result<()> {
+    let plan = source.plan();
+    let config = source.config();
+    let part = |tensor: &Tensor<'_>| source.held_bytes(tensor);
+    let held: usize = source.checkpoint().tensors().map(|tensor| part(&tensor)).sum();
+    // Keys and values are kept as f16: two bytes each.
+    let kv_per_token = config.n_layers * plan.kv_heads.len() * config.head_dim * 2 * 2;
+    writeln!(
+        text,
+        "rank {}        heads {:?}, KV heads {:?}, ffn columns {:?}: weights {}, KV cache {:.1} KiB a token",
+        plan.rank,
+        plan.heads,
+        plan.kv_heads,
+        plan.ffn,
+        mib(held),
+        kv_per_token as f64 / 1024.0
+    )?;
+    Ok(())
+}
+
+fn mib(bytes: usize) -> String {
+    format!("{:9.1} MiB", bytes as f64 / f64::from(1 << 20))
+}
