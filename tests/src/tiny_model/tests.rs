@@ -1,0 +1,96 @@
+use lockstep_checkpoint::{Checkpoint, Encoding};
+
+use super::{CHATML, TinyModel};
+use crate::oracle;
+
+/// Writes the model and opens it as any reader would.
+fn open(model: &TinyModel) -> Checkpoint {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    model.write(file.path()).unwrap();
+    Checkpoint::open(file.path()).unwrap()
+}
+
+#[test]
+fn the_seed_decides_every_byte() {
+    let model = TinyModel::default();
+    assert_eq!(model.bytes().unwrap(), model.bytes().unwrap());
+    assert_ne!(model.bytes().unwrap(), TinyModel { seed: 1, ..model }.bytes().unwrap());
+}
+
+#[test]
+fn every_encoding_opens_with_the_described_shapes() {
+    for encoding in Encoding::ALL {
+        let checkpoint = open(&TinyModel { encoding, embedding_encoding: encoding, ..TinyModel::default() });
+        for (name, shape) in [
+            ("token_embd.weight", [384, 256]),
+            ("output.weight", [384, 256]),
+            ("blk.1.attn_q.weight", [512, 256]),
+            ("blk.1.attn_k.weight", [256, 256]),
+            ("blk.1.attn_v.weight", [256, 256]),
+            ("blk.1.attn_output.weight", [256, 512]),
+            ("blk.1.ffn_gate.weight", [512, 256]),
+            ("blk.1.ffn_up.weight", [512, 256]),
+            ("blk.1.ffn_down.weight", [256, 512]),
+        ] {
+            let tensor = checkpoint.tensor(name).unwrap();
+            assert_eq!((tensor.shape, tensor.encoding), (&shape[..], encoding), "{name}");
+        }
+        assert_eq!(checkpoint.tensors().count(), 3 + 2 * 9);
+    }
+}
+
+#[test]
+fn the_tokenizer_is_complete() {
+    let checkpoint = open(&TinyModel { vocab_size: 300, ..TinyModel::default() });
+    let metadata = checkpoint.metadata();
+    let tokens = metadata.strings("tokenizer.ggml.tokens").unwrap();
+    assert_eq!(tokens.len(), 300);
+    assert_eq!(tokens[..3], ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]);
+    assert_eq!(metadata.i32s("tokenizer.ggml.token_type").unwrap()[..5], [3, 3, 3, 1, 1]);
+    assert_eq!(metadata.strings("tokenizer.ggml.merges").unwrap()[0], "Ġ a");
+    assert_eq!(metadata.u32("tokenizer.ggml.eos_token_id").unwrap(), 2);
+    assert_eq!(metadata.str("tokenizer.chat_template").unwrap(), CHATML);
+
+    let plain = open(&TinyModel { chat_template: None, ..TinyModel::default() });
+    assert_eq!(plain.metadata().opt_str("tokenizer.chat_template").unwrap(), None);
+}
+
+/// Logits of a well-made model spread over several units, and their favourite changes with the context.
+#[track_caller]
+fn check_logits(model: &TinyModel) {
+    let ids: Vec<u32> = (0..24).map(|i| 3 + i * 13 % 250).collect();
+    let logits = oracle::logits(&open(model), &ids).unwrap();
+    let mut favourites = Vec::new();
+    for row in &logits {
+        let mean = row.iter().sum::<f64>() / row.len() as f64;
+        let deviation = (row.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / row.len() as f64).sqrt();
+        assert!((1.5..6.0).contains(&deviation), "standard deviation {deviation} of {model:?}");
+        favourites.push((0..row.len()).max_by(|&a, &b| row[a].total_cmp(&row[b])).unwrap());
+    }
+    favourites.sort_unstable();
+    favourites.dedup();
+    assert!(favourites.len() > 12, "{} distinct favourites at {} positions", favourites.len(), ids.len());
+}
+
+#[test]
+fn logits_are_well_spread_in_every_shape() {
+    let model = TinyModel::default();
+    check_logits(&model);
+    check_logits(&TinyModel { tied: true, ..model.clone() });
+    check_logits(&TinyModel { n_layers: 6, encoding: Encoding::Q4K, ..model.clone() });
+    check_logits(&TinyModel { n_heads: 9, n_kv_heads: 3, hidden_dim: 96, ffn_dim: 192, ..model.clone() });
+    let rope_factors = Some((0..8).map(|i| 1.0 + i as f32).collect());
+    check_logits(&TinyModel { rope_dim: 16, rope_factors, ..model });
+}
+
+#[test]
+fn contradictions_are_refused_by_name() {
+    let model = TinyModel::default();
+    let check = |model: TinyModel, message: &str| assert_eq!(model.bytes().unwrap_err().to_string(), message);
+    check(TinyModel { n_heads: 9, ..model.clone() }, "9 query heads cannot share 8 KV heads");
+    check(TinyModel { n_kv_heads: 0, ..model.clone() }, "16 query heads cannot share 0 KV heads");
+    check(TinyModel { rope_dim: 64, ..model.clone() }, "64 rotating dimensions in heads of 32");
+    check(TinyModel { vocab_size: 258, ..model.clone() }, "a vocabulary of 258 ids is not within 259..=18537");
+    check(TinyModel { rope_factors: Some(vec![1.0]), ..model.clone() }, "1 factors for 32 rotating dimensions");
+    check(TinyModel { ffn_dim: 96, encoding: Encoding::Q6K, ..model }, "rows of 96 values are not whole Q6_K blocks");
+}
