@@ -45,5 +45,5 @@ CHAT = {
     "chat unicode": [{"role": "user", "content": "Traduis en français : « The weather is nice today. »"}],
 }
 
-# The long prompt is the start of perplexity.txt, so that one text serves both, with a chat turn's worth of tokens.
+# The long prompt is the start of perplexity.txt, so that one text serves both.
 LONG_N_TOKENS = 600
