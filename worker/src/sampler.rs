@@ -14,7 +14,7 @@ mod select;
 mod softmax;
 
 use select::Candidates;
-use softmax::{clean, exp};
+use softmax::{BLOCK_LEN, clean, exp_block};
 
 /// How the next token is chosen; the fields mean what they do in `transformers`' `GenerationConfig`, and in OpenAI's API
 /// where that has none of the name. The default takes the likeliest token.
@@ -146,10 +146,10 @@ impl Sampler {
         self.check_len(logits);
         let top = highest(logits, n_top.max(1));
         let max_logit = f64::from(top[0].1);
-        let total: f64 = logits.iter().map(|&logit| exp(f64::from(clean(logit)) - max_logit)).sum();
+        let log_total = total_weight(logits, max_logit).ln();
         let logprob = |(id, logit): (u32, f32)| {
             // At least f32::MIN where nothing is possible, and at most 0 in spite of rounding.
-            let logprob = (f64::from(logit) - max_logit - total.ln()).min(0.0).max(f64::from(f32::MIN));
+            let logprob = (f64::from(logit) - max_logit - log_total).min(0.0).max(f64::from(f32::MIN));
             Logprob { id, logprob: logprob as f32 }
         };
         TokenLogprobs {
@@ -161,6 +161,20 @@ impl Sampler {
     fn check_len(&self, logits: &[f32]) {
         assert_eq!(logits.len(), self.logits.len(), "the vocabulary's size");
     }
+}
+
+/// The sum of all weights, relative to that of `max_logit`.
+fn total_weight(logits: &[f32], max_logit: f64) -> f64 {
+    let mut total = 0.0;
+    for block in logits.chunks(BLOCK_LEN) {
+        let mut weights = [f64::NEG_INFINITY; BLOCK_LEN];
+        for (weight, &logit) in weights.iter_mut().zip(block) {
+            *weight = f64::from(clean(logit)) - max_logit;
+        }
+        exp_block(&mut weights);
+        total += weights.iter().sum::<f64>();
+    }
+    total
 }
 
 /// The `n` highest logits with their ids, highest first, of equal ones the lower id first.

@@ -9,7 +9,7 @@
 use std::cmp::Ordering;
 
 use super::SamplingParams;
-use super::softmax::{clean, exp};
+use super::softmax::{BLOCK_LEN, clean, exp_block};
 
 /// How many ranked candidates are sorted first; four times as many each further time.
 const FIRST_RANKS: usize = 64;
@@ -141,8 +141,15 @@ impl Candidates {
     /// Turns logits into weights. Drops those that are 0 in f64.
     fn weigh(&mut self, temperature: f32) {
         let (max_logit, temperature) = (f64::from(self.max_logit), f64::from(temperature));
-        for candidate in &mut self.candidates {
-            candidate.weight = exp((f64::from(candidate.logit) - max_logit) / temperature);
+        for block in self.candidates.chunks_mut(BLOCK_LEN) {
+            let mut weights = [0.0; BLOCK_LEN];
+            for (weight, candidate) in weights.iter_mut().zip(&*block) {
+                *weight = (f64::from(candidate.logit) - max_logit) / temperature;
+            }
+            exp_block(&mut weights);
+            for (candidate, weight) in block.iter_mut().zip(weights) {
+                candidate.weight = weight;
+            }
         }
         self.candidates.retain(|candidate| candidate.weight > 0.0);
     }
@@ -153,8 +160,13 @@ impl Candidates {
 
     /// Keeps the likeliest candidates up to the one with which they have the mass `top_p`.
     fn keep_top_p(&mut self, top_p: f64) {
-        let mass = top_p * self.total_weight();
-        if let Some(last) = self.rank_at_mass(mass, |candidate| -f64::from(candidate.logit)) {
+        let total = self.total_weight();
+        // All candidates below this together have less than what top_p leaves out, and they are the last in the order:
+        // the cut is before them. On a peaked distribution that is nearly all, and they need not be ranked. (The
+        // likeliest, of weight 1, always is.)
+        let floor = ((1.0 - top_p) * total / self.candidates.len() as f64).min(1.0);
+        let key = |candidate: &Candidate| -f64::from(candidate.logit);
+        if let Some(last) = self.rank_at_mass(top_p * total, floor, key) {
             self.candidates.retain(|candidate| {
                 let key = -f64::from(candidate.logit);
                 key < last.key || (key == last.key && candidate.token_id <= last.token_id)
@@ -181,16 +193,17 @@ impl Candidates {
         let weighted: f64 = self.candidates.iter().map(|candidate| candidate.weight * scaled(candidate)).sum();
         let mean = weighted / total;
         let distance = |candidate: &Candidate| (mean - scaled(candidate)).abs();
-        if let Some(last) = self.rank_at_mass(typical_p * total, distance) {
+        if let Some(last) = self.rank_at_mass(typical_p * total, 0.0, distance) {
             self.candidates.retain(|candidate| distance(candidate) <= last.key);
         }
     }
 
-    /// Adds weights up by ascending key, then id, and returns where the sum reaches `mass`. None if it never does. Sorts
-    /// no more than it needs: most often the first few candidates hold nearly all of the mass.
-    fn rank_at_mass(&mut self, mass: f64, key: impl Fn(&Candidate) -> f64) -> Option<Rank> {
+    /// Adds up the weights that are at least `floor`, by ascending key, then id, and returns where the sum reaches `mass`.
+    /// None if it never does. Sorts no more than it needs: most often the first few hold nearly all of the mass.
+    fn rank_at_mass(&mut self, mass: f64, floor: f64, key: impl Fn(&Candidate) -> f64) -> Option<Rank> {
+        let ranked = self.candidates.iter().filter(|candidate| candidate.weight >= floor);
         self.ranks.clear();
-        self.ranks.extend(self.candidates.iter().map(|candidate| Rank {
+        self.ranks.extend(ranked.map(|candidate| Rank {
             key: key(candidate),
             token_id: candidate.token_id,
             weight: candidate.weight,
@@ -319,6 +332,7 @@ mod tests {
         let logits = ln(&[0.125, 0.5, 0.25, 0.125]);
         let top_p = |top_p| SamplingParams { top_p, ..off() };
         check(&logits, top_p(0.0), &[1]);
+        check(&logits, top_p(-1.0), &[1]);
         check(&logits, top_p(0.49), &[1]);
         check(&logits, top_p(0.6), &[1, 2]);
         check(&logits, top_p(0.8), &[0, 1, 2]);
