@@ -35,6 +35,7 @@ fn transcripts_come_true() {
         let replayed = replay(&transcript);
         if std::env::var_os("LOCKSTEP_UPDATE_TRANSCRIPTS").is_some() {
             std::fs::write(&path, &replayed).unwrap();
+            continue;
         }
         assert!(replayed == transcript, "{} turned out otherwise:\n{replayed}", path.display());
     }
@@ -60,7 +61,8 @@ fn replay(transcript: &str) -> String {
         };
         writeln!(replayed, "----\n{answer}").unwrap();
     }
-    replayed
+    replayed.truncate(replayed.trim_end().len());
+    replayed + "\n"
 }
 
 struct Player {
