@@ -40,6 +40,8 @@ mod admission;
 mod integrity;
 pub mod plan;
 mod sequence;
+#[cfg(test)]
+mod simulation;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Instant;

@@ -1,0 +1,385 @@
+//! A long random life of the scheduler: arrivals, aborts, deadlines, preemptions, shared prefixes, tiny pools, resets.
+//!
+//! Beside the scheduler runs a follower that knows nothing but the plans. It keeps block tables and a KV storage in which
+//! each slot remembers the tokens that its keys and values stand for. Every row that a plan computes must find, in every
+//! slot before it, exactly the tokens of its own sequence: a block that was leaked, shared wrongly, overwritten or
+//! evicted too early shows at once.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use rand::seq::IndexedRandom;
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+use super::plan::{BlockId, LogitsRows, SeqId, SequenceStep, StepPlan};
+use super::{Ended, NewSequence, Refusal, Sampled, Scheduler, SchedulerConfig};
+use crate::test_seed::seed;
+
+/// Steps in which something was computed.
+const N_PLANS: u64 = 150_000;
+const STEPS_PER_WORLD: u64 = 400;
+const VOCAB_SIZE: u32 = 3;
+
+#[test]
+fn nothing_leaks_is_shared_wrongly_or_starves_in_a_long_random_life() {
+    let mut rng = ChaCha8Rng::seed_from_u64(seed());
+    let mut seen = Seen::default();
+    while seen.plans < N_PLANS {
+        let mut world = World::new(&mut rng);
+        let end = seen.steps + STEPS_PER_WORLD;
+        while seen.steps < end {
+            world.turn(&mut rng, &mut seen);
+        }
+        world.drain(&mut rng, &mut seen);
+    }
+    println!("{seen:?}");
+    seen.check_that_everything_happened();
+}
+
+/// How often what was to be tried has happened.
+#[derive(Debug, Default)]
+struct Seen {
+    steps: u64,
+    plans: u64,
+    finished: u64,
+    stopped: u64,
+    aborted: u64,
+    aborted_in_flight: u64,
+    expired_waiting: u64,
+    expired_running: u64,
+    preempted: u64,
+    preempted_owing_prompt_logits: u64,
+    prefix_hits: u64,
+    resets: u64,
+    queue_full: u64,
+    never_fits: u64,
+}
+
+impl Seen {
+    fn check_that_everything_happened(&self) {
+        let counts = [
+            self.finished,
+            self.stopped,
+            self.aborted,
+            self.aborted_in_flight,
+            self.expired_waiting,
+            self.expired_running,
+            self.preempted,
+            self.preempted_owing_prompt_logits,
+            self.prefix_hits,
+            self.resets,
+            self.queue_full,
+            self.never_fits,
+        ];
+        assert!(counts.iter().all(|count| *count >= 20), "{self:?}");
+    }
+}
+
+/// A sequence as its client sees it.
+#[derive(Debug)]
+struct Client {
+    token_ids: Vec<u32>,
+    n_prompt: usize,
+    max_len: usize,
+    deadline: Option<Instant>,
+    prompt_logprobs: bool,
+    /// Prompt positions whose logits have come.
+    n_delivered: usize,
+    has_run: bool,
+    /// The step at which it has ended at the latest.
+    must_end_by: u64,
+}
+
+impl Client {
+    fn owes_prompt_logits(&self) -> bool {
+        self.prompt_logprobs && self.n_delivered < self.n_prompt
+    }
+}
+
+/// The tokens that a slot's keys and values stand for: those up to its position.
+type SlotContent = Vec<u32>;
+
+/// A rank that sees plans and nothing else.
+#[derive(Default)]
+struct Follower {
+    tables: BTreeMap<SeqId, Vec<BlockId>>,
+    /// By block and offset.
+    storage: BTreeMap<(BlockId, usize), SlotContent>,
+}
+
+impl Follower {
+    fn apply(&mut self, plan: &StepPlan, clients: &BTreeMap<SeqId, Client>, block_size: usize) {
+        for id in &plan.released {
+            assert!(self.tables.remove(id).is_some(), "{id:?} is released and unknown");
+        }
+        for step in &plan.sequences {
+            self.tables.entry(step.id).or_default().extend(&step.new_blocks);
+        }
+        for step in &plan.sequences {
+            self.check_exclusive(step, block_size);
+            self.compute(step, &clients[&step.id].token_ids, block_size);
+        }
+    }
+
+    /// Blocks that the step writes to are in no other table.
+    fn check_exclusive(&self, step: &SequenceStep, block_size: usize) {
+        let start = step.start_position as usize;
+        let written = &self.tables[&step.id][start / block_size..];
+        for (id, table) in self.tables.iter().filter(|(id, _)| **id != step.id) {
+            assert!(!table.iter().any(|block| written.contains(block)), "{:?} writes to blocks of {id:?}", step.id);
+        }
+    }
+
+    fn compute(&mut self, step: &SequenceStep, token_ids: &[u32], block_size: usize) {
+        let start = step.start_position as usize;
+        let end = start + step.token_ids.len();
+        assert_eq!(step.token_ids, token_ids[start..end], "{step:?}");
+        let table = &self.tables[&step.id];
+        let slot = |position: usize| (table[position / block_size], position % block_size);
+        for position in start..end {
+            self.storage.insert(slot(position), token_ids[..=position].to_vec());
+        }
+        for position in 0..end {
+            assert_eq!(self.storage.get(&slot(position)).map(Vec::as_slice), Some(&token_ids[..=position]), "{step:?}");
+        }
+    }
+}
+
+struct World {
+    config: SchedulerConfig,
+    scheduler: Scheduler,
+    follower: Follower,
+    clients: BTreeMap<SeqId, Client>,
+    /// Prompts begin like one of these.
+    documents: Vec<Vec<u32>>,
+    now: Instant,
+    next_step_id: u64,
+    arrival_probability: f64,
+}
+
+impl World {
+    fn new(rng: &mut ChaCha8Rng) -> Self {
+        let max_running = rng.random_range(1..=6);
+        let config = SchedulerConfig {
+            max_step_tokens: max_running + rng.random_range(0..20),
+            max_prefill_chunk: *[1, 2, 5, 20].choose(rng).unwrap(),
+            max_running,
+            max_waiting: rng.random_range(1..12),
+            n_blocks: rng.random_range(4..24),
+            block_size: *[1, 2, 3, 4].choose(rng).unwrap(),
+            context_length: rng.random_range(2..50),
+        };
+        Self {
+            scheduler: Scheduler::new(config.clone()).unwrap(),
+            follower: Follower::default(),
+            clients: BTreeMap::new(),
+            documents: (0..3).map(|_| any_tokens(rng, 40)).collect(),
+            now: Instant::now(),
+            next_step_id: 0,
+            arrival_probability: *[0.05, 0.3, 0.9].choose(rng).unwrap(),
+            config,
+        }
+    }
+
+    /// One step, with whatever else happens meanwhile.
+    fn turn(&mut self, rng: &mut ChaCha8Rng, seen: &mut Seen) {
+        while rng.random_bool(self.arrival_probability) {
+            self.arrive(rng, seen);
+        }
+        if rng.random_bool(0.05) {
+            seen.aborted += u64::from(self.abort_any(rng));
+        }
+        if rng.random_bool(0.002) {
+            self.reset(seen);
+        }
+        self.step(rng, seen);
+    }
+
+    /// Nobody comes any more: everybody ends.
+    fn drain(&mut self, rng: &mut ChaCha8Rng, seen: &mut Seen) {
+        while !self.clients.is_empty() {
+            self.step(rng, seen);
+        }
+        assert!(self.scheduler.schedule(self.now).plan.is_none());
+        let stats = self.scheduler.stats();
+        assert_eq!((stats.waiting, stats.running, stats.outstanding_tokens, stats.blocks.referenced), (0, 0, 0, 0));
+    }
+
+    fn arrive(&mut self, rng: &mut ChaCha8Rng, seen: &mut Seen) {
+        let document = self.documents.choose(rng).unwrap();
+        let n_common = rng.random_range(0..=document.len().min(self.config.context_length as usize));
+        let n_own = rng.random_range(0..4);
+        let prompt = [&document[..n_common], &any_tokens(rng, n_own)].concat();
+        let deadline = rng.random_bool(0.2).then(|| self.now + Duration::from_millis(rng.random_range(1..60)));
+        let (max_new_tokens, prompt_logprobs) = (rng.random_range(1..40), rng.random_bool(0.3));
+        let new = NewSequence { prompt: prompt.clone(), max_new_tokens, deadline, prompt_logprobs };
+        let before = self.scheduler.stats();
+        match self.scheduler.add(new, self.now) {
+            Ok(id) => {
+                let context_length = self.config.context_length as usize;
+                let must_end_by = seen.steps + self.starvation_bound();
+                let client = Client {
+                    n_prompt: prompt.len(),
+                    max_len: context_length.min(prompt.len() + max_new_tokens as usize),
+                    token_ids: prompt,
+                    deadline,
+                    prompt_logprobs,
+                    n_delivered: 0,
+                    has_run: false,
+                    must_end_by,
+                };
+                self.clients.insert(id, client);
+            }
+            Err(refusal) => {
+                seen.queue_full += u64::from(matches!(refusal, Refusal::QueueFull { .. }));
+                seen.never_fits += u64::from(matches!(refusal, Refusal::NeverFits { .. }));
+                assert_eq!(self.scheduler.stats(), before, "a refusal changes nothing");
+            }
+        }
+    }
+
+    /// What the scheduler's documentation promises to whoever comes now.
+    fn starvation_bound(&self) -> u64 {
+        let n_ahead = self.clients.len() as u64;
+        (n_ahead + 1) * (2 * self.config.max_running as u64 + 1) * u64::from(self.config.context_length)
+    }
+
+    fn abort_any(&mut self, rng: &mut ChaCha8Rng) -> bool {
+        let ids: Vec<_> = self.clients.keys().copied().collect();
+        let Some(id) = ids.choose(rng) else { return false };
+        let n_referenced = self.scheduler.stats().blocks.referenced;
+        self.scheduler.abort(*id);
+        self.scheduler.abort(*id);
+        self.scheduler.check_integrity();
+        assert!(self.scheduler.stats().blocks.referenced <= n_referenced);
+        self.clients.remove(id);
+        true
+    }
+
+    fn reset(&mut self, seen: &mut Seen) {
+        let ended = self.scheduler.reset();
+        assert_eq!(ended, self.clients.keys().copied().collect::<Vec<_>>());
+        let blocks = self.scheduler.stats().blocks;
+        assert_eq!(blocks.free, blocks.total);
+        self.clients.clear();
+        self.follower = Follower::default();
+        self.next_step_id = 0;
+        seen.resets += 1;
+    }
+
+    fn step(&mut self, rng: &mut ChaCha8Rng, seen: &mut Seen) {
+        seen.steps += 1;
+        self.now += Duration::from_millis(rng.random_range(0..3));
+        let scheduled = self.scheduler.schedule(self.now);
+        self.scheduler.check_integrity();
+        self.check_expired(&scheduled.expired, seen);
+        let Some(plan) = scheduled.plan else {
+            assert!(self.clients.is_empty(), "there is work, and no plan for it");
+            return;
+        };
+        seen.plans += 1;
+        self.check_plan(&plan, seen);
+        self.follower.apply(&plan, &self.clients, self.config.block_size as usize);
+        let tables = self.scheduler.running.iter().map(|(id, sequence)| (*id, sequence.blocks().to_vec()));
+        assert_eq!(self.follower.tables, tables.collect(), "the follower's tables are the leader's");
+        if rng.random_bool(0.05) {
+            seen.aborted_in_flight += u64::from(self.abort_any(rng));
+        }
+        if rng.random_bool(0.001) {
+            self.reset(seen);
+            return;
+        }
+        self.commit(&plan, rng, seen);
+        assert!(self.clients.values().all(|client| seen.steps < client.must_end_by), "somebody starves");
+    }
+
+    fn check_expired(&mut self, expired: &[SeqId], seen: &mut Seen) {
+        for id in expired {
+            let client = self.clients.remove(id).expect("only the living expire");
+            assert!(client.deadline.unwrap() <= self.now);
+            *(if client.has_run { &mut seen.expired_running } else { &mut seen.expired_waiting }) += 1;
+        }
+        let is_late = |client: &Client| client.deadline.is_some_and(|deadline| deadline <= self.now);
+        assert!(!self.clients.values().any(is_late), "whoever is late has expired");
+    }
+
+    fn check_plan(&mut self, plan: &StepPlan, seen: &mut Seen) {
+        assert_eq!(plan.step_id, self.next_step_id);
+        self.next_step_id += 1;
+        assert!((1..=self.config.max_step_tokens).contains(&plan.n_rows()));
+        assert!(plan.sequences.is_sorted_by(|a, b| a.id < b.id), "one part each, by age");
+        let oldest = self.scheduler.running.keys().next();
+        assert_eq!(plan.sequences.first().map(|step| &step.id), oldest, "the oldest is in every step");
+        for (id, sequence) in &self.scheduler.running {
+            assert!(sequence.n_remaining() > 1 || plan.sequences.iter().any(|step| step.id == *id), "{id:?} decodes");
+        }
+        for id in &plan.released {
+            if let Some(client) = self.clients.get(id) {
+                seen.preempted += 1;
+                seen.preempted_owing_prompt_logits += u64::from(client.owes_prompt_logits() && client.n_delivered > 0);
+            }
+        }
+        for step in &plan.sequences {
+            self.check_part(step, seen);
+        }
+    }
+
+    fn check_part(&mut self, step: &SequenceStep, seen: &mut Seen) {
+        let client = self.clients.get_mut(&step.id).expect("only the living are in plans");
+        let (start, end) = (step.start_position as usize, step.start_position as usize + step.token_ids.len());
+        assert!((1..=self.config.max_prefill_chunk).contains(&step.token_ids.len()));
+        let is_due = self.scheduler.due().any(|id| id == step.id);
+        assert_eq!(is_due, end == client.token_ids.len(), "{step:?}");
+        let expected = if client.owes_prompt_logits() && start >= client.n_delivered {
+            assert_eq!(start, client.n_delivered, "no prompt position is left out: {step:?}");
+            LogitsRows::All
+        } else if is_due {
+            LogitsRows::Last
+        } else {
+            LogitsRows::None
+        };
+        assert_eq!(step.logits, expected, "{step:?}");
+        let n_cached = self.scheduler.cached_tokens(step.id) as usize;
+        assert!(n_cached < client.n_prompt && (n_cached == 0 || !client.prompt_logprobs));
+        if !client.has_run {
+            assert_eq!(n_cached, start);
+            seen.prefix_hits += u64::from(n_cached > 0);
+        }
+        client.has_run = true;
+    }
+
+    fn commit(&mut self, plan: &StepPlan, rng: &mut ChaCha8Rng, seen: &mut Seen) {
+        let due: Vec<_> = self.scheduler.due().collect();
+        let sample = |id| Sampled { id, token: next_token(&self.clients[&id].token_ids), stop: rng.random_bool(0.05) };
+        let sampled: Vec<Sampled> = due.into_iter().map(sample).collect();
+        for step in plan.sequences.iter().filter(|step| step.logits == LogitsRows::All) {
+            if let Some(client) = self.clients.get_mut(&step.id) {
+                client.n_delivered += step.token_ids.len();
+            }
+        }
+        let mut expected = Vec::new();
+        for Sampled { id, token, stop } in &sampled {
+            let client = self.clients.get_mut(id).unwrap();
+            client.token_ids.push(*token);
+            let is_full = client.token_ids.len() == client.max_len;
+            if *stop || is_full {
+                assert!(!client.owes_prompt_logits(), "{client:?}");
+                self.clients.remove(id);
+                expected.push((*id, if *stop { Ended::Stop } else { Ended::Length }));
+                *(if *stop { &mut seen.stopped } else { &mut seen.finished }) += 1;
+            }
+        }
+        assert_eq!(self.scheduler.commit(&sampled), expected);
+        self.scheduler.check_integrity();
+    }
+}
+
+fn any_tokens(rng: &mut ChaCha8Rng, n: usize) -> Vec<u32> {
+    (0..n).map(|_| rng.random_range(0..VOCAB_SIZE)).collect()
+}
+
+/// The model: what follows depends on the tokens before it, and on nothing else.
+fn next_token(token_ids: &[u32]) -> u32 {
+    token_ids.iter().fold(1, |sum, token_id| sum * 5 % 1009 + token_id) % VOCAB_SIZE
+}
