@@ -2,6 +2,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod group;
 pub mod kv;
 pub mod sampler;
 pub mod scheduler;

@@ -1,0 +1,430 @@
+//! The leader: rank 0's side of the group.
+//!
+//! [`LeaderGroup`] is for the engine's thread, [`GroupRpc`] answers the followers on the runtime, and a task turns the
+//! failure detector. The three share the group's state under one std mutex: each only holds it for a state transition
+//! that neither waits nor does IO, and the engine needs a condition variable to block on.
+
+mod rpc;
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
+};
+
+use lockstep_collectives::{AbortHandle, CollectiveError, Member};
+use lockstep_proto::{
+    error::{Error, Reason},
+    worker::v1::{JoinResponse, StepsResponse},
+};
+use tokio::{
+    runtime::Handle,
+    sync::{mpsc, oneshot},
+    time::MissedTickBehavior,
+};
+use tokio_util::task::AbortOnDropHandle;
+use tonic::Status;
+
+pub use self::rpc::GroupRpc;
+use super::{
+    Epoch, GroupConfig, GroupError, StopHandle,
+    failure_detector::FailureDetector,
+    membership::{Action, Attestation, Join, Joiner, Membership, Phase, Refusal, Ticket},
+    rendezvous::{Place, Rendezvous},
+    wire,
+};
+use crate::scheduler::plan::StepPlan;
+
+/// Rank 0's end of the group, for the engine's thread.
+#[derive(Debug)]
+pub struct LeaderGroup {
+    config: GroupConfig,
+    rendezvous: Rendezvous,
+    shared: Arc<Shared>,
+    _detector: Option<AbortOnDropHandle<()>>,
+}
+
+/// What the engine, the followers' calls and the failure detector share.
+#[derive(Debug)]
+struct Shared {
+    state: Mutex<State>,
+    /// Notified whenever an epoch has begun, may run or has ended, and at the stop.
+    changed: Condvar,
+}
+
+#[derive(Debug)]
+struct State {
+    membership: Membership,
+    next_ticket: u64,
+    /// Calls that wait for an answer.
+    answers: HashMap<Ticket, oneshot::Sender<Answer>>,
+    /// An epoch that has begun and whose ranks have had no answer.
+    started: Option<Started>,
+    /// The plan streams of the epoch that lives.
+    streams: BTreeMap<usize, mpsc::Sender<Result<StepsResponse, Status>>>,
+    /// Of the epoch that lives.
+    abort: AbortHandle,
+    stopped: bool,
+}
+
+type Answer = Result<JoinResponse, Error>;
+
+#[derive(Debug)]
+struct Started {
+    epoch: u64,
+    joiners: BTreeMap<usize, Joiner>,
+}
+
+/// How long the ranks of a new epoch have to ask for its plans: they do so as soon as they have their answer.
+const ATTACH_TIMEOUT: Duration = Duration::from_secs(10);
+
+// === impl LeaderGroup ===
+
+impl LeaderGroup {
+    /// The group that `config` describes, which must be valid, and what answers its followers. `attestation` is what
+    /// all of them must be, too.
+    ///
+    /// # Errors
+    ///
+    /// [`GroupError::Transport`] if the rank's address cannot be had.
+    pub fn new(
+        config: GroupConfig,
+        attestation: Attestation,
+        runtime: &Handle,
+    ) -> Result<(Self, GroupRpc), GroupError> {
+        let rendezvous = Rendezvous::new(&config)?;
+        let detector = FailureDetector::new(config.suspect_after(), config.heartbeat_interval());
+        let membership = Membership::new(config.world_size, attestation, detector, ATTACH_TIMEOUT);
+        let shared = Arc::new(Shared::new(membership));
+        let task = (config.world_size > 1)
+            .then(|| AbortOnDropHandle::new(runtime.spawn(detect(Arc::clone(&shared), config.heartbeat_interval()))));
+        let rpc = GroupRpc::new(Arc::clone(&shared));
+        Ok((Self { config, rendezvous, shared, _detector: task }, rpc))
+    }
+
+    /// Begins an epoch: blocks until all ranks have joined, met in the transport and asked for their plans. An epoch
+    /// that still lives ends.
+    ///
+    /// # Errors
+    ///
+    /// [`GroupError::Missing`] after `join_timeout_ms`, [`GroupError::Ended`] if the epoch ended as it began; in both
+    /// cases the leader may try again. [`GroupError::Transport`], [`GroupError::Stopped`].
+    pub fn form(&mut self) -> Result<Epoch, GroupError> {
+        let abort = AbortHandle::new();
+        let Started { epoch, joiners } = self.shared.begin(&abort, self.config.join_timeout())?;
+        let member = Member {
+            epoch,
+            rank: 0,
+            world_size: self.config.world_size,
+            timeout: self.config.collective_timeout(),
+            abort,
+        };
+        let deadline = Instant::now() + ATTACH_TIMEOUT;
+        let addresses = joiners.values().map(|joiner| joiner.address.clone()).collect();
+        let hosted = self.rendezvous.host(member, addresses).map_err(|error| {
+            self.shared.answer(&joiners, &Err(epoch_ended(&error.to_string())));
+            self.shared.give_up(epoch, error)
+        })?;
+        let Place { name, addresses } = hosted.place().clone();
+        let answer = JoinResponse { epoch, collective_name: name, collective_addresses: addresses };
+        self.shared.answer(&joiners, &Ok(answer));
+        let collective = hosted.meet(deadline).map_err(|error| self.shared.give_up(epoch, error))?;
+        self.shared.await_running(epoch, deadline)?;
+        tracing::info!(epoch, world_size = self.config.world_size, "the group has formed");
+        Ok(Epoch { number: epoch, collective })
+    }
+
+    /// Sends a plan to all followers. Never blocks: a follower that has not taken [`PLAN_QUEUE`](super::PLAN_QUEUE)
+    /// plans ends the epoch.
+    ///
+    /// # Errors
+    ///
+    /// [`GroupError::Ended`] if the epoch has; [`GroupError::Stopped`].
+    pub fn send_plan(&mut self, plan: &StepPlan) -> Result<(), GroupError> {
+        let message = StepsResponse { plan: Some(wire::plan_to_proto(plan)) };
+        self.shared.broadcast(&message)
+    }
+
+    /// Why no epoch lives; `None` while one does.
+    pub fn is_broken(&self) -> Option<GroupError> {
+        self.shared.lock().ended().err()
+    }
+
+    /// Gives the epoch up, if one lives: the engine has failed, for the reason `cause`. Followers learn it at once.
+    pub fn give_up(&mut self, cause: &str) {
+        self.shared.update(|state| {
+            let actions = state.membership.end(cause, Instant::now());
+            state.apply(actions);
+        });
+    }
+
+    /// Ends the leader's part in the group from another thread.
+    pub fn stop_handle(&self) -> StopHandle {
+        let shared = Arc::clone(&self.shared);
+        StopHandle::new(move || shared.stop())
+    }
+}
+
+impl Drop for LeaderGroup {
+    fn drop(&mut self) {
+        self.shared.stop();
+    }
+}
+
+/// Turns the failure detector.
+async fn detect(shared: Arc<Shared>, interval: Duration) {
+    let mut turns = tokio::time::interval(interval);
+    turns.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        turns.tick().await;
+        shared.update(|state| {
+            let actions = state.membership.tick(Instant::now());
+            state.apply(actions);
+        });
+    }
+}
+
+// === impl Shared ===
+
+impl Shared {
+    fn new(membership: Membership) -> Self {
+        let state = State {
+            membership,
+            next_ticket: 0,
+            answers: HashMap::new(),
+            started: None,
+            streams: BTreeMap::new(),
+            abort: AbortHandle::new(),
+            stopped: false,
+        };
+        Self { state: Mutex::new(state), changed: Condvar::new() }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // A thread that panicked in a transition has left a state that was valid between any two of its statements.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Changes the state and tells the engine.
+    fn update<T>(&self, change: impl FnOnce(&mut State) -> T) -> T {
+        let result = change(&mut self.lock());
+        self.changed.notify_all();
+        result
+    }
+
+    /// Waits until all ranks have joined a new epoch, which `abort` will end.
+    fn begin(&self, abort: &AbortHandle, timeout: Duration) -> Result<Started, GroupError> {
+        let deadline = Instant::now() + timeout;
+        let mut state = self.lock();
+        // Ends the epoch before, with its own abort handle.
+        let ended = state.membership.end("the leader forms the group anew", Instant::now());
+        state.apply(ended);
+        state.abort = abort.clone();
+        let begun = state.membership.form(Instant::now());
+        state.apply(begun);
+        loop {
+            if state.stopped {
+                return Err(GroupError::Stopped);
+            }
+            if let Some(started) = state.started.take() {
+                return Ok(started);
+            }
+            // It may have begun and ended while this thread was about to wake.
+            state.not_broken()?;
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                state.membership.withdraw_leader();
+                return Err(GroupError::Missing { ranks: state.membership.missing(), waited_ms: timeout.as_millis() });
+            }
+            state = self.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    /// Answers the ranks of a new epoch.
+    fn answer(&self, joiners: &BTreeMap<usize, Joiner>, answer: &Answer) {
+        let mut state = self.lock();
+        for joiner in joiners.values() {
+            state.answer(joiner.ticket, answer.clone());
+        }
+    }
+
+    /// Waits until all ranks have their plan streams, or the epoch has ended.
+    fn await_running(&self, epoch: u64, deadline: Instant) -> Result<(), GroupError> {
+        let mut state = self.lock();
+        loop {
+            state.ended()?;
+            if state.membership.epoch() == epoch && *state.membership.phase() == Phase::Running {
+                return Ok(());
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                let ended = state.membership.end("not all ranks have asked for the plans in time", Instant::now());
+                state.apply(ended);
+                continue;
+            }
+            state = self.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    fn broadcast(&self, message: &StepsResponse) -> Result<(), GroupError> {
+        self.update(|state| {
+            state.ended()?;
+            let epoch = state.membership.epoch();
+            let failed = state
+                .streams
+                .iter()
+                .find_map(|(&rank, stream)| stream.try_send(Ok(message.clone())).err().map(|error| (rank, error)));
+            let ended = match failed {
+                None => return Ok(()),
+                Some((rank, mpsc::error::TrySendError::Full(_))) => {
+                    state.membership.behind(rank, epoch, Instant::now())
+                }
+                Some((rank, mpsc::error::TrySendError::Closed(_))) => {
+                    state.membership.lost(rank, epoch, Instant::now())
+                }
+            };
+            state.apply(ended);
+            state.ended()
+        })
+    }
+
+    /// Ends `epoch` because the leader failed in it; returns why it ended, which may be something earlier.
+    fn give_up(&self, epoch: u64, error: CollectiveError) -> GroupError {
+        self.update(|state| {
+            if state.membership.epoch() == epoch {
+                let ended = state.membership.end(&error.to_string(), Instant::now());
+                state.apply(ended);
+            }
+            state.ended().err().unwrap_or(GroupError::Transport(error))
+        })
+    }
+
+    fn stop(&self) {
+        self.update(|state| {
+            state.stopped = true;
+            let ended = state.membership.end("the leader shuts down", Instant::now());
+            state.apply(ended);
+            // Those who wait are told by the loss of their answer.
+            state.answers.clear();
+        });
+    }
+
+    /// A rank asks to join; the answer comes through the channel.
+    fn join(&self, join: Join) -> (Ticket, oneshot::Receiver<Answer>) {
+        let (sender, receiver) = oneshot::channel();
+        self.update(|state| {
+            let ticket = Ticket(state.next_ticket);
+            state.next_ticket += 1;
+            if !state.stopped {
+                state.answers.insert(ticket, sender);
+                let actions = state.membership.join(ticket, join, Instant::now());
+                state.apply(actions);
+            }
+            (ticket, receiver)
+        })
+    }
+
+    /// A rank has gone away while it waited.
+    fn withdraw(&self, ticket: Ticket) {
+        let mut state = self.lock();
+        state.answers.remove(&ticket);
+        state.membership.withdraw(ticket);
+    }
+
+    /// A rank asks for the plans of an epoch. `None`: the epoch does not live.
+    fn attach(&self, rank: usize, epoch: u64) -> Option<mpsc::Receiver<Result<StepsResponse, Status>>> {
+        let (sender, receiver) = mpsc::channel(super::PLAN_QUEUE);
+        self.update(|state| {
+            let actions = state.membership.attach(rank, epoch)?;
+            state.streams.insert(rank, sender);
+            state.apply(actions);
+            Some(receiver)
+        })
+    }
+
+    /// A rank's plan stream has ended.
+    fn lost(&self, rank: usize, epoch: u64) {
+        self.update(|state| {
+            let ended = state.membership.lost(rank, epoch, Instant::now());
+            state.apply(ended);
+        });
+    }
+
+    fn heartbeat(&self, rank: usize, epoch: u64, finished_steps: u64) -> bool {
+        self.lock().membership.heartbeat(rank, epoch, finished_steps, Instant::now())
+    }
+}
+
+// === impl State ===
+
+impl State {
+    /// Why no epoch lives.
+    fn ended(&self) -> Result<(), GroupError> {
+        self.not_broken()?;
+        match self.membership.phase() {
+            Phase::Forming { .. } => {
+                Err(GroupError::Ended { epoch: self.membership.epoch(), reason: "the group is forming".to_owned() })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Why the newest epoch has ended, if it has.
+    fn not_broken(&self) -> Result<(), GroupError> {
+        if self.stopped {
+            return Err(GroupError::Stopped);
+        }
+        match self.membership.phase() {
+            Phase::Broken { reason, .. } => {
+                Err(GroupError::Ended { epoch: self.membership.epoch(), reason: reason.to_string() })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Does what the membership says.
+    fn apply(&mut self, actions: impl IntoIterator<Item = Action>) {
+        for action in actions {
+            match action {
+                Action::Start { epoch, joiners } => self.started = Some(Started { epoch, joiners }),
+                Action::Refuse { ticket, refusal } => {
+                    tracing::warn!(%refusal, "refused a rank");
+                    let reason = match refusal {
+                        Refusal::Differs { .. } => Reason::AttestationMismatch,
+                        Refusal::NoSuchRank { .. } | Refusal::Superseded { .. } => Reason::InvalidArgument,
+                    };
+                    self.answer(ticket, Err(Error::new(reason, refusal.to_string())));
+                }
+                Action::Run { .. } => {}
+                Action::Break { epoch, reason } => {
+                    tracing::warn!(epoch, %reason, "the epoch has ended");
+                    self.end(&reason.to_string());
+                }
+            }
+        }
+    }
+
+    fn answer(&mut self, ticket: Ticket, answer: Answer) {
+        if let Some(waiting) = self.answers.remove(&ticket) {
+            // A rank that has gone away meanwhile needs no answer.
+            let _gone = waiting.send(answer);
+        }
+    }
+
+    /// Ends all that belongs to the epoch, telling the ranks why.
+    fn end(&mut self, reason: &str) {
+        self.abort.abort();
+        for stream in std::mem::take(&mut self.streams).into_values() {
+            // A full or closed stream ends without the reason.
+            let _untold = stream.try_send(Err(epoch_ended(reason).into()));
+        }
+        let unanswered = self.started.take().map(|started| started.joiners).unwrap_or_default();
+        for joiner in unanswered.into_values() {
+            self.answer(joiner.ticket, Err(epoch_ended(reason)));
+        }
+    }
+}
+
+fn epoch_ended(reason: &str) -> Error {
+    Error::new(Reason::EpochEnded, reason)
+}

@@ -1,0 +1,396 @@
+//! Membership: which ranks make up the group, and since when, as its leader sees it.
+//!
+//! ```text
+//! Forming ──all ranks have joined──► Attaching ──all plan streams attached──► Running
+//!    ▲                                   │                                      │
+//!    └──the leader forms anew── Broken ◄─┴── a rank is lost, silent, restarted … ┘
+//! ```
+//!
+//! An epoch is one unbroken life of the group, from the moment at which all ranks have joined. It never changes its
+//! ranks: whatever happens to one of them ends the epoch for all, and the group forms again under the next number.
+//! Numbers are never used twice. Ranks may ask to join at any time; those who come while an epoch lives wait for the
+//! next one, and break the epoch, for they have evidently started anew. A rank whose [`Attestation`] differs from the
+//! leader's is refused.
+//!
+//! It is pure: it is told what happens and when, and says what to do.
+
+mod attestation;
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt,
+    time::{Duration, Instant},
+};
+
+pub use self::attestation::{Attestation, Difference};
+use super::failure_detector::{FailureDetector, Suspicion};
+
+/// Names one request to join.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Ticket(pub u64);
+
+/// A rank that asks to join.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Join {
+    /// The rank.
+    pub rank: usize,
+    /// What it is.
+    pub attestation: Attestation,
+    /// Where its collective transport listens; empty if that needs no address.
+    pub address: String,
+}
+
+/// A rank of a new epoch.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Joiner {
+    /// The request to answer.
+    pub ticket: Ticket,
+    /// Where its collective transport listens.
+    pub address: String,
+}
+
+/// What to do.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Action {
+    /// A new epoch begins: bring up its transport and answer those who joined.
+    Start {
+        /// Its number.
+        epoch: u64,
+        /// All ranks but the leader's.
+        joiners: BTreeMap<usize, Joiner>,
+    },
+    /// Refuse a request to join.
+    Refuse {
+        /// The request.
+        ticket: Ticket,
+        /// Why.
+        refusal: Refusal,
+    },
+    /// All plan streams of the epoch are attached: steps may begin.
+    Run {
+        /// The epoch.
+        epoch: u64,
+    },
+    /// The epoch has ended: abort its collective and end its plan streams.
+    Break {
+        /// The epoch.
+        epoch: u64,
+        /// Why.
+        reason: BreakReason,
+    },
+}
+
+/// Why a request to join is refused.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Refusal {
+    /// There is no such follower.
+    NoSuchRank {
+        /// The rank.
+        rank: usize,
+        /// The number of ranks.
+        world_size: usize,
+    },
+    /// The rank is not what the leader is.
+    Differs {
+        /// The rank.
+        rank: usize,
+        /// In what.
+        difference: Difference,
+    },
+    /// The rank has asked again since.
+    Superseded {
+        /// The rank.
+        rank: usize,
+    },
+}
+
+/// Why an epoch ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum BreakReason {
+    /// The rank's plan stream has ended: its process is gone, or it has left the epoch.
+    Lost {
+        /// The rank.
+        rank: usize,
+    },
+    /// The rank has sent no heartbeat.
+    Silent {
+        /// The rank.
+        rank: usize,
+        /// For how long.
+        silence: Duration,
+        /// Steps that it said to have finished before.
+        finished_steps: u64,
+    },
+    /// The rank asked to join although it was in the epoch.
+    Restarted {
+        /// The rank.
+        rank: usize,
+    },
+    /// The rank joined but did not ask for the plans.
+    NotAttached {
+        /// The rank.
+        rank: usize,
+    },
+    /// The rank does not take its plans.
+    Behind {
+        /// The rank.
+        rank: usize,
+    },
+    /// The leader has given the epoch up.
+    GivenUp {
+        /// Why, in one line.
+        cause: String,
+    },
+}
+
+/// The state of a group.
+#[derive(Clone, Debug)]
+pub struct Membership {
+    world_size: usize,
+    attestation: Attestation,
+    attach_timeout: Duration,
+    detector: FailureDetector,
+    /// The newest epoch's number; 0 before the first.
+    epoch: u64,
+    /// Who waits for the next epoch.
+    waiting: BTreeMap<usize, Joiner>,
+    /// Steps that each rank has finished in this epoch.
+    finished_steps: BTreeMap<usize, u64>,
+    phase: Phase,
+}
+
+/// How far the group is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Phase {
+    /// No epoch lives; the next begins once all ranks have come.
+    Forming {
+        /// Whether the leader itself has come.
+        leader_ready: bool,
+    },
+    /// All have come, and now ask for the plans.
+    Attaching {
+        /// The ranks that have.
+        attached: BTreeSet<usize>,
+        /// By when all must have.
+        deadline: Instant,
+    },
+    /// Steps may be made.
+    Running,
+    /// The epoch has ended and the leader has not taken note yet.
+    Broken {
+        /// Why.
+        reason: BreakReason,
+        /// When.
+        since: Instant,
+    },
+}
+
+// === impl Membership ===
+
+impl Membership {
+    /// A group of `world_size` ranks whose leader is what `attestation` says. An epoch is broken if not all ranks have
+    /// asked for its plans `attach_timeout` after its start.
+    pub fn new(
+        world_size: usize,
+        attestation: Attestation,
+        detector: FailureDetector,
+        attach_timeout: Duration,
+    ) -> Self {
+        Self {
+            world_size,
+            attestation,
+            attach_timeout,
+            detector,
+            epoch: 0,
+            waiting: BTreeMap::new(),
+            finished_steps: BTreeMap::new(),
+            phase: Phase::Forming { leader_ready: false },
+        }
+    }
+
+    /// The newest epoch's number; 0 before the first.
+    pub fn epoch(&self) -> u64 {
+        self.epoch
+    }
+
+    /// How far the group is.
+    pub fn phase(&self) -> &Phase {
+        &self.phase
+    }
+
+    /// Ranks that the next epoch waits for, the leader not among them.
+    pub fn missing(&self) -> Vec<usize> {
+        self.followers().filter(|rank| !self.waiting.contains_key(rank)).collect()
+    }
+
+    /// The leader is ready for a new epoch; the one that lives, if any, ends.
+    pub fn form(&mut self, now: Instant) -> Vec<Action> {
+        let mut actions = self.end("the leader forms the group anew", now);
+        self.phase = Phase::Forming { leader_ready: true };
+        actions.extend(self.start_if_complete(now));
+        actions
+    }
+
+    /// The leader is not ready any more, unless an epoch has begun.
+    pub fn withdraw_leader(&mut self) {
+        if let Phase::Forming { leader_ready } = &mut self.phase {
+            *leader_ready = false;
+        }
+    }
+
+    /// A rank asks to join.
+    pub fn join(&mut self, ticket: Ticket, join: Join, now: Instant) -> Vec<Action> {
+        let Join { rank, attestation, address } = join;
+        if !self.followers().contains(&rank) {
+            let refusal = Refusal::NoSuchRank { rank, world_size: self.world_size };
+            return vec![Action::Refuse { ticket, refusal }];
+        }
+        if let Some(difference) = self.attestation.difference(&attestation) {
+            return vec![Action::Refuse { ticket, refusal: Refusal::Differs { rank, difference } }];
+        }
+        let mut actions = Vec::new();
+        if let Some(earlier) = self.waiting.insert(rank, Joiner { ticket, address }) {
+            actions.push(Action::Refuse { ticket: earlier.ticket, refusal: Refusal::Superseded { rank } });
+        }
+        if self.is_alive(self.epoch) {
+            actions.push(self.end_epoch(BreakReason::Restarted { rank }, now));
+        }
+        actions.extend(self.start_if_complete(now));
+        actions
+    }
+
+    /// A request to join was taken back: its rank has gone away.
+    pub fn withdraw(&mut self, ticket: Ticket) {
+        self.waiting.retain(|_rank, joiner| joiner.ticket != ticket);
+    }
+
+    /// A rank asks for the plans of `epoch`. `None`: it may not, since that epoch does not live or it has them already.
+    pub fn attach(&mut self, rank: usize, epoch: u64) -> Option<Vec<Action>> {
+        if epoch != self.epoch || !self.followers().contains(&rank) {
+            return None;
+        }
+        let n_followers = self.followers().len();
+        let Phase::Attaching { attached, .. } = &mut self.phase else { return None };
+        if !attached.insert(rank) {
+            return None;
+        }
+        if attached.len() < n_followers {
+            return Some(Vec::new());
+        }
+        self.phase = Phase::Running;
+        Some(vec![Action::Run { epoch }])
+    }
+
+    /// A rank says that it lives. Returns whether its epoch does.
+    pub fn heartbeat(&mut self, rank: usize, epoch: u64, finished_steps: u64, now: Instant) -> bool {
+        if !self.is_alive(epoch) {
+            return false;
+        }
+        self.detector.heard(rank, now);
+        if let Some(known) = self.finished_steps.get_mut(&rank) {
+            *known = finished_steps.max(*known);
+        }
+        true
+    }
+
+    /// A rank's plan stream of `epoch` has ended.
+    pub fn lost(&mut self, rank: usize, epoch: u64, now: Instant) -> Option<Action> {
+        self.is_alive(epoch).then(|| self.end_epoch(BreakReason::Lost { rank }, now))
+    }
+
+    /// A rank does not take the plans of `epoch` in time.
+    pub fn behind(&mut self, rank: usize, epoch: u64, now: Instant) -> Option<Action> {
+        self.is_alive(epoch).then(|| self.end_epoch(BreakReason::Behind { rank }, now))
+    }
+
+    /// The leader gives up the epoch that lives, if one does.
+    pub fn end(&mut self, cause: &str, now: Instant) -> Vec<Action> {
+        let reason = BreakReason::GivenUp { cause: cause.to_owned() };
+        let ended = self.is_alive(self.epoch).then(|| self.end_epoch(reason, now));
+        ended.into_iter().collect()
+    }
+
+    /// Time has passed; to be called at every turn of the failure detector.
+    pub fn tick(&mut self, now: Instant) -> Option<Action> {
+        let suspicion = self.detector.tick(now);
+        if let Some(Suspicion { rank, silence }) = suspicion.filter(|_| self.is_alive(self.epoch)) {
+            let finished_steps = self.finished_steps.get(&rank).copied().unwrap_or(0);
+            return Some(self.end_epoch(BreakReason::Silent { rank, silence, finished_steps }, now));
+        }
+        let Phase::Attaching { attached, deadline } = &self.phase else { return None };
+        if now < *deadline {
+            return None;
+        }
+        let rank = self.followers().find(|rank| !attached.contains(rank))?;
+        Some(self.end_epoch(BreakReason::NotAttached { rank }, now))
+    }
+
+    fn followers(&self) -> std::ops::Range<usize> {
+        1..self.world_size
+    }
+
+    fn is_alive(&self, epoch: u64) -> bool {
+        epoch == self.epoch && matches!(self.phase, Phase::Attaching { .. } | Phase::Running)
+    }
+
+    fn start_if_complete(&mut self, now: Instant) -> Vec<Action> {
+        if self.phase != (Phase::Forming { leader_ready: true }) || !self.missing().is_empty() {
+            return Vec::new();
+        }
+        self.epoch += 1;
+        let epoch = self.epoch;
+        self.finished_steps = self.followers().map(|rank| (rank, 0)).collect();
+        self.followers().for_each(|rank| self.detector.watch(rank, now));
+        let mut actions = vec![Action::Start { epoch, joiners: std::mem::take(&mut self.waiting) }];
+        if self.followers().is_empty() {
+            self.phase = Phase::Running;
+            actions.push(Action::Run { epoch });
+        } else {
+            self.phase = Phase::Attaching { attached: BTreeSet::new(), deadline: now + self.attach_timeout };
+        }
+        actions
+    }
+
+    fn end_epoch(&mut self, reason: BreakReason, now: Instant) -> Action {
+        self.detector.clear();
+        self.phase = Phase::Broken { reason: reason.clone(), since: now };
+        Action::Break { epoch: self.epoch, reason }
+    }
+}
+
+// === impl Refusal ===
+
+impl fmt::Display for Refusal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::NoSuchRank { rank, world_size } => {
+                write!(f, "rank {rank} is no follower in a group of {world_size} ranks")
+            }
+            Self::Differs { rank, difference: Difference { key, leader, other } } => {
+                let value = |value: &Option<String>| value.clone().unwrap_or_else(|| "has none".to_owned());
+                write!(f, "rank {rank} differs in {key}: leader {}, rank {rank} {}", value(leader), value(other))
+            }
+            Self::Superseded { rank } => write!(f, "rank {rank} has asked to join again since"),
+        }
+    }
+}
+
+// === impl BreakReason ===
+
+impl fmt::Display for BreakReason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Lost { rank } => write!(f, "rank {rank} is gone"),
+            Self::Silent { rank, silence, finished_steps } => {
+                write!(f, "rank {rank} is silent for {} ms, after {finished_steps} steps", silence.as_millis())
+            }
+            Self::Restarted { rank } => write!(f, "rank {rank} has restarted"),
+            Self::NotAttached { rank } => write!(f, "rank {rank} joined but did not ask for the plans"),
+            Self::Behind { rank } => write!(f, "rank {rank} does not take its plans"),
+            Self::GivenUp { cause } => f.write_str(cause),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

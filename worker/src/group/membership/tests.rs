@@ -1,0 +1,253 @@
+use std::hash::{BuildHasher, RandomState};
+
+use rand::{RngExt, SeedableRng, seq::IndexedRandom};
+use rand_chacha::ChaCha8Rng;
+
+use super::*;
+
+const TURN: Duration = Duration::from_millis(200);
+const SUSPECT_AFTER: Duration = Duration::from_secs(1);
+const ATTACH_TIMEOUT: Duration = Duration::from_secs(10);
+
+fn attestation(digest: &str) -> Attestation {
+    [("weights_digest", digest), ("engine_version", "0.1.0")].into_iter().collect()
+}
+
+fn membership(world_size: usize) -> Membership {
+    let detector = FailureDetector::new(SUSPECT_AFTER, TURN);
+    Membership::new(world_size, attestation("ab12"), detector, ATTACH_TIMEOUT)
+}
+
+fn join(rank: usize) -> Join {
+    Join { rank, attestation: attestation("ab12"), address: format!("host-{rank}:1") }
+}
+
+/// A group of `world_size` in its first epoch, which runs.
+fn running(world_size: usize, now: Instant) -> Membership {
+    let mut group = membership(world_size);
+    group.form(now);
+    for rank in 1..world_size {
+        group.join(Ticket(rank as u64), join(rank), now);
+    }
+    for rank in 1..world_size {
+        group.attach(rank, 1).unwrap();
+    }
+    assert_eq!(*group.phase(), Phase::Running);
+    group
+}
+
+#[test]
+fn the_epoch_starts_with_the_last_rank_and_runs_with_the_last_stream() {
+    let (mut group, now) = (membership(3), Instant::now());
+    assert_eq!(group.join(Ticket(1), join(2), now), []);
+    assert_eq!(group.form(now), []);
+    assert_eq!(group.missing(), [1]);
+    let joiner = |rank, ticket| (rank, Joiner { ticket: Ticket(ticket), address: format!("host-{rank}:1") });
+    let joiners = BTreeMap::from([joiner(1, 2), joiner(2, 1)]);
+    assert_eq!(group.join(Ticket(2), join(1), now), [Action::Start { epoch: 1, joiners }]);
+    assert_eq!(group.attach(2, 1), Some(vec![]));
+    assert_eq!(group.attach(2, 1), None, "a second stream");
+    assert_eq!(group.attach(1, 2), None, "an epoch that is not");
+    assert_eq!(group.attach(3, 1), None, "a rank that is not");
+    assert_eq!(group.attach(1, 1), Some(vec![Action::Run { epoch: 1 }]));
+}
+
+#[test]
+fn a_leader_alone_runs_at_once() {
+    let mut group = membership(1);
+    let actions = group.form(Instant::now());
+    assert_eq!(actions, [Action::Start { epoch: 1, joiners: BTreeMap::new() }, Action::Run { epoch: 1 }]);
+}
+
+#[test]
+fn a_rank_that_differs_is_refused_with_both_values() {
+    let (mut group, now) = (membership(2), Instant::now());
+    let mut refusal = |join: Join| match group.join(Ticket(7), join, now).as_slice() {
+        [Action::Refuse { ticket: Ticket(7), refusal }] => refusal.to_string(),
+        other => panic!("{other:?}"),
+    };
+    let differs = Join { attestation: attestation("cd34"), ..join(1) };
+    assert_eq!(refusal(differs), "rank 1 differs in weights_digest: leader ab12, rank 1 cd34");
+    let lacks = Join { attestation: Attestation::default(), ..join(1) };
+    assert_eq!(refusal(lacks), "rank 1 differs in engine_version: leader 0.1.0, rank 1 has none");
+    assert_eq!(refusal(join(0)), "rank 0 is no follower in a group of 2 ranks");
+    assert_eq!(refusal(join(2)), "rank 2 is no follower in a group of 2 ranks");
+}
+
+#[test]
+fn a_rank_that_joins_again_breaks_its_epoch_and_waits_for_the_next() {
+    let now = Instant::now();
+    let mut group = running(3, now);
+    let broken = Action::Break { epoch: 1, reason: BreakReason::Restarted { rank: 1 } };
+    assert_eq!(group.join(Ticket(10), join(1), now), [broken]);
+    assert_eq!(group.join(Ticket(11), join(2), now), []);
+    let superseded = Action::Refuse { ticket: Ticket(11), refusal: Refusal::Superseded { rank: 2 } };
+    assert_eq!(group.join(Ticket(12), join(2), now), [superseded]);
+    assert!(matches!(group.form(now).as_slice(), [Action::Start { epoch: 2, .. }]));
+}
+
+#[test]
+fn a_silent_rank_breaks_the_epoch_and_a_dead_epoch_says_so() {
+    let mut now = Instant::now();
+    let mut group = running(3, now);
+    let mut broken = None;
+    for _ in 0..20 {
+        now += TURN;
+        assert_eq!(group.heartbeat(1, 1, 9, now), broken.is_none());
+        broken = broken.or(group.tick(now));
+    }
+    let silent = BreakReason::Silent { rank: 2, silence: SUSPECT_AFTER, finished_steps: 0 };
+    assert_eq!(silent.to_string(), "rank 2 is silent for 1000 ms, after 0 steps");
+    assert_eq!(broken, Some(Action::Break { epoch: 1, reason: silent }));
+    assert_eq!(group.lost(1, 1, now), None, "an epoch ends once");
+}
+
+#[test]
+fn a_rank_that_never_asks_for_plans_breaks_the_epoch() {
+    let mut now = Instant::now();
+    let mut group = membership(2);
+    group.form(now);
+    group.join(Ticket(1), join(1), now);
+    let broken = (0..100).find_map(|_| {
+        now += TURN;
+        group.heartbeat(1, 1, 0, now);
+        group.tick(now)
+    });
+    assert_eq!(broken, Some(Action::Break { epoch: 1, reason: BreakReason::NotAttached { rank: 1 } }));
+}
+
+/// What the simulation knows of the group from its actions alone.
+#[derive(Default)]
+struct Observer {
+    /// Requests that have had no answer.
+    open: BTreeMap<Ticket, Join>,
+    epoch: u64,
+    alive: bool,
+    running: bool,
+    attached: BTreeSet<usize>,
+    epochs_run: u64,
+}
+
+impl Observer {
+    fn observe(&mut self, group: &Membership, actions: impl IntoIterator<Item = Action>) {
+        for action in actions {
+            match action {
+                Action::Start { epoch, joiners } => {
+                    assert!(!self.alive, "two epochs alive");
+                    assert!(epoch > self.epoch, "an epoch's number used twice");
+                    assert!(joiners.keys().copied().eq(1..group.world_size), "a rank is missing");
+                    for (rank, joiner) in joiners {
+                        let join = self.open.remove(&joiner.ticket).expect("a request answered twice");
+                        assert_eq!((join.rank, join.address), (rank, joiner.address));
+                        assert_eq!(join.attestation, attestation("ab12"), "a rank that differs let in");
+                    }
+                    (self.epoch, self.alive, self.running) = (epoch, true, false);
+                    self.attached.clear();
+                }
+                Action::Refuse { ticket, .. } => {
+                    self.open.remove(&ticket).expect("a request answered twice");
+                }
+                Action::Run { epoch } => {
+                    assert!(self.alive && !self.running && epoch == self.epoch);
+                    assert!(self.attached.iter().copied().eq(1..group.world_size), "running without a rank");
+                    self.running = true;
+                    self.epochs_run += 1;
+                }
+                Action::Break { epoch, .. } => {
+                    assert!(self.alive && epoch == self.epoch, "an epoch broken twice");
+                    (self.alive, self.running) = (false, false);
+                }
+            }
+        }
+        let waiting: Vec<_> = group.waiting.values().map(|joiner| joiner.ticket).collect();
+        assert!(waiting.iter().all(|ticket| self.open.contains_key(ticket)), "an answered request still waits");
+        assert_eq!(waiting.len(), self.open.len(), "a request forgotten");
+        assert_eq!(self.alive, matches!(group.phase(), Phase::Attaching { .. } | Phase::Running));
+        assert_eq!(self.running, *group.phase() == Phase::Running);
+    }
+}
+
+/// One random event.
+fn step(group: &mut Membership, seen: &mut Observer, now: &mut Instant, ticket: u64, random: &mut ChaCha8Rng) {
+    let rank = random.random_range(0..=group.world_size);
+    // Mostly the newest epoch, sometimes one before or after it.
+    let epoch = (group.epoch + 1).saturating_sub(*[1, 1, 1, 1, 0, 2].choose(random).unwrap());
+    *now += Duration::from_millis(random.random_range(0..100));
+    let actions = match random.random_range(0..100) {
+        0..25 => {
+            let digest = if random.random_ratio(1, 10) { "cd34" } else { "ab12" };
+            // In a group that runs, ranks seldom restart.
+            if seen.running && random.random_ratio(9, 10) {
+                return;
+            }
+            let join = Join { attestation: attestation(digest), ..join(rank) };
+            seen.open.insert(Ticket(ticket), join.clone());
+            group.join(Ticket(ticket), join, *now)
+        }
+        25..28 => {
+            if let Some(ticket) = seen.open.keys().copied().collect::<Vec<_>>().choose(random) {
+                group.withdraw(*ticket);
+                seen.open.remove(ticket);
+            }
+            Vec::new()
+        }
+        28..55 => {
+            let actions = group.attach(rank, epoch);
+            if actions.is_some() {
+                assert!(seen.alive && epoch == seen.epoch && seen.attached.insert(rank), "attached wrongly");
+            }
+            actions.unwrap_or_default()
+        }
+        55..75 => {
+            assert_eq!(group.heartbeat(rank, epoch, random.random(), *now), seen.alive && epoch == seen.epoch);
+            Vec::new()
+        }
+        75..90 => group.tick(*now).into_iter().collect(),
+        90..92 => group.lost(rank, epoch, *now).into_iter().collect(),
+        92 => group.behind(rank, epoch, *now).into_iter().collect(),
+        93 => group.end("the engine failed", *now),
+        94 => {
+            group.withdraw_leader();
+            Vec::new()
+        }
+        _ if seen.alive && random.random_ratio(19, 20) => Vec::new(),
+        _ => group.form(*now),
+    };
+    seen.observe(group, actions);
+}
+
+/// With ranks that behave, the group comes to run from whatever state it is in.
+fn settle(group: &mut Membership, seen: &mut Observer, now: Instant, ticket: u64) {
+    let actions = group.form(now);
+    seen.observe(group, actions);
+    for rank in group.missing() {
+        let ticket = Ticket(ticket + rank as u64);
+        seen.open.insert(ticket, join(rank));
+        let actions = group.join(ticket, join(rank), now);
+        seen.observe(group, actions);
+    }
+    for rank in 1..group.world_size {
+        seen.attached.insert(rank);
+        let actions = group.attach(rank, group.epoch).expect("the epoch has begun");
+        seen.observe(group, actions);
+    }
+    assert!(seen.running);
+}
+
+#[test]
+fn no_order_of_events_breaks_the_rules() {
+    let seed = match std::env::var("LOCKSTEP_TEST_SEED") {
+        Ok(seed) => seed.parse().unwrap(),
+        Err(_) => RandomState::new().hash_one(0),
+    };
+    println!("seed {seed}");
+    let mut random = ChaCha8Rng::seed_from_u64(seed);
+    for world_size in [1, 2, 3, 4, 8] {
+        let (mut group, mut seen, mut now) = (membership(world_size), Observer::default(), Instant::now());
+        for event in 0..60_000 {
+            step(&mut group, &mut seen, &mut now, event, &mut random);
+        }
+        assert!(seen.epochs_run > 20, "world size {world_size}: the simulation ran {} epochs only", seen.epochs_run);
+        settle(&mut group, &mut seen, now, 1_000_000);
+    }
+}

@@ -1,0 +1,300 @@
+//! Leader and followers in one process, over real connections on loopback. A follower has a runtime of its own, so that
+//! it can be killed, or frozen, as a process can.
+
+use std::{
+    sync::mpsc,
+    thread,
+    time::{Duration, Instant},
+};
+
+use lockstep_proto::{client::ClientLimits, worker::v1::group_service_server::GroupServiceServer};
+use tokio::{net::TcpListener, runtime::Runtime};
+use tokio_stream::wrappers::TcpListenerStream;
+
+use super::*;
+use crate::scheduler::plan::{BlockId, LogitsRows, SeqId, SequenceStep, StepPlan};
+
+/// So long that what takes it has hung.
+const LONG: Duration = Duration::from_secs(30);
+
+/// In which time the leader must know of a rank's death.
+const DEATH_KNOWN_AFTER: Duration = Duration::from_secs(2);
+
+/// A leader that answers on loopback.
+struct Leader {
+    group: LeaderGroup,
+    address: String,
+    runtime: Runtime,
+}
+
+/// A follower with its runtime.
+struct Follower {
+    group: FollowerGroup,
+    runtime: Runtime,
+}
+
+fn runtime() -> Runtime {
+    tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap()
+}
+
+fn attestation(digest: &str) -> Attestation {
+    [("weights_digest", digest)].into_iter().collect()
+}
+
+fn config(world_size: usize, transport: Transport) -> GroupConfig {
+    GroupConfig { world_size, transport, ..GroupConfig::default() }
+}
+
+impl Leader {
+    fn start(config: GroupConfig) -> Self {
+        let runtime = runtime();
+        let (group, rpc) = LeaderGroup::new(config, attestation("ab12"), runtime.handle()).unwrap();
+        let listener = runtime.block_on(TcpListener::bind("127.0.0.1:0")).unwrap();
+        let address = listener.local_addr().unwrap().to_string();
+        let server = tonic::transport::Server::builder().add_service(GroupServiceServer::new(rpc));
+        runtime.spawn(server.serve_with_incoming(TcpListenerStream::new(listener)));
+        Self { group, address, runtime }
+    }
+
+    fn follower(&self, rank: usize, config: GroupConfig) -> Follower {
+        self.follower_with(rank, config, "ab12")
+    }
+
+    fn follower_with(&self, rank: usize, config: GroupConfig, digest: &str) -> Follower {
+        let runtime = runtime();
+        let config = GroupConfig { rank, leader: Some(self.address.clone()), ..config };
+        let group = FollowerGroup::new(config, attestation(digest), &ClientLimits::default(), runtime.handle());
+        Follower { group: group.unwrap(), runtime }
+    }
+
+    /// Forms an epoch with `followers`, the ranks from 1.
+    fn form(&mut self, followers: &mut [Follower]) -> Vec<Epoch> {
+        thread::scope(|scope| {
+            let joining: Vec<_> = followers.iter_mut().map(|f| scope.spawn(|| f.group.join().unwrap())).collect();
+            let mut epochs = vec![self.group.form().unwrap()];
+            epochs.extend(joining.into_iter().map(|epoch| epoch.join().unwrap()));
+            epochs
+        })
+    }
+}
+
+impl Follower {
+    /// As a process that is killed: its connections end, without a word.
+    fn kill(self) {
+        self.runtime.shutdown_background();
+    }
+
+    /// As a host that vanishes: its connections stay and nothing comes through them, until the result is dropped.
+    fn freeze(&self) -> mpsc::Sender<()> {
+        let (frozen, is_frozen) = mpsc::channel();
+        let (thaw, thawed) = mpsc::channel::<()>();
+        self.runtime.spawn(async move {
+            frozen.send(()).unwrap();
+            let _dropped = thawed.recv();
+        });
+        is_frozen.recv().unwrap();
+        thaw
+    }
+}
+
+fn plan(step_id: u64, n_rows: usize) -> StepPlan {
+    let sequence = SequenceStep {
+        id: SeqId(step_id + 100),
+        start_position: 0,
+        token_ids: (0..n_rows as u32).collect(),
+        new_blocks: vec![BlockId(step_id as u32)],
+        logits: LogitsRows::Last,
+    };
+    StepPlan { step_id, released: vec![SeqId(step_id)], sequences: vec![sequence] }
+}
+
+/// Waits until `group` knows that its epoch has ended, and returns why.
+fn why_ended(mut is_broken: impl FnMut() -> Option<GroupError>, limit: Duration) -> String {
+    let deadline = Instant::now() + limit;
+    loop {
+        if let Some(error) = is_broken() {
+            return error.to_string();
+        }
+        assert!(Instant::now() < deadline, "the epoch has not ended within {limit:?}");
+        thread::yield_now();
+    }
+}
+
+#[test]
+fn all_ranks_meet_and_get_every_plan_in_order() {
+    for transport in [Transport::Shm, Transport::Tcp] {
+        let config = config(3, transport);
+        let mut leader = Leader::start(config.clone());
+        let mut followers = [1, 2].map(|rank| leader.follower(rank, config.clone()));
+        let mut epochs = leader.form(&mut followers);
+        assert_eq!(epochs.iter().map(|epoch| epoch.number).collect::<Vec<_>>(), [1, 1, 1]);
+        thread::scope(|scope| {
+            for epoch in &mut epochs {
+                scope.spawn(|| epoch.collective.barrier().unwrap());
+            }
+        });
+        // No more than fit the queues, so that the leader needs not wait.
+        for step_id in 0..PLAN_QUEUE as u64 {
+            leader.group.send_plan(&plan(step_id, 3)).unwrap();
+        }
+        for Follower { group, .. } in &mut followers {
+            for step_id in 0..PLAN_QUEUE as u64 {
+                assert_eq!(group.next_plan().unwrap(), plan(step_id, 3));
+                group.finished_step(step_id);
+            }
+        }
+        assert_eq!(leader.group.is_broken(), None);
+    }
+}
+
+#[test]
+fn a_killed_follower_ends_the_epoch_at_once_and_the_next_forms_when_it_returns() {
+    for transport in [Transport::Shm, Transport::Tcp] {
+        let config = config(3, transport);
+        let mut leader = Leader::start(config.clone());
+        let mut followers = vec![leader.follower(1, config.clone()), leader.follower(2, config.clone())];
+        let mut epochs = leader.form(&mut followers);
+        // The others wait in a step that rank 2 will never take part in; its end of the collective stays open, so
+        // that it is the failure detector that ends their wait.
+        let (first, rest) = epochs.split_at_mut(1);
+        let results = thread::scope(|scope| {
+            let waiting =
+                [&mut first[0], &mut rest[0]].map(|epoch| scope.spawn(|| epoch.collective.barrier().unwrap_err()));
+            followers.pop().unwrap().kill();
+            let reason = why_ended(|| leader.group.is_broken(), DEATH_KNOWN_AFTER);
+            assert_eq!(reason, "epoch 1 has ended: rank 2 is gone");
+            waiting.map(|rank| rank.join().unwrap())
+        });
+        for error in results {
+            let died = matches!(error, CollectiveError::Aborted | CollectiveError::PeerGone { .. });
+            assert!(died, "{error}");
+        }
+        drop(epochs);
+        assert!(leader.group.send_plan(&plan(0, 1)).is_err());
+        assert_eq!(followers[0].group.next_plan().unwrap_err().to_string(), "epoch 1 has ended: rank 2 is gone");
+        followers.push(leader.follower(2, config));
+        let epochs = leader.form(&mut followers);
+        assert_eq!(epochs.iter().map(|epoch| epoch.number).collect::<Vec<_>>(), [2, 2, 2]);
+    }
+}
+
+#[test]
+fn a_follower_that_falls_silent_ends_the_epoch() {
+    let config = config(2, Transport::Shm);
+    let mut leader = Leader::start(config.clone());
+    let mut followers = [leader.follower(1, config)];
+    let _epochs = leader.form(&mut followers);
+    let thaw = followers[0].freeze();
+    let reason = why_ended(|| leader.group.is_broken(), LONG);
+    assert!(reason.starts_with("epoch 1 has ended: rank 1 is silent for "), "{reason}");
+    drop(thaw);
+    assert_eq!(followers[0].group.next_plan().unwrap_err().to_string(), reason, "it is told when it returns");
+}
+
+#[test]
+fn a_leader_that_is_gone_or_silent_ends_the_epoch_of_its_followers() {
+    let config = config(2, Transport::Shm);
+    let mut leader = Leader::start(config.clone());
+    let mut followers = [leader.follower(1, config)];
+    let mut epochs = leader.form(&mut followers);
+    leader.runtime.shutdown_background();
+    let error = followers[0].group.next_plan().unwrap_err().to_string();
+    assert!(error.starts_with("epoch 1 has ended: the connection to the leader has ended"), "{error}");
+    // The leader's end of the collective is still there.
+    assert_eq!(epochs[1].collective.barrier(), Err(CollectiveError::Aborted));
+}
+
+#[test]
+fn a_follower_that_restarts_ends_the_epoch_that_it_was_in() {
+    let config = config(2, Transport::Tcp);
+    let mut leader = Leader::start(config.clone());
+    let mut before = [leader.follower(1, config.clone())];
+    let epochs = leader.form(&mut before);
+    let thaw = before[0].freeze();
+    let mut after = leader.follower(1, config);
+    let next = thread::scope(|scope| {
+        let joining = scope.spawn(|| after.group.join().unwrap());
+        assert_eq!(why_ended(|| leader.group.is_broken(), LONG), "epoch 1 has ended: rank 1 has restarted");
+        drop(epochs);
+        [leader.group.form().unwrap(), joining.join().unwrap()]
+    });
+    assert_eq!(next.map(|epoch| epoch.number), [2, 2]);
+    drop(thaw);
+}
+
+#[test]
+fn a_follower_that_differs_is_refused_with_both_values() {
+    let config = config(2, Transport::Shm);
+    let leader = Leader::start(config.clone());
+    let refused = |rank, digest| {
+        let config = GroupConfig { world_size: rank + 1, ..config.clone() };
+        leader.follower_with(rank, config, digest).group.join().unwrap_err().to_string()
+    };
+    let differs = "refused by the leader: rank 1 differs in weights_digest: leader ab12, rank 1 cd34";
+    assert_eq!(refused(1, "cd34"), differs);
+    assert_eq!(refused(2, "ab12"), "refused by the leader: rank 2 is no follower in a group of 2 ranks");
+}
+
+#[test]
+fn whoever_is_missing_is_named_and_may_come_later() {
+    let config = GroupConfig { join_timeout_ms: 20, ..config(3, Transport::Shm) };
+    let mut leader = Leader::start(config.clone());
+    assert_eq!(leader.group.form().unwrap_err(), GroupError::Missing { ranks: vec![1, 2], waited_ms: 20 });
+    let mut lonely = leader.follower(1, config.clone());
+    let error = lonely.group.join().unwrap_err();
+    assert!(matches!(error, GroupError::NotJoined { .. }), "{error}");
+    let patient = GroupConfig { join_timeout_ms: 30_000, ..config };
+    leader.group.config = patient.clone();
+    let mut followers = [1, 2].map(|rank| leader.follower(rank, patient.clone()));
+    assert_eq!(leader.form(&mut followers)[0].number, 1);
+}
+
+#[test]
+fn a_follower_that_does_not_take_its_plans_ends_the_epoch() {
+    let config = config(2, Transport::Shm);
+    let mut leader = Leader::start(config.clone());
+    let mut followers = [leader.follower(1, config)];
+    let _epochs = leader.form(&mut followers);
+    // Far more than the connection buffers.
+    let ended = (0..100_000).find_map(|step_id| leader.group.send_plan(&plan(step_id, 1_000)).err());
+    assert_eq!(ended.unwrap().to_string(), "epoch 1 has ended: rank 1 does not take its plans");
+}
+
+#[test]
+fn an_engine_that_fails_tells_the_others_why() {
+    let config = config(2, Transport::Shm);
+    let mut leader = Leader::start(config.clone());
+    let mut followers = [leader.follower(1, config)];
+    let _epochs = leader.form(&mut followers);
+    leader.group.give_up("out of memory");
+    assert_eq!(followers[0].group.next_plan().unwrap_err().to_string(), "epoch 1 has ended: out of memory");
+}
+
+#[test]
+fn a_stop_ends_every_wait() {
+    let config = config(3, Transport::Shm);
+    let mut leader = Leader::start(config.clone());
+    let mut follower = leader.follower(1, config);
+    let stops = [leader.group.stop_handle(), follower.group.stop_handle()];
+    thread::scope(|scope| {
+        let forming = scope.spawn(|| leader.group.form().unwrap_err());
+        let joining = scope.spawn(|| follower.group.join().unwrap_err());
+        stops.iter().for_each(StopHandle::stop);
+        assert_eq!(forming.join().unwrap(), GroupError::Stopped);
+        assert_eq!(joining.join().unwrap(), GroupError::Stopped);
+    });
+    assert_eq!(leader.group.form().unwrap_err(), GroupError::Stopped);
+    assert_eq!(follower.group.next_plan().unwrap_err(), GroupError::Stopped);
+}
+
+#[test]
+fn a_leader_alone_needs_nobody() {
+    let mut leader = Leader::start(config(1, Transport::Tcp));
+    for number in 1..3 {
+        let mut epoch = leader.group.form().unwrap();
+        assert_eq!(epoch.number, number);
+        epoch.collective.barrier().unwrap();
+        leader.group.send_plan(&plan(0, 1)).unwrap();
+        assert_eq!(leader.group.is_broken(), None);
+    }
+}
