@@ -121,6 +121,3 @@ impl fmt::Debug for StopHandle {
 
 #[cfg(test)]
 mod tests;
-
-#[cfg(test)]
-mod tests;

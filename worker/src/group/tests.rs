@@ -2,6 +2,7 @@
 //! it can be killed, or frozen, as a process can.
 
 use std::{
+    iter,
     sync::mpsc,
     thread,
     time::{Duration, Instant},
@@ -237,16 +238,22 @@ fn a_follower_that_differs_is_refused_with_both_values() {
 
 #[test]
 fn whoever_is_missing_is_named_and_may_come_later() {
-    let config = GroupConfig { join_timeout_ms: 20, ..config(3, Transport::Shm) };
-    let mut leader = Leader::start(config.clone());
+    let patient = config(3, Transport::Shm);
+    let hasty = GroupConfig { join_timeout_ms: 20, ..patient.clone() };
+    let mut leader = Leader::start(hasty.clone());
     assert_eq!(leader.group.form().unwrap_err(), GroupError::Missing { ranks: vec![1, 2], waited_ms: 20 });
-    let mut lonely = leader.follower(1, config.clone());
-    let error = lonely.group.join().unwrap_err();
+    let error = leader.follower(1, hasty).group.join().unwrap_err();
     assert!(matches!(error, GroupError::NotJoined { .. }), "{error}");
-    let patient = GroupConfig { join_timeout_ms: 30_000, ..config };
-    leader.group.config = patient.clone();
     let mut followers = [1, 2].map(|rank| leader.follower(rank, patient.clone()));
-    assert_eq!(leader.form(&mut followers)[0].number, 1);
+    thread::scope(|scope| {
+        let joining = followers.each_mut().map(|follower| scope.spawn(|| follower.group.join().unwrap().number));
+        let formed = iter::repeat_with(|| leader.group.form()).find(|formed| {
+            let still_missing = matches!(formed, Err(GroupError::Missing { .. }));
+            !still_missing
+        });
+        assert_eq!(formed.unwrap().unwrap().number, 1);
+        assert_eq!(joining.map(|follower| follower.join().unwrap()), [1, 1]);
+    });
 }
 
 #[test]

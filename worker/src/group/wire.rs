@@ -6,7 +6,7 @@
 use lockstep_proto::worker::v1 as pb;
 use thiserror::Error;
 
-use super::membership::{Attestation, Join};
+use super::membership::Join;
 use crate::scheduler::plan::{BlockId, LogitsRows, SeqId, SequenceStep, StepPlan};
 
 /// Most sequences of a step, and most released before one. The scheduler's batches are far smaller.

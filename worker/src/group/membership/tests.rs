@@ -172,12 +172,12 @@ fn step(group: &mut Membership, seen: &mut Observer, now: &mut Instant, ticket: 
     let rank = random.random_range(0..=group.world_size);
     // Mostly the newest epoch, sometimes one before or after it.
     let epoch = (group.epoch + 1).saturating_sub(*[1, 1, 1, 1, 0, 2].choose(random).unwrap());
-    *now += Duration::from_millis(random.random_range(0..100));
+    *now += Duration::from_millis(random.random_range(0..40));
     let actions = match random.random_range(0..100) {
         0..25 => {
             let digest = if random.random_ratio(1, 10) { "cd34" } else { "ab12" };
-            // In a group that runs, ranks seldom restart.
-            if seen.running && random.random_ratio(9, 10) {
+            // In an epoch, ranks seldom restart.
+            if seen.alive && random.random_ratio(9, 10) {
                 return;
             }
             let join = Join { attestation: attestation(digest), ..join(rank) };
@@ -192,6 +192,9 @@ fn step(group: &mut Membership, seen: &mut Observer, now: &mut Instant, ticket: 
             Vec::new()
         }
         28..55 => {
+            // Mostly a rank that has not attached, or a large group never would.
+            let next = (1..group.world_size).find(|rank| !seen.attached.contains(rank));
+            let rank = next.filter(|_| random.random_ratio(3, 4)).unwrap_or(rank);
             let actions = group.attach(rank, epoch);
             if actions.is_some() {
                 assert!(seen.alive && epoch == seen.epoch && seen.attached.insert(rank), "attached wrongly");
@@ -199,7 +202,10 @@ fn step(group: &mut Membership, seen: &mut Observer, now: &mut Instant, ticket: 
             actions.unwrap_or_default()
         }
         55..75 => {
-            assert_eq!(group.heartbeat(rank, epoch, random.random(), *now), seen.alive && epoch == seen.epoch);
+            for rank in (0..=group.world_size).filter(|_| random.random_ratio(3, 4)) {
+                let alive = group.heartbeat(rank, epoch, ticket, *now);
+                assert_eq!(alive, seen.alive && epoch == seen.epoch);
+            }
             Vec::new()
         }
         75..90 => group.tick(*now).into_iter().collect(),
