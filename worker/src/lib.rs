@@ -1,10 +1,35 @@
 //! A tensor-parallel shard of a model, advancing in lockstep with its group.
+//!
+//! # Layout
+//!
+//! In the order in which a request meets them:
+//!
+//! * [`config`]: what an operator can choose; [`serve`]: how a rank is put together; [`service`], [`request`], [`status`]: what the gateway calls.
+//! * [`engine`]: the step loop; [`scheduler`] decides what a step computes, over the blocks of [`kv`].
+//! * [`model_runner`]: a step plan to logits, through the layers of [`model`]; [`sampler`]: logits to token ids.
+//! * [`group`]: how ranks find each other, attest, and notice death.
+//! * [`bench`], [`inspect`], [`doctor`]: the other things that the program does; [`local_group`]: ranks as threads.
 
 #![forbid(unsafe_code)]
 
+pub mod bench;
+pub mod config;
+pub mod doctor;
+pub mod engine;
 pub mod group;
+pub mod inspect;
 pub mod kv;
+pub mod local_group;
+pub mod model;
+pub mod model_runner;
+pub mod request;
 pub mod sampler;
 pub mod scheduler;
+pub mod serve;
+pub mod service;
+pub mod status;
 #[cfg(test)]
 mod test_seed;
+
+/// This program's version, which every rank of a group must share.
+pub const VERSION: &str = env!("CARGO_PKG_VERSION");

@@ -1,2 +1,59 @@
-//! Placeholder.
-fn main() {}
+//! The worker program: serves one rank of a group, or looks at a model or at this machine.
+
+#![forbid(unsafe_code)]
+
+use std::{ffi::OsString, process::ExitCode};
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+use lockstep_proto::config::{self, ConfigError};
+use lockstep_worker::{bench::EngineBench, config::WorkerConfig, doctor, inspect::Inspect, serve};
+
+/// Further things that the program does; without one of these words it serves.
+#[derive(Debug, Parser)]
+#[command(name = "lockstep-worker", version)]
+enum Tool {
+    /// Describe a model file, and what each rank of a group would hold of it
+    Inspect(Inspect),
+    /// Measure this machine
+    #[command(subcommand)]
+    Bench(Bench),
+    /// Say what this machine offers a worker
+    Doctor,
+}
+
+#[derive(Debug, Subcommand)]
+enum Bench {
+    /// Prefill and decode rates of a model, in this process, without servers
+    Engine(EngineBench),
+}
+
+fn main() -> ExitCode {
+    let args: Vec<OsString> = std::env::args_os().collect();
+    let is_tool = args.get(1).is_some_and(|word| ["inspect", "bench", "doctor"].iter().any(|tool| word == tool));
+    let result = if is_tool { run_tool(Tool::parse_from(args)) } else { run_server(args) };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("lockstep-worker: {error:#}");
+            ExitCode::from(if error.is::<ConfigError>() { config::EXIT_CODE } else { 1 })
+        }
+    }
+}
+
+fn run_tool(tool: Tool) -> Result<()> {
+    match tool {
+        Tool::Inspect(inspect) => inspect.run(),
+        Tool::Bench(Bench::Engine(bench)) => bench.run(),
+        Tool::Doctor => {
+            doctor::run();
+            Ok(())
+        }
+    }
+}
+
+fn run_server(args: Vec<OsString>) -> Result<()> {
+    let Some(config) = config::load::<WorkerConfig>(args.into_iter())?.run_or_print() else { return Ok(()) };
+    // Two threads move messages; the engine computes on threads of its own.
+    tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?.block_on(serve::serve(config))
+}

@@ -1,0 +1,241 @@
+//! Settings of a worker.
+
+use std::{net::SocketAddr, path::PathBuf};
+
+use lockstep_proto::{
+    config::{ConfigError, Key, Settings},
+    server::{self, Limits, ServerSettings},
+    telemetry::{self, LogSettings},
+};
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    group::{self, GroupConfig},
+    model::config::ModelConfig,
+    model_runner::{BackendChoice, RunnerSettings},
+    scheduler::SchedulerConfig,
+};
+
+/// Everything that an operator can choose about a worker.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct WorkerConfig {
+    /// Address for gRPC.
+    pub listen: SocketAddr,
+    /// Address for Prometheus.
+    pub metrics_listen: Option<SocketAddr>,
+    /// Whether the end of standard input ends the worker.
+    pub exit_with_parent: bool,
+    /// The model.
+    pub model: ModelSettings,
+    /// The group that this rank belongs to.
+    pub group: GroupConfig,
+    /// The engine.
+    pub engine: EngineSettings,
+    /// Limits of the server.
+    pub limits: Limits,
+    /// The log.
+    pub log: LogSettings,
+}
+
+/// Which model is served.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ModelSettings {
+    /// A GGUF file.
+    pub path: PathBuf,
+    /// The name that requests use.
+    pub name: String,
+}
+
+/// How the engine computes. See [`KEYS`] for what each setting costs.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct EngineSettings {
+    /// Which backend computes.
+    pub backend: BackendChoice,
+    /// Threads that compute; 0: one for each core.
+    pub threads: usize,
+    /// Tokens whose keys and values fit into the cache.
+    pub kv_cache_tokens: usize,
+    /// Positions in a block.
+    pub block_size: usize,
+    /// Longest sequence; 0: what the model was trained for.
+    pub context_length: usize,
+    /// Rows of a step.
+    pub max_step_tokens: usize,
+    /// Rows of one sequence in a step.
+    pub max_prefill_chunk: usize,
+    /// Sequences that run at a time.
+    pub max_running: usize,
+    /// Sequences that may wait.
+    pub max_waiting: usize,
+    /// A step loop that has not gone round for so long makes the worker not ready.
+    pub stall_after_ms: u64,
+}
+
+/// The keys of a worker's own settings.
+pub const KEYS: &[Key] = &[
+    Key { path: "model.path", help: "GGUF file to serve. Default: none, it must be given." },
+    Key { path: "model.name", help: "Name that requests use for the model. Default: default." },
+    Key {
+        path: "engine.backend",
+        help: "cpu (our own kernels) or reference (candle tensors: plain and slow, for comparison). Default: cpu.",
+    },
+    Key {
+        path: "engine.threads",
+        help: "Threads that compute; 0 is one for each core. Default: 0. More than cores slow every step.",
+    },
+    Key {
+        path: "engine.kv_cache_tokens",
+        help: "Tokens whose keys and values fit into the cache, over all sequences. Default: 32768. More take memory \
+               (see `lockstep inspect`) once they are used; fewer make sequences wait or be computed again.",
+    },
+    Key {
+        path: "engine.block_size",
+        help: "Positions in a KV block. Default: 16. Larger blocks share prefixes more coarsely.",
+    },
+    Key {
+        path: "engine.context_length",
+        help: "Longest prompt and output together, in tokens; 0 is what the model was trained for. Default: 0.",
+    },
+    Key {
+        path: "engine.max_step_tokens",
+        help: "Rows of a step. Default: 512. More make prefills faster and gaps between tokens longer.",
+    },
+    Key {
+        path: "engine.max_prefill_chunk",
+        help: "Rows of one sequence in a step. Default: 256. Fewer let prompts share steps more evenly.",
+    },
+    Key {
+        path: "engine.max_running",
+        help: "Sequences that run at a time. Default: 64. More raise throughput and slow each stream.",
+    },
+    Key {
+        path: "engine.max_waiting",
+        help: "Sequences that may wait; further ones are refused with RESOURCE_EXHAUSTED. Default: 256.",
+    },
+    Key {
+        path: "engine.stall_after_ms",
+        help: "A step loop that has not gone round for so long makes the worker not ready. Default: 60000. Must be \
+               more than the longest step takes.",
+    },
+];
+
+impl Default for WorkerConfig {
+    fn default() -> Self {
+        Self {
+            listen: SocketAddr::from(([127, 0, 0, 1], 50_061)),
+            metrics_listen: None,
+            exit_with_parent: false,
+            model: ModelSettings::default(),
+            group: GroupConfig::default(),
+            engine: EngineSettings::default(),
+            limits: Limits::default(),
+            log: LogSettings::default(),
+        }
+    }
+}
+
+impl Default for ModelSettings {
+    fn default() -> Self {
+        Self { path: PathBuf::new(), name: "default".into() }
+    }
+}
+
+impl Default for EngineSettings {
+    fn default() -> Self {
+        Self {
+            backend: BackendChoice::Cpu,
+            threads: 0,
+            kv_cache_tokens: 32_768,
+            block_size: 16,
+            context_length: 0,
+            max_step_tokens: 512,
+            max_prefill_chunk: 256,
+            max_running: 64,
+            max_waiting: 256,
+            stall_after_ms: 60_000,
+        }
+    }
+}
+
+impl Settings for WorkerConfig {
+    const SERVICE: &'static str = "worker";
+    const KEYS: &'static [&'static [Key]] = &[server::KEYS, telemetry::KEYS, group::config::KEYS, KEYS];
+
+    fn validate(&self) -> Result<(), ConfigError> {
+        if self.model.path.as_os_str().is_empty() {
+            return Err(ConfigError::invalid("model.path", "``", "must name a GGUF file"));
+        }
+        let engine = &self.engine;
+        for (key, value) in [
+            ("engine.kv_cache_tokens", engine.kv_cache_tokens),
+            ("engine.block_size", engine.block_size),
+            ("engine.max_step_tokens", engine.max_step_tokens),
+            ("engine.max_prefill_chunk", engine.max_prefill_chunk),
+            ("engine.max_running", engine.max_running),
+            ("engine.max_waiting", engine.max_waiting),
+        ] {
+            if !(1..=1 << 30).contains(&value) {
+                return Err(ConfigError::invalid(key, value, "must be in 1..=1073741824"));
+            }
+        }
+        if engine.max_step_tokens < engine.max_running {
+            let rule = format!("must be at least engine.max_running = {}", engine.max_running);
+            return Err(ConfigError::invalid("engine.max_step_tokens", engine.max_step_tokens, rule));
+        }
+        self.group.validate()?;
+        self.limits.validate()?;
+        self.log.validate()
+    }
+}
+
+impl WorkerConfig {
+    /// What the server needs.
+    pub fn server(&self) -> ServerSettings {
+        ServerSettings {
+            service: Self::SERVICE,
+            listen: self.listen,
+            metrics_listen: self.metrics_listen,
+            limits: self.limits.clone(),
+        }
+    }
+}
+
+impl EngineSettings {
+    /// How this rank's runner is built.
+    pub fn runner(&self, model: &ModelConfig) -> RunnerSettings {
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        RunnerSettings {
+            backend: self.backend,
+            threads: if self.threads == 0 { cores } else { self.threads },
+            n_blocks: self.kv_cache_tokens.div_ceil(self.block_size),
+            block_size: self.block_size,
+            context_length: if self.context_length == 0 { model.context_length } else { self.context_length },
+        }
+    }
+
+    /// How rank 0 schedules.
+    pub fn scheduler(&self, runner: &RunnerSettings) -> SchedulerConfig {
+        SchedulerConfig {
+            max_step_tokens: self.max_step_tokens,
+            max_prefill_chunk: self.max_prefill_chunk,
+            max_running: self.max_running,
+            max_waiting: self.max_waiting,
+            n_blocks: runner.n_blocks as u32,
+            block_size: runner.block_size as u32,
+            context_length: runner.context_length as u32,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_setting_has_a_key() {
+        lockstep_proto::config::assert_keys_match_fields::<WorkerConfig>();
+    }
+}

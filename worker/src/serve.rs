@@ -1,0 +1,194 @@
+//! Serving: puts one rank together — server, model, engine, group — and takes it apart again.
+
+use std::{
+    sync::Arc,
+    thread::JoinHandle,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, anyhow};
+use lockstep_checkpoint::Checkpoint;
+use lockstep_proto::{
+    server::{Readiness, Server, Shutdown},
+    telemetry,
+    worker::v1::{group_service_server::GroupServiceServer, worker_service_server::WorkerServiceServer},
+};
+use tokio::runtime::Handle;
+use tokio_util::task::AbortOnDropHandle;
+use tonic::service::Routes;
+use tracing::info;
+
+use crate::{
+    VERSION,
+    config::WorkerConfig,
+    engine::{
+        follower::Follower,
+        handle::{self, EngineHandle},
+        leader::Leader,
+        metrics::Metrics,
+    },
+    group::{Attestation, FollowerGroup, GroupError, LeaderGroup, StopHandle},
+    model::load::Source,
+    model_runner::{self, RunStep, RunnerSettings},
+    request::Limits,
+    scheduler::Scheduler,
+    service::{Identity, Service},
+};
+
+/// The name under which health reports every rank: it belongs to a group that is together.
+const HEALTH_NAME: &str = "lockstep.worker.v1.WorkerService";
+
+/// Calls between ranks, which a drain leaves alone.
+const GROUP_CALLS: &str = "/lockstep.worker.v1.GroupService/";
+
+/// How often a leader's readiness is looked at when its engine says nothing.
+const READINESS_INTERVAL: Duration = Duration::from_millis(500);
+
+/// A rank's loaded shard, and what it says about itself.
+struct Shard {
+    runner: Box<dyn RunStep>,
+    settings: RunnerSettings,
+    identity: Identity,
+    attestation: Attestation,
+}
+
+/// A running engine.
+struct Engine {
+    routes: Routes,
+    thread: JoinHandle<Result<(), GroupError>>,
+    stop: StopHandle,
+    handle: Option<EngineHandle>,
+    _readiness: Option<AbortOnDropHandle<()>>,
+}
+
+/// Serves one rank until it is told to end.
+///
+/// # Errors
+/// A port that is taken, a model that cannot be loaded, or a leader that refuses this rank.
+pub async fn serve(config: WorkerConfig) -> Result<()> {
+    telemetry::init(&config.log)?;
+    let shutdown = Shutdown::on_signals(config.exit_with_parent)?;
+    let mut registry = telemetry::registry("worker");
+    let metrics = Metrics::register(&mut registry);
+    let server =
+        Server::bind(config.server(), Arc::new(registry))?.health_names(&[HEALTH_NAME]).background(&[GROUP_CALLS]);
+    let config = Arc::new(config);
+    let loading = Arc::clone(&config);
+    let shard = tokio::task::spawn_blocking(move || load(&loading)).await.context("loading panicked")??;
+    let readiness = Readiness::new();
+    let engine = if config.group.rank == 0 {
+        start_leader(&config, shard, metrics, &readiness)?
+    } else {
+        start_follower(&config, shard, metrics, &readiness, &shutdown)?
+    };
+    server.announce()?;
+    server.serve(engine.routes, &readiness, &shutdown).await?;
+    if let Some(handle) = &engine.handle {
+        handle.stop();
+    }
+    engine.stop.stop();
+    let ended = tokio::task::spawn_blocking(|| engine.thread.join()).await?;
+    ended.map_err(|_| anyhow!("the engine panicked"))??;
+    Ok(())
+}
+
+fn load(config: &WorkerConfig) -> Result<Shard> {
+    let start = Instant::now();
+    let path = &config.model.path;
+    let checkpoint = Arc::new(Checkpoint::open(path)?);
+    let digesting = Arc::clone(&checkpoint);
+    let digest = std::thread::spawn(move || digesting.digest());
+    let (rank, world_size) = (config.group.rank, config.group.world_size);
+    let source = Source::open(checkpoint, rank, world_size).with_context(|| path.display().to_string())?;
+    let settings = config.engine.runner(source.config());
+    let runner = model_runner::build(&source, &settings).with_context(|| path.display().to_string())?;
+    let digest = digest.join().map_err(|_| anyhow!("the digest panicked"))?;
+    let digest: String = digest.iter().map(|byte| format!("{byte:02x}")).collect();
+    let vocab_size = source.config().vocab_size;
+    info!(rank, world_size, seconds = start.elapsed().as_secs_f64(), "loaded {}", path.display());
+    Ok(Shard {
+        runner,
+        settings,
+        attestation: attest(&digest, &settings, world_size),
+        identity: Identity {
+            model: config.model.name.clone(),
+            model_digest: digest,
+            world_size: world_size as u32,
+            block_size: settings.block_size as u32,
+            limits: Limits { vocab_size, context_length: settings.context_length },
+        },
+    })
+}
+
+/// All that decides the result of a step.
+fn attest(digest: &str, settings: &RunnerSettings, world_size: usize) -> Attestation {
+    let entries = [
+        ("weights_digest", digest.to_owned()),
+        ("engine_version", VERSION.to_owned()),
+        ("world_size", world_size.to_string()),
+        ("backend", format!("{:?}", settings.backend).to_lowercase()),
+        ("block_size", settings.block_size.to_string()),
+        ("n_blocks", settings.n_blocks.to_string()),
+        ("context_length", settings.context_length.to_string()),
+    ];
+    entries.into_iter().collect()
+}
+
+fn start_leader(config: &WorkerConfig, shard: Shard, metrics: Metrics, readiness: &Readiness) -> Result<Engine> {
+    let Shard { runner, settings, identity, attestation } = shard;
+    let (group, rpc) = LeaderGroup::new(config.group.clone(), attestation, &Handle::current())?;
+    let stop = group.stop_handle();
+    let scheduler = Scheduler::new(config.engine.scheduler(&settings))?;
+    let (handle, port) = handle::channel(Instant::now());
+    let leader = Leader::new(group, runner, scheduler, metrics, port);
+    let thread = std::thread::Builder::new().name("engine".into()).spawn(move || {
+        leader.run();
+        Ok(())
+    })?;
+    let stall_after = Duration::from_millis(config.engine.stall_after_ms);
+    let watch = watch_readiness(handle.clone(), readiness.clone(), stall_after);
+    let max_bytes = config.limits.max_message_bytes();
+    let service = Service::new(handle.clone(), identity);
+    let routes = Routes::new(WorkerServiceServer::new(service).max_decoding_message_size(max_bytes))
+        .add_service(GroupServiceServer::new(rpc).max_decoding_message_size(max_bytes));
+    let watch = AbortOnDropHandle::new(tokio::spawn(watch));
+    Ok(Engine { routes, thread, stop, handle: Some(handle), _readiness: Some(watch) })
+}
+
+fn start_follower(
+    config: &WorkerConfig,
+    shard: Shard,
+    metrics: Metrics,
+    readiness: &Readiness,
+    shutdown: &Shutdown,
+) -> Result<Engine> {
+    let limits = config.limits.client();
+    let group = FollowerGroup::new(config.group.clone(), shard.attestation, &limits, &Handle::current())?;
+    let stop = group.stop_handle();
+    let follower = Follower::new(group, shard.runner, metrics, readiness.clone());
+    let shutdown = shutdown.clone();
+    let thread = std::thread::Builder::new().name("engine".into()).spawn(move || {
+        let result = follower.run();
+        // A rank that was refused has nothing left to do.
+        shutdown.start();
+        result
+    })?;
+    Ok(Engine { routes: Routes::default(), thread, stop, handle: None, _readiness: None })
+}
+
+/// Keeps a leader's readiness true to its engine: together, warm, and going round.
+async fn watch_readiness(engine: EngineHandle, readiness: Readiness, stall_after: Duration) {
+    let mut status = engine.status();
+    loop {
+        let ready = {
+            let status = status.borrow_and_update();
+            status.ready && status.last_turn.elapsed() < stall_after
+        };
+        readiness.set_ready(ready);
+        let changed = tokio::time::timeout(READINESS_INTERVAL, status.changed()).await;
+        if let Ok(Err(_engine_gone)) = changed {
+            readiness.set_ready(false);
+            return;
+        }
+    }
+}
