@@ -2,9 +2,13 @@
 //!
 //! # Layout
 //!
-//! - [`tiny_model`]: writes small random models in every shape and encoding.
-//! - [`oracle`]: a Llama in `f64`, the standard for logits.
+//! * [`cluster`]: starts the real programs as child processes on free ports.
+//! * [`ranks`]: ranks of one model as threads of the test, for what needs no servers.
+//! * [`tiny_model`]: writes small random models in every shape and encoding.
+//! * [`oracle`]: a Llama in `f64`, the standard for logits.
 #![forbid(unsafe_code)]
 
+pub mod cluster;
 pub mod oracle;
+pub mod ranks;
 pub mod tiny_model;

@@ -1,0 +1,100 @@
+//! Ranks of one model as threads of the test, without servers.
+
+use std::{path::Path, sync::Arc};
+
+use anyhow::Result;
+use lockstep_checkpoint::Checkpoint;
+use lockstep_worker::{
+    local_group::LocalGroup,
+    model::load::Source,
+    model_runner::{self, BackendChoice, RunnerSettings},
+    scheduler::plan::{BlockId, LogitsRows, SeqId, SequenceStep, StepPlan},
+};
+
+/// Positions in a block.
+pub const BLOCK_SIZE: usize = 16;
+
+/// A group of ranks.
+#[derive(Debug)]
+pub struct Ranks {
+    /// Runs plans on every rank.
+    pub group: LocalGroup,
+    /// Token ids are below this.
+    pub vocab_size: usize,
+}
+
+impl Ranks {
+    /// Loads a model on `world_size` ranks of `threads` threads, with room for `n_tokens` tokens.
+    ///
+    /// # Errors
+    /// A model that cannot be loaded.
+    pub fn load(
+        model: &Path,
+        backend: BackendChoice,
+        world_size: usize,
+        threads: usize,
+        n_tokens: usize,
+    ) -> Result<Self> {
+        let checkpoint = Arc::new(Checkpoint::open(model)?);
+        let mut vocab_size = 0;
+        let mut runners = Vec::new();
+        for rank in 0..world_size {
+            let source = Source::open(Arc::clone(&checkpoint), rank, world_size)?;
+            vocab_size = source.config().vocab_size;
+            let settings = RunnerSettings {
+                backend,
+                threads,
+                n_blocks: n_tokens.div_ceil(BLOCK_SIZE),
+                block_size: BLOCK_SIZE,
+                context_length: source.config().context_length.min(n_tokens),
+            };
+            runners.push(model_runner::build(&source, &settings)?);
+        }
+        Ok(Self { group: LocalGroup::start(runners)?, vocab_size })
+    }
+
+    /// The logits at every position of `ids`, computed in chunks of at most `chunk` rows: `[n_ids, vocab_size]`.
+    ///
+    /// # Errors
+    /// A step that fails.
+    pub fn logits(&mut self, ids: &[u32], chunk: usize) -> Result<Vec<f32>> {
+        self.group.reset();
+        let mut logits = Vec::with_capacity(ids.len() * self.vocab_size);
+        let mut n_blocks = 0;
+        let mut start = 0;
+        for (step_id, ids) in (0..).zip(ids.chunks(chunk)) {
+            let end = start + ids.len();
+            let blocks = n_blocks..end.div_ceil(BLOCK_SIZE) as u32;
+            n_blocks = blocks.end;
+            let sequence = SequenceStep {
+                id: SeqId(0),
+                start_position: start as u32,
+                token_ids: ids.to_vec(),
+                new_blocks: blocks.map(BlockId).collect(),
+                logits: LogitsRows::All,
+            };
+            let plan = StepPlan { step_id, released: Vec::new(), sequences: vec![sequence] };
+            logits.extend(self.group.run(&plan)?);
+            start = end;
+        }
+        Ok(logits)
+    }
+}
+
+/// The likeliest token of a row of logits, the lowest id at a tie.
+pub fn argmax(row: &[f32]) -> u32 {
+    let mut best = 0;
+    for (id, logit) in row.iter().enumerate() {
+        if *logit > row[best] {
+            best = id;
+        }
+    }
+    best as u32
+}
+
+/// The natural log-probability of a token.
+pub fn logprob(row: &[f32], token: u32) -> f64 {
+    let max = row.iter().fold(f32::NEG_INFINITY, |max, logit| max.max(*logit));
+    let total: f64 = row.iter().map(|logit| f64::from(logit - max).exp()).sum();
+    f64::from(row[token as usize] - max) - total.ln()
+}

@@ -1,0 +1,148 @@
+//! Generation through the whole cluster: the real programs, started and called as users do.
+
+use anyhow::{Context, Result};
+use lockstep_proto::v1::{
+    ChatRequest, ContentPart, Conversation, Finish, FinishReason, GenerateRequest, Message, OutputOptions, RawPrompt,
+    Role, SamplingParams, StreamGenerateRequest, TokenIds, content_part::Part, raw_prompt::Prompt,
+    stream_generate_response::Event,
+};
+use lockstep_tests::cluster::{Cluster, repository};
+use serde::Deserialize;
+use tokio_stream::StreamExt;
+
+#[derive(Deserialize)]
+struct Reference {
+    prompts: Vec<ReferencePrompt>,
+}
+
+#[derive(Deserialize)]
+struct ReferencePrompt {
+    prompt_ids: Vec<u32>,
+    ids: Vec<u32>,
+    gaps: Vec<f64>,
+}
+
+fn prompt(ids: &[u32]) -> RawPrompt {
+    RawPrompt { prompt: Some(Prompt::TokenIds(TokenIds { ids: ids.to_vec() })) }
+}
+
+fn text(text: &str) -> RawPrompt {
+    RawPrompt { prompt: Some(Prompt::Text(text.to_owned())) }
+}
+
+fn user(text: &str) -> Message {
+    let part = ContentPart { part: Some(Part::Text(text.to_owned())) };
+    Message { role: Role::User.into(), content: vec![part], ..Message::default() }
+}
+
+fn sampled(seed: u64) -> SamplingParams {
+    SamplingParams {
+        max_new_tokens: Some(24),
+        temperature: Some(0.9),
+        top_p: Some(0.95),
+        seed: Some(seed),
+        ..SamplingParams::default()
+    }
+}
+
+#[tokio::test]
+async fn greedy_ids_follow_the_reference_wherever_it_is_sure() -> Result<()> {
+    let cluster = Cluster::builder().start().await?;
+    let mut client = cluster.inference().await?;
+    let file = std::fs::read_to_string(repository().join("tests/data/smollm2_reference.json"))?;
+    let reference: Reference = serde_json::from_str(&file)?;
+    for wanted in reference.prompts.iter().take(20) {
+        let sampling = SamplingParams { max_new_tokens: Some(8), ignore_eos: Some(true), ..SamplingParams::default() };
+        let request = GenerateRequest {
+            prompt: Some(prompt(&wanted.prompt_ids)),
+            sampling: Some(sampling),
+            ..Default::default()
+        };
+        let response = client.generate(request).await?.into_inner();
+        let got = &response.choices[0].token_ids;
+        // Rounding may turn a choice whose gap is small; from there on the texts are different ones.
+        let sure = wanted.gaps.iter().take_while(|gap| **gap > 0.5).count().min(got.len());
+        assert_eq!(got[..sure], wanted.ids[..sure]);
+        assert_eq!(got.len(), 8);
+    }
+    cluster.stop().await
+}
+
+#[tokio::test]
+async fn a_seed_gives_the_same_text_at_every_world_size_and_transport() -> Result<()> {
+    let mut texts = Vec::new();
+    for (world_size, transport) in [(1, "shm"), (2, "shm"), (2, "tcp"), (3, "shm")] {
+        let cluster = Cluster::builder().world_size(world_size).transport(transport).start().await?;
+        let mut client = cluster.inference().await?;
+        let conversation = Conversation { messages: vec![user("Name three colours.")], ..Conversation::default() };
+        let request = ChatRequest {
+            conversation: Some(conversation),
+            sampling: Some(SamplingParams { n: Some(2), ..sampled(7) }),
+            ..ChatRequest::default()
+        };
+        let response = client.chat(request).await?.into_inner();
+        assert_eq!(response.choices.len(), 2);
+        let ids: Vec<Vec<u32>> = response.choices.into_iter().map(|choice| choice.token_ids).collect();
+        assert_ne!(ids[0], ids[1], "two choices of one seed differ");
+        texts.push(ids);
+        cluster.stop().await?;
+    }
+    assert!(texts.iter().all(|text| *text == texts[0]), "{texts:?}");
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_stream_counts_its_chunks_and_ends_with_one_finish() -> Result<()> {
+    let cluster = Cluster::builder().start().await?;
+    let mut client = cluster.inference().await?;
+    let request = StreamGenerateRequest {
+        prompt: Some(text("The capital of France is")),
+        sampling: Some(SamplingParams { max_new_tokens: Some(12), ..SamplingParams::default() }),
+        output: Some(OutputOptions { logprobs: Some(2), prompt_logprobs: Some(1), ..OutputOptions::default() }),
+        ..StreamGenerateRequest::default()
+    };
+    let mut stream = client.stream_generate(request).await?.into_inner();
+    let mut finish: Option<Finish> = None;
+    let (mut n_chunks, mut whole, mut n_tokens) = (0, String::new(), 0);
+    while let Some(response) = stream.next().await {
+        assert!(finish.is_none(), "nothing follows the finish");
+        match response?.event.context("an event")? {
+            Event::Start(start) => {
+                assert_eq!(start.prompt_tokens, 5);
+                assert_eq!(start.prompt_logprobs.len(), 5);
+            }
+            Event::Chunk(chunk) => {
+                assert_eq!(chunk.seq, n_chunks);
+                n_chunks += 1;
+                n_tokens += chunk.token_ids.len();
+                assert_eq!(chunk.logprobs.len(), chunk.token_ids.len());
+                assert!(chunk.logprobs.iter().all(|logprob| logprob.top.len() == 2));
+                whole += &chunk.text;
+            }
+            Event::Finish(last) => finish = Some(last),
+        }
+    }
+    let finish = finish.context("a finish")?;
+    assert!(whole.starts_with(" Paris."), "{whole}");
+    assert_eq!(finish.choices[0].reason(), FinishReason::Length);
+    assert_eq!((n_tokens, finish.usage.context("usage")?.completion_tokens), (12, 12));
+    assert_eq!(finish.repro.context("repro")?.model_digest.len(), 64);
+    cluster.stop().await
+}
+
+#[tokio::test]
+async fn a_stop_string_ends_the_text_before_it() -> Result<()> {
+    let cluster = Cluster::builder().start().await?;
+    let mut client = cluster.inference().await?;
+    let sampling = SamplingParams { max_new_tokens: Some(20), stop: vec!["ris.".into()], ..SamplingParams::default() };
+    let request = GenerateRequest {
+        prompt: Some(text("The capital of France is")),
+        sampling: Some(sampling),
+        output: Some(OutputOptions { return_full_text: Some(true), ..OutputOptions::default() }),
+        ..GenerateRequest::default()
+    };
+    let response = client.generate(request).await?.into_inner();
+    assert_eq!(response.choices[0].text, "The capital of France is Pa");
+    assert_eq!(response.choices[0].finish.as_ref().context("a finish")?.reason(), FinishReason::Stop);
+    cluster.stop().await
+}
