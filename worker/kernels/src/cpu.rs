@@ -18,7 +18,7 @@ use std::ops::Range;
 
 pub use attention::AttentionRow;
 
-use activations::{ActivationBlock, QuantizeRows};
+use activations::{ActivationBlock, QuantizeRows, STRIP};
 use attention::{HeadTimesRows, MAX_QUERIES};
 use elementwise::{Add, RmsNorm, Rope, SiluMul};
 use matmul::{Inputs, PanelsTimesRows};
@@ -136,6 +136,16 @@ impl Detected {
             Self::Avx512(simd) => simd.vectorize(kernel),
         }
     }
+
+    fn multiply(self, task: &PanelsTimesRows<'_>) {
+        match self {
+            Self::Portable(simd) => task.run(simd),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2(simd) => task.run(simd),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512(simd) => task.run(simd),
+        }
+    }
 }
 
 // === impl Cpu ===
@@ -192,20 +202,24 @@ impl Cpu {
             let out_len = weights.n_partials() * n_rows * weights.n_out();
             assert_eq!(product.out.len(), out_len, "outputs of {n_rows} rows");
         }
+        if n_rows == 0 {
+            return;
+        }
         let mut blocks = std::mem::take(&mut self.blocks);
         if products.iter().any(|product| product.weights.is_quantized()) {
-            self.quantize(x, &mut blocks);
+            self.quantize(x, n_rows, &mut blocks);
         }
         self.multiply(Inputs { values: x, blocks: &blocks, n_rows }, products);
         self.blocks = blocks;
     }
 
-    fn quantize(&mut self, x: &[f32], blocks: &mut Vec<ActivationBlock>) {
+    fn quantize(&mut self, x: &[f32], n_rows: usize, blocks: &mut Vec<ActivationBlock>) {
         let n_blocks = x.len() / BLOCK;
-        blocks.resize(n_blocks, ActivationBlock::default());
+        blocks.resize(activations::n_blocks(n_rows, n_blocks / n_rows), ActivationBlock::default());
         let blocks = SharedSlice::new(&mut blocks[..]);
         let isa = self.isa;
-        self.divide(n_blocks, ELEMENTS_PER_TASK / BLOCK, &|range| isa.run(QuantizeRows { values: x, blocks, range }));
+        let quantize = |range| isa.run(QuantizeRows { values: x, n_rows, blocks, range });
+        self.divide(n_blocks, ELEMENTS_PER_TASK / BLOCK, &quantize);
     }
 
     fn multiply(&mut self, inputs: Inputs<'_>, products: &mut [Product<'_>]) {
@@ -220,7 +234,7 @@ impl Cpu {
         self.pool.run(n_tasks, &|task_idx| {
             let grid = grids.iter().flatten().rfind(|grid| grid.first_task <= task_idx).expect("the first begins at 0");
             let (rows, panels) = grid.task(task_idx - grid.first_task);
-            isa.run(PanelsTimesRows { matrix: grid.matrix, inputs, panels, rows, out: grid.out });
+            isa.multiply(&PanelsTimesRows { matrix: grid.matrix, inputs, panels, rows, out: grid.out });
         });
     }
 
@@ -396,7 +410,7 @@ struct Grid<'a> {
 impl<'a> Grid<'a> {
     fn new(matrix: &'a PackedMatrix, n_rows: usize, first_task: usize, out: SharedSlice<'a, f32>) -> Self {
         let row_bytes = matrix.n_in() / BLOCK * size_of::<ActivationBlock>();
-        let rows_per_task = (ACTIVATION_BYTES_PER_PASS / row_bytes.max(1)).next_multiple_of(8);
+        let rows_per_task = (ACTIVATION_BYTES_PER_PASS / row_bytes.max(1)).next_multiple_of(STRIP);
         let panel_bytes = matrix.size_bytes() / matrix.n_panels();
         // With many rows, a small run of panels is work enough.
         let work = panel_bytes.max(1) * n_rows.min(rows_per_task).div_ceil(4).max(1);

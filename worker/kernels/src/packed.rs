@@ -74,6 +74,8 @@ pub(crate) struct Integers {
     pub(crate) sub_minimums: Vec<[i8; PANEL]>,
     /// Groups of 16 or 32 in a row.
     pub(crate) n_groups: usize,
+    /// Entries of `scales` for a row.
+    pub(crate) n_scales: usize,
     /// Groups that share an entry of `scales`.
     pub(crate) groups_per_scale: usize,
 }
@@ -210,6 +212,7 @@ impl Integers {
             sub_scales: vec![[0; PANEL]; n_panels * n_sub_scales],
             sub_minimums: vec![[0; PANEL]; n_panels * n_sub_minimums],
             n_groups,
+            n_scales,
             groups_per_scale,
         };
         let mut block = Block::default();
@@ -226,10 +229,9 @@ impl Integers {
     /// Puts one decoded block of a row in its place.
     fn insert(&mut self, row_idx: usize, block_idx: usize, block: &Block, block_len: usize) {
         let (panel_idx, lane) = (row_idx / PANEL, row_idx % PANEL);
-        let n_scales = self.n_groups / self.groups_per_scale;
-        self.scales[panel_idx * n_scales + block_idx][lane] = block.scale.to_bits();
+        self.scales[panel_idx * self.n_scales + block_idx][lane] = block.scale.to_bits();
         if self.format.has_minimum {
-            self.minimums[panel_idx * n_scales + block_idx][lane] = block.minimum.to_bits();
+            self.minimums[panel_idx * self.n_scales + block_idx][lane] = block.minimum.to_bits();
         }
         if self.format.two_level {
             let first = panel_idx * self.n_groups + block_idx * self.groups_per_scale;
@@ -273,8 +275,7 @@ impl Integers {
 
     /// Scale and minimum of one group of one output.
     fn group(&self, panel_idx: usize, group_idx: usize, lane: usize) -> (f32, f32) {
-        let n_scales = self.n_groups / self.groups_per_scale;
-        let outer = panel_idx * n_scales + group_idx / self.groups_per_scale;
+        let outer = panel_idx * self.n_scales + group_idx / self.groups_per_scale;
         let inner = panel_idx * self.n_groups + group_idx;
         let value = |outers: &[[u16; PANEL]], inners: &[[i8; PANEL]]| {
             let inner = if inners.is_empty() { 1 } else { inners[inner][lane] };

@@ -59,7 +59,6 @@ impl SegmentPlan {
 
     /// Sums every segment with `sum_segment` (given its columns), adds the sums as the tree says, and hands each
     /// subtree's sum to `store` with its plane.
-    #[inline(always)]
     pub(crate) fn sum<T: Copy>(
         &self,
         zero: T,

@@ -5,6 +5,12 @@
 //! A block of zeros, or of magnitudes so small (below 2^-121) that the factor overflows, has the
 //! scale 0. A block with a value that is not finite has the scale NaN and zero codes, so that
 //! it poisons every output of its row, and of no other.
+//!
+//! Kernels take up to eight rows at once, so rows lie together in *strips*: eight rows each, and a last one of 1, 2, 4 or
+//! 8 places, some of which may be spare. Within a strip the blocks of its rows that cover the same inputs are
+//! neighbours: `[n_in / 32, places]`.
+
+use std::ops::Range;
 
 use crate::cpu::shared_slice::SharedSlice;
 use crate::cpu::simd::{Kernel, Simd};
@@ -78,22 +84,43 @@ impl ActivationBlock {
     }
 }
 
-/// Quantizes some rows of `[n_rows, n_in]` to `[n_rows, n_in / 32]` blocks.
+/// The most rows in a strip.
+pub(crate) const STRIP: usize = 8;
+
+/// Places in the strip that begins at `first_row`.
+pub(crate) fn strip_places(first_row: usize, n_rows: usize) -> usize {
+    (n_rows - first_row).min(STRIP).next_power_of_two()
+}
+
+/// Blocks that `n_rows` rows of `n_parts` blocks take, the spare ones included.
+pub(crate) fn n_blocks(n_rows: usize, n_parts: usize) -> usize {
+    let n_full = n_rows / STRIP * STRIP;
+    let n_places = if n_full < n_rows { n_full + strip_places(n_full, n_rows) } else { n_full };
+    n_places * n_parts
+}
+
+/// Quantizes some rows of `[n_rows, n_in]` to their places in the strips. Spare places keep what they had.
 pub(crate) struct QuantizeRows<'a> {
     pub(crate) values: &'a [f32],
+    pub(crate) n_rows: usize,
     pub(crate) blocks: SharedSlice<'a, ActivationBlock>,
-    /// The blocks to fill, counted over all rows.
-    pub(crate) range: std::ops::Range<usize>,
+    /// The blocks to fill, counted row by row.
+    pub(crate) range: Range<usize>,
 }
 
 impl Kernel for QuantizeRows<'_> {
     #[inline(always)]
     fn run<S: Simd>(self, _simd: S) {
         let (values, _) = self.values.as_chunks::<BLOCK>();
-        // SAFETY: the tasks of a job have ranges that do not overlap (`Cpu::quantize`).
-        let blocks = unsafe { self.blocks.part(self.range.clone()) };
-        for (block, values) in blocks.iter_mut().zip(&values[self.range]) {
-            *block = ActivationBlock::quantize(values);
+        let n_parts = values.len() / self.n_rows;
+        for block_idx in self.range {
+            let (row_idx, part_idx) = (block_idx / n_parts, block_idx % n_parts);
+            let first_row = row_idx / STRIP * STRIP;
+            let place = part_idx * strip_places(first_row, self.n_rows) + row_idx - first_row;
+            let at = first_row * n_parts + place;
+            // SAFETY: every block has a place of its own, and the tasks of a job have blocks of their own
+            // (`Cpu::quantize`).
+            unsafe { self.blocks.part(at..at + 1) }.fill(ActivationBlock::quantize(&values[block_idx]));
         }
     }
 }

@@ -19,10 +19,13 @@
 //!
 //! Segment sums are then added as [`SumTree`](crate::SumTree) says. Nothing here depends on how many rows there are: rows
 //! only share the loading and unpacking of weights, up to eight at a time.
+//!
+//! [`PanelsTimesRows`] goes through a task's panels and rows; the sum of one segment is a [`Kernel`] of its own for each
+//! kind of weights and number of rows, so that the compiler keeps all of it in registers.
 
 use std::ops::Range;
 
-use crate::cpu::activations::ActivationBlock;
+use crate::cpu::activations::{ActivationBlock, STRIP, strip_places};
 use crate::cpu::shared_slice::SharedSlice;
 use crate::cpu::simd::{Kernel, LANES, Simd};
 use crate::packed::{BLOCK, Integers, PANEL, PackedMatrix, Weights};
@@ -32,7 +35,7 @@ use crate::packed::{BLOCK, Integers, PANEL, PackedMatrix, Weights};
 pub(crate) struct Inputs<'a> {
     /// `[n_rows, n_in]`.
     pub(crate) values: &'a [f32],
-    /// `[n_rows, n_in / 32]`; may be empty if all weights are floats.
+    /// In strips; may be empty if all weights are floats.
     pub(crate) blocks: &'a [ActivationBlock],
     pub(crate) n_rows: usize,
 }
@@ -47,127 +50,118 @@ pub(crate) struct PanelsTimesRows<'a> {
     pub(crate) out: SharedSlice<'a, f32>,
 }
 
-impl Kernel for PanelsTimesRows<'_> {
-    #[inline(always)]
-    fn run<S: Simd>(self, simd: S) {
-        for panel_idx in self.panels.clone() {
-            let mut row_idx = self.rows.start;
-            while row_idx < self.rows.end {
-                // Some counts round up: the spare places repeat the last row, and their sums are dropped.
-                let n_left = self.rows.end - row_idx;
-                match n_left {
-                    1 => self.panel::<S, 1>(simd, panel_idx, row_idx),
-                    2 => self.panel::<S, 2>(simd, panel_idx, row_idx),
-                    3 | 4 => self.panel::<S, 4>(simd, panel_idx, row_idx),
-                    _ => self.panel::<S, 8>(simd, panel_idx, row_idx),
-                }
-                row_idx += n_left.min(8);
-            }
-        }
-    }
+/// A loop over the rows of a kernel, written out, so that their sums are registers: left to itself the compiler keeps
+/// the loop for eight rows and the sums in memory, at half the speed.
+macro_rules! for_each_row {
+    ($row_idx:ident in 0..$n:ident $body:block) => {
+        for_each_row!($row_idx in [0 1 2 3 4 5 6 7], $n $body)
+    };
+    ($row_idx:ident in [$($i:literal)*], $n:ident $body:block) => {
+        $(if $i < $n {
+            let $row_idx = $i;
+            $body
+        })*
+    };
 }
 
 // === impl PanelsTimesRows ===
 
 impl PanelsTimesRows<'_> {
-    /// One panel for `N` rows from `first_row` on.
-    #[inline(always)]
-    fn panel<S: Simd, const N: usize>(&self, simd: S, panel_idx: usize, first_row: usize) {
-        match self.matrix.weights() {
-            Weights::Integers(integers) => self.integers::<S, N>(simd, integers, panel_idx, first_row),
-            Weights::Singles(values) => {
-                self.floats::<S, f32, N>(simd, values, |w| simd.load(w), panel_idx, first_row);
-            }
-            Weights::Halves(bits) => {
-                self.floats::<S, u16, N>(simd, bits, |w| simd.load_f16(w), panel_idx, first_row);
-            }
-            Weights::Brains(bits) => {
-                self.floats::<S, u16, N>(simd, bits, |w| simd.load_bf16(w), panel_idx, first_row);
+    /// Computes the task's outputs.
+    pub(crate) fn run<S: Simd>(&self, simd: S) {
+        for panel_idx in self.panels.clone() {
+            for first_row in self.rows.clone().step_by(STRIP) {
+                // Spare places of a strip are computed and dropped.
+                match strip_places(first_row, self.inputs.n_rows) {
+                    1 => self.panel::<S, 1>(simd, panel_idx, first_row),
+                    2 => self.panel::<S, 2>(simd, panel_idx, first_row),
+                    4 => self.panel::<S, 4>(simd, panel_idx, first_row),
+                    _ => self.panel::<S, STRIP>(simd, panel_idx, first_row),
+                }
             }
         }
     }
 
-    #[inline(always)]
-    fn integers<S: Simd, const N: usize>(&self, simd: S, integers: &Integers, panel_idx: usize, first_row: usize) {
-        let format = integers.format;
-        let n_parts = integers.n_parts();
-        let rows: [&[ActivationBlock]; N] = std::array::from_fn(|i| {
-            let row_idx = self.row(first_row, i);
-            &self.inputs.blocks[row_idx * n_parts..(row_idx + 1) * n_parts]
-        });
-        let panel = Panel { integers, panel_idx };
-        let zero = [simd.splat(0.0); N];
-        let sum_segment = |cols: Range<usize>| {
-            let parts = cols.start / BLOCK..cols.end / BLOCK;
-            match (format.nibbles, format.group_len, format.has_minimum) {
-                (true, 32, false) => panel.sum::<S, N, true, false, false>(simd, parts, &rows),
-                (true, 32, true) => panel.sum::<S, N, true, false, true>(simd, parts, &rows),
-                (true, _, false) => panel.sum::<S, N, true, true, false>(simd, parts, &rows),
-                (true, _, true) => panel.sum::<S, N, true, true, true>(simd, parts, &rows),
-                (false, 32, false) => panel.sum::<S, N, false, false, false>(simd, parts, &rows),
-                (false, 32, true) => panel.sum::<S, N, false, false, true>(simd, parts, &rows),
-                (false, ..) => panel.sum::<S, N, false, true, false>(simd, parts, &rows),
+    /// One panel for a strip of `N` places.
+    fn panel<S: Simd, const N: usize>(&self, simd: S, panel_idx: usize, first_row: usize) {
+        let mut store = |plane_idx: usize, sums: [[f32; PANEL]; N]| {
+            for (row_idx, sums) in (first_row..self.rows.end).zip(&sums) {
+                self.store(plane_idx, row_idx, panel_idx, sums);
             }
         };
-        let add = |a: [S::F32; N], b: [S::F32; N]| std::array::from_fn(|i| simd.add(a[i], b[i]));
-        self.matrix.plan().sum(zero, sum_segment, add, |plane_idx, sums| {
-            for (i, sum) in sums.iter().enumerate().take(self.rows.end - first_row) {
-                let mut lanes = [0.0; LANES];
-                simd.store(*sum, &mut lanes);
-                self.store(plane_idx, first_row + i, panel_idx, &lanes);
-            }
-        });
-    }
-
-    #[inline(always)]
-    fn floats<S: Simd, T: Copy + Default, const N: usize>(
-        &self,
-        simd: S,
-        weights: &[T],
-        load: impl Fn(&[T; LANES]) -> S::F32,
-        panel_idx: usize,
-        first_row: usize,
-    ) {
-        let n_in = self.matrix.n_in();
-        let rows: [&[f32]; N] = std::array::from_fn(|i| {
-            let row_idx = self.row(first_row, i);
-            &self.inputs.values[row_idx * n_in..(row_idx + 1) * n_in]
-        });
-        let n_partials = self.matrix.n_partials();
-        for out_idx in panel_idx * PANEL..self.matrix.n_out().min((panel_idx + 1) * PANEL) {
-            let weights = &weights[out_idx * n_in..(out_idx + 1) * n_in];
-            let sum_segment = |cols: Range<usize>| {
-                let rows: [&[f32]; N] = std::array::from_fn(|i| &rows[i][cols.clone()]);
-                dot_floats(simd, &weights[cols.clone()], &load, &rows)
-            };
-            let add = |a: [f32; N], b: [f32; N]| std::array::from_fn(|i| a[i] + b[i]);
-            self.matrix.plan().sum([0.0; N], sum_segment, add, |plane_idx, sums| {
-                debug_assert!(plane_idx < n_partials);
-                for (i, sum) in sums.iter().enumerate().take(self.rows.end - first_row) {
-                    let at = (plane_idx * self.inputs.n_rows + first_row + i) * self.matrix.n_out() + out_idx;
-                    // SAFETY: as in `store`; a task alone writes the outputs of its panels and rows.
-                    unsafe { self.out.part(at..at + 1) }.fill(*sum);
-                }
-            });
+        match self.matrix.weights() {
+            Weights::Integers(integers) => self.integers(simd, integers, panel_idx, first_row, &mut store),
+            Weights::Singles(values) => self.floats::<S, Single, N>(simd, values, panel_idx, first_row, &mut store),
+            Weights::Halves(bits) => self.floats::<S, Half, N>(simd, bits, panel_idx, first_row, &mut store),
+            Weights::Brains(bits) => self.floats::<S, Brain, N>(simd, bits, panel_idx, first_row, &mut store),
         }
     }
 
-    /// The row in place `i` from `first_row` on.
-    #[inline(always)]
-    fn row(&self, first_row: usize, i: usize) -> usize {
-        (first_row + i).min(self.rows.end - 1)
+    fn integers<S: Simd, const N: usize>(
+        &self,
+        simd: S,
+        integers: &Integers,
+        panel_idx: usize,
+        first_row: usize,
+        store: &mut impl FnMut(usize, [[f32; PANEL]; N]),
+    ) {
+        let n_parts = integers.n_parts();
+        let strip = self.inputs.blocks[first_row * n_parts..].as_chunks::<N>().0;
+        let sum_segment = |cols: Range<usize>| {
+            let parts = cols.start / BLOCK..cols.end / BLOCK;
+            let mut sums = [[0.0; PANEL]; N];
+            let panel = Panel { integers, panel_idx };
+            SumIntegers { panel, first_part: parts.start, blocks: &strip[parts], sums: &mut sums }.run(simd);
+            sums
+        };
+        self.matrix.plan().sum([[0.0; PANEL]; N], sum_segment, add, store);
+    }
+
+    fn floats<S: Simd, F: FloatFormat, const N: usize>(
+        &self,
+        simd: S,
+        weights: &[F::Bits],
+        panel_idx: usize,
+        first_row: usize,
+        store: &mut impl FnMut(usize, [[f32; PANEL]; N]),
+    ) {
+        let n_in = self.matrix.n_in();
+        // Spare places repeat the last row.
+        let rows: [&[f32]; N] = std::array::from_fn(|i| {
+            let row_idx = (first_row + i).min(self.inputs.n_rows - 1);
+            &self.inputs.values[row_idx * n_in..(row_idx + 1) * n_in]
+        });
+        let panel_len = PANEL * n_in;
+        let weights = &weights[panel_idx * panel_len..weights.len().min((panel_idx + 1) * panel_len)];
+        let sum_segment = |cols: Range<usize>| {
+            let rows = rows.map(|row| &row[cols.clone()]);
+            let mut sums = [[0.0; PANEL]; N];
+            for (out_idx, weights) in weights.chunks_exact(n_in).enumerate() {
+                let mut dots = [0.0; N];
+                simd.vectorize(SumFloats::<F, N> { weights: &weights[cols.clone()], rows, sums: &mut dots });
+                sums.iter_mut().zip(dots).for_each(|(sums, dot)| sums[out_idx] = dot);
+            }
+            sums
+        };
+        self.matrix.plan().sum([[0.0; PANEL]; N], sum_segment, add, store);
     }
 
     /// Stores one row's sums of a panel.
-    #[inline(always)]
-    fn store(&self, plane_idx: usize, row_idx: usize, panel_idx: usize, sums: &[f32; LANES]) {
+    fn store(&self, plane_idx: usize, row_idx: usize, panel_idx: usize, sums: &[f32; PANEL]) {
         let n_out = self.matrix.n_out();
         let n_lanes = (n_out - panel_idx * PANEL).min(PANEL);
         let at = (plane_idx * self.inputs.n_rows + row_idx) * n_out + panel_idx * PANEL;
-        // SAFETY: the tasks of a job divide panels and rows among them (`Cpu::matmul_many`), so no other task writes
-        // these outputs; this task holds no other part.
+        // SAFETY: the tasks of a job divide panels and rows among them (`Cpu::multiply`), so no other task writes these
+        // outputs; this task holds no other part.
         unsafe { self.out.part(at..at + n_lanes) }.copy_from_slice(&sums[..n_lanes]);
     }
+}
+
+/// Adds the sums of two segments.
+fn add<const N: usize>(mut left: [[f32; PANEL]; N], right: [[f32; PANEL]; N]) -> [[f32; PANEL]; N] {
+    let sums = left.as_flattened_mut().iter_mut();
+    sums.zip(right.as_flattened()).for_each(|(left, right)| *left += right);
+    left
 }
 
 /// One panel of integer weights.
@@ -177,53 +171,117 @@ struct Panel<'a> {
     panel_idx: usize,
 }
 
+/// The sums of one K-segment, from the run of 32 inputs `first_part` on, for the 16 outputs of a panel and `N` rows.
+struct SumIntegers<'a, const N: usize> {
+    panel: Panel<'a>,
+    first_part: usize,
+    /// The segment's activations.
+    blocks: &'a [[ActivationBlock; N]],
+    sums: &'a mut [[f32; PANEL]; N],
+}
+
+/// [`SumIntegers`] for one kind of format: whether codes are nibbles, scales belong to half a run of 32 inputs, and
+/// there are minimums.
+struct SumFormat<'a, const N: usize, const NIBBLES: bool, const HALVES: bool, const MINIMUM: bool>(SumIntegers<'a, N>);
+
+// === impl SumIntegers ===
+
+impl<const N: usize> SumIntegers<'_, N> {
+    fn run<S: Simd>(self, simd: S) {
+        let format = self.panel.integers.format;
+        match (format.nibbles, format.group_len, format.has_minimum) {
+            (true, 32, false) => simd.vectorize(SumFormat::<N, true, false, false>(self)),
+            (true, 32, true) => simd.vectorize(SumFormat::<N, true, false, true>(self)),
+            (true, _, false) => simd.vectorize(SumFormat::<N, true, true, false>(self)),
+            (true, _, true) => simd.vectorize(SumFormat::<N, true, true, true>(self)),
+            (false, 32, false) => simd.vectorize(SumFormat::<N, false, false, false>(self)),
+            (false, 32, true) => simd.vectorize(SumFormat::<N, false, false, true>(self)),
+            (false, ..) => simd.vectorize(SumFormat::<N, false, true, false>(self)),
+        }
+    }
+}
+
+// === impl SumFormat ===
+
+impl<const N: usize, const NIBBLES: bool, const HALVES: bool, const MINIMUM: bool> Kernel
+    for SumFormat<'_, N, NIBBLES, HALVES, MINIMUM>
+{
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        let SumIntegers { panel, first_part, blocks, sums: out } = self.0;
+        let mut sums = [simd.splat(0.0); N];
+        for (i, blocks) in blocks.iter().enumerate() {
+            let part_idx = first_part + i;
+            let codes = panel.codes::<S, NIBBLES>(simd, part_idx);
+            if HALVES {
+                let first = panel.group::<S, MINIMUM>(simd, 2 * part_idx);
+                let second = panel.group::<S, MINIMUM>(simd, 2 * part_idx + 1);
+                for_each_row!(row_idx in 0..N {
+                    let x = &blocks[row_idx];
+                    let [quads, more_quads] = [&x.quads.as_chunks::<4>().0[0], &x.quads.as_chunks::<4>().0[1]];
+                    let [codes, more_codes] = [&codes.as_chunks::<4>().0[0], &codes.as_chunks::<4>().0[1]];
+                    let dot = Self::dot(simd, panel.offset() * x.half_sums[0], codes, quads);
+                    sums[row_idx] = Self::add_group(simd, sums[row_idx], first, dot, x.scale, x.scaled_half_sums[0]);
+                    let dot = Self::dot(simd, panel.offset() * x.half_sums[1], more_codes, more_quads);
+                    sums[row_idx] = Self::add_group(simd, sums[row_idx], second, dot, x.scale, x.scaled_half_sums[1]);
+                });
+            } else {
+                let group = panel.group::<S, MINIMUM>(simd, part_idx);
+                for_each_row!(row_idx in 0..N {
+                    let x = &blocks[row_idx];
+                    let dot = Self::dot(simd, panel.offset() * x.sum, &codes, &x.quads);
+                    sums[row_idx] = Self::add_group(simd, sums[row_idx], group, dot, x.scale, x.scaled_sum);
+                });
+            }
+        }
+        for_each_row!(row_idx in 0..N {
+            simd.store(sums[row_idx], &mut out[row_idx]);
+        });
+    }
+}
+
+impl<const N: usize, const NIBBLES: bool, const HALVES: bool, const MINIMUM: bool>
+    SumFormat<'_, N, NIBBLES, HALVES, MINIMUM>
+{
+    /// The integer dot products of a group, less `correction` where the format has an offset.
+    #[inline(always)]
+    fn dot<S: Simd, const QUADS: usize>(
+        simd: S,
+        correction: i32,
+        codes: &[S::Bytes; QUADS],
+        quads: &[i32; QUADS],
+    ) -> S::I32 {
+        let mut dot = simd.splat_i32(if MINIMUM { 0 } else { -correction });
+        for quad_idx in 0..QUADS {
+            dot = if NIBBLES {
+                simd.dot_nibbles(dot, codes[quad_idx], quads[quad_idx])
+            } else {
+                simd.dot_bytes(dot, codes[quad_idx], quads[quad_idx])
+            };
+        }
+        dot
+    }
+
+    #[inline(always)]
+    fn add_group<S: Simd>(
+        simd: S,
+        sum: S::F32,
+        (scale, minimum): (S::F32, S::F32),
+        dot: S::I32,
+        x_scale: f32,
+        scaled_sum: f32,
+    ) -> S::F32 {
+        let sum = simd.fma(simd.mul(scale, simd.splat(x_scale)), simd.to_f32(dot), sum);
+        if MINIMUM { simd.fma(minimum, simd.splat(scaled_sum), sum) } else { sum }
+    }
+}
+
 // === impl Panel ===
 
 impl Panel<'_> {
-    /// Sums of one K-segment, the runs `parts` of 32 inputs, for the 16 outputs and `N` rows.
     #[inline(always)]
-    fn sum<S: Simd, const N: usize, const NIBBLES: bool, const HALVES: bool, const MINIMUM: bool>(
-        &self,
-        simd: S,
-        parts: Range<usize>,
-        rows: &[&[ActivationBlock]; N],
-    ) -> [S::F32; N] {
-        let offset = i32::from(self.integers.format.offset);
-        let rows: [&[ActivationBlock]; N] = std::array::from_fn(|i| &rows[i][parts.clone()]);
-        let mut sums = [simd.splat(0.0); N];
-        for (i, part_idx) in parts.enumerate() {
-            let codes = self.codes::<S, NIBBLES>(simd, part_idx);
-            let groups: [(S::F32, S::F32); 2] = if HALVES {
-                [self.group::<S, MINIMUM>(simd, 2 * part_idx), self.group::<S, MINIMUM>(simd, 2 * part_idx + 1)]
-            } else {
-                [self.group::<S, MINIMUM>(simd, part_idx); 2]
-            };
-            for row_idx in 0..N {
-                let x = &rows[row_idx][i];
-                let scale = simd.splat(x.scale);
-                let mut add_group = |quads: Range<usize>, (weight_scale, minimum), x_sum: i32, scaled_sum: f32| {
-                    let mut dot = simd.splat_i32(if MINIMUM { 0 } else { -offset * x_sum });
-                    for quad_idx in quads {
-                        dot = if NIBBLES {
-                            simd.dot_nibbles(dot, codes[quad_idx], x.quads[quad_idx])
-                        } else {
-                            simd.dot_bytes(dot, codes[quad_idx], x.quads[quad_idx])
-                        };
-                    }
-                    sums[row_idx] = simd.fma(simd.mul(weight_scale, scale), simd.to_f32(dot), sums[row_idx]);
-                    if MINIMUM {
-                        sums[row_idx] = simd.fma(minimum, simd.splat(scaled_sum), sums[row_idx]);
-                    }
-                };
-                if HALVES {
-                    add_group(0..4, groups[0], x.half_sums[0], x.scaled_half_sums[0]);
-                    add_group(4..8, groups[1], x.half_sums[1], x.scaled_half_sums[1]);
-                } else {
-                    add_group(0..8, groups[0], x.sum, x.scaled_sum);
-                }
-            }
-        }
-        sums
+    fn offset(&self) -> i32 {
+        i32::from(self.integers.format.offset)
     }
 
     /// The codes of 32 inputs, by quads.
@@ -231,10 +289,25 @@ impl Panel<'_> {
     fn codes<S: Simd, const NIBBLES: bool>(&self, simd: S, part_idx: usize) -> [S::Bytes; 8] {
         let part_idx = self.panel_idx * self.integers.n_parts() + part_idx;
         if NIBBLES {
-            let lines = self.integers.codes.as_chunks::<4>().0[part_idx].each_ref().map(|line| simd.load_bytes(line));
-            std::array::from_fn(|i| if i < 4 { simd.low_nibbles(lines[i]) } else { simd.high_nibbles(lines[i - 4]) })
+            let [a, b, c, d] = &self.integers.codes.as_chunks::<4>().0[part_idx];
+            let [a, b, c, d] = [simd.load_bytes(a), simd.load_bytes(b), simd.load_bytes(c), simd.load_bytes(d)];
+            [
+                simd.low_nibbles(a),
+                simd.low_nibbles(b),
+                simd.low_nibbles(c),
+                simd.low_nibbles(d),
+                simd.high_nibbles(a),
+                simd.high_nibbles(b),
+                simd.high_nibbles(c),
+                simd.high_nibbles(d),
+            ]
         } else {
-            self.integers.codes.as_chunks::<8>().0[part_idx].each_ref().map(|line| simd.load_bytes(line))
+            let lines = &self.integers.codes.as_chunks::<8>().0[part_idx];
+            let mut codes = [simd.load_bytes(&lines[0]); 8];
+            for quad_idx in 1..8 {
+                codes[quad_idx] = simd.load_bytes(&lines[quad_idx]);
+            }
+            codes
         }
     }
 
@@ -243,48 +316,94 @@ impl Panel<'_> {
     fn group<S: Simd, const MINIMUM: bool>(&self, simd: S, group_idx: usize) -> (S::F32, S::F32) {
         let integers = self.integers;
         let inner = self.panel_idx * integers.n_groups + group_idx;
-        if !integers.format.two_level {
-            let minimum = if MINIMUM { simd.load_f16(&integers.minimums[inner]) } else { simd.splat(0.0) };
-            return (simd.load_f16(&integers.scales[inner]), minimum);
+        let outer = self.panel_idx * integers.n_scales + group_idx / integers.groups_per_scale;
+        let mut scale = simd.load_f16(&integers.scales[outer]);
+        let mut minimum = if MINIMUM { simd.load_f16(&integers.minimums[outer]) } else { simd.splat(0.0) };
+        if integers.format.two_level {
+            scale = simd.mul(scale, simd.load_i8(&integers.sub_scales[inner]));
+            if MINIMUM {
+                minimum = simd.mul(minimum, simd.load_i8(&integers.sub_minimums[inner]));
+            }
         }
-        let n_scales = integers.n_groups / integers.groups_per_scale;
-        let outer = self.panel_idx * n_scales + group_idx / integers.groups_per_scale;
-        let product = |outers: &[[u16; PANEL]], inners: &[[i8; PANEL]]| {
-            simd.mul(simd.load_f16(&outers[outer]), simd.load_i8(&inners[inner]))
-        };
-        let scale = product(&integers.scales, &integers.sub_scales);
-        let minimum = if MINIMUM { product(&integers.minimums, &integers.sub_minimums) } else { simd.splat(0.0) };
         (scale, minimum)
     }
 }
 
-/// Dot products of one segment of a row of float weights with `N` rows.
-#[inline(always)]
-fn dot_floats<S: Simd, T: Copy + Default, const N: usize>(
-    simd: S,
-    weights: &[T],
-    load: &impl Fn(&[T; LANES]) -> S::F32,
-    rows: &[&[f32]; N],
-) -> [f32; N] {
-    let mut sums = [simd.splat(0.0); N];
-    let (vectors, weight_tail) = weights.as_chunks::<LANES>();
-    for (i, vector) in vectors.iter().enumerate() {
-        let weight = load(vector);
-        for row_idx in 0..N {
-            sums[row_idx] = simd.fma(weight, simd.load(&rows[row_idx].as_chunks::<LANES>().0[i]), sums[row_idx]);
-        }
-    }
-    if !weight_tail.is_empty() {
-        let weight = load(&zero_filled(weight_tail));
-        for row_idx in 0..N {
-            let x = zero_filled(rows[row_idx].as_chunks::<LANES>().1);
-            sums[row_idx] = simd.fma(weight, simd.load(&x), sums[row_idx]);
-        }
-    }
-    sums.map(|sum| simd.sum(sum))
+/// How a float weight is stored.
+trait FloatFormat {
+    type Bits: Copy + Default;
+    fn load<S: Simd>(simd: S, bits: &[Self::Bits; LANES]) -> S::F32;
 }
 
+/// F32.
+struct Single;
+/// F16.
+struct Half;
+/// BF16.
+struct Brain;
+
+// === impl FloatFormat ===
+
+impl FloatFormat for Single {
+    type Bits = f32;
+    #[inline(always)]
+    fn load<S: Simd>(simd: S, bits: &[f32; LANES]) -> S::F32 {
+        simd.load(bits)
+    }
+}
+
+impl FloatFormat for Half {
+    type Bits = u16;
+    #[inline(always)]
+    fn load<S: Simd>(simd: S, bits: &[u16; LANES]) -> S::F32 {
+        simd.load_f16(bits)
+    }
+}
+
+impl FloatFormat for Brain {
+    type Bits = u16;
+    #[inline(always)]
+    fn load<S: Simd>(simd: S, bits: &[u16; LANES]) -> S::F32 {
+        simd.load_bf16(bits)
+    }
+}
+
+/// Dot products of one K-segment of one output's weights with `N` rows.
+struct SumFloats<'a, F: FloatFormat, const N: usize> {
+    weights: &'a [F::Bits],
+    rows: [&'a [f32]; N],
+    sums: &'a mut [f32; N],
+}
+
+impl<F: FloatFormat, const N: usize> Kernel for SumFloats<'_, F, N> {
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        let mut sums = [simd.splat(0.0); N];
+        let (vectors, tail) = self.weights.as_chunks::<LANES>();
+        let row_vectors = self.rows.map(|row| &row.as_chunks::<LANES>().0[..vectors.len()]);
+        for (i, vector) in vectors.iter().enumerate() {
+            let weight = F::load(simd, vector);
+            for_each_row!(row_idx in 0..N {
+                sums[row_idx] = simd.fma(weight, simd.load(&row_vectors[row_idx][i]), sums[row_idx]);
+            });
+        }
+        if !tail.is_empty() {
+            let weight = F::load(simd, &zero_filled(tail));
+            for_each_row!(row_idx in 0..N {
+                let x = simd.load(&zero_filled(self.rows[row_idx].as_chunks::<LANES>().1));
+                sums[row_idx] = simd.fma(weight, x, sums[row_idx]);
+            });
+        }
+        for_each_row!(row_idx in 0..N {
+            self.sums[row_idx] = simd.sum(sums[row_idx]);
+        });
+    }
+}
+
+/// The last elements of a row, filled up to a vector.
 #[inline(always)]
 fn zero_filled<T: Copy + Default>(tail: &[T]) -> [T; LANES] {
-    std::array::from_fn(|i| tail.get(i).copied().unwrap_or_default())
+    let mut filled = [T::default(); LANES];
+    filled[..tail.len()].copy_from_slice(tail);
+    filled
 }
