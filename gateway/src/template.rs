@@ -170,7 +170,7 @@ impl ChatTemplate {
             return within_limit(Rendered { text: plain, break_offsets: Vec::new() });
         }
         let mut guard = self.control_tokens.guard(&marker);
-        let marked = render(&mut |text, place| guard.rewrite(text, place)).map_err(|_| TemplateError::Unguarded)?;
+        let marked = render(&mut |text, place| guard.rewrite(text, place)).map_err(disturbed)?;
         let guarded = marker.cut(&marked);
         if guarded.text != plain { Err(TemplateError::Unguarded) } else { within_limit(guarded) }
     }
@@ -223,6 +223,12 @@ fn cut_at_tag(mut text: String, tag: &str) -> Result<String, TemplateError> {
         text.truncate(python::rstrip(&text).len());
     }
     Ok(if text.contains(tag.trim_end()) { text.replace(tag, "").replace(tag.trim_end(), "") } else { text })
+}
+
+/// What goes wrong with markers and not without them is the markers' doing, unless a limit was met.
+fn disturbed(error: TemplateError) -> TemplateError {
+    use TemplateError::{Failed, NotContinuable, Raised};
+    if matches!(error, Raised { .. } | Failed { .. } | NotContinuable) { TemplateError::Unguarded } else { error }
 }
 
 fn within_limit(rendered: Rendered) -> Result<Rendered, TemplateError> {

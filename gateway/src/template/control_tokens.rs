@@ -28,8 +28,9 @@
 //!
 //! Markers sit next to characters that are not white space, so trimming works as before. They are drawn when the
 //! request is already known, so it cannot contain them. The rendering without markers and the one with them must have
-//! the same text: a template that looks for a control-token string in the content or counts its characters makes them
-//! differ, and such a request is refused instead of being answered on another prompt than Hugging Face would build.
+//! the same text. A template that looks for a control-token string in the content, counts its characters or sorts by it
+//! makes them differ, and such a request is refused instead of being answered on another prompt than Hugging Face would
+//! build.
 //! Only requests with such strings are rendered twice.
 //!
 //! The cost is one pass of an Aho–Corasick automaton over the user strings, and a few look-ups at each string's ends.

@@ -22,6 +22,13 @@ pub(super) fn install(environment: &mut Environment<'static>) {
     environment.add_function("raise_exception", raise_exception);
     environment.add_filter("tojson", json::tojson);
     environment.add_filter("trim", trim);
+    environment.add_filter("string", |value: &Value| text_of(value).unwrap_or_else(|| value.to_string()));
+    environment.set_formatter(|output, state, value| match text_of(value) {
+        Some(text) => output.write_str(&text).map_err(Error::from),
+        None => minijinja::escape_formatter(output, state, value),
+    });
+    environment.add_test("iterable", |value: &Value| !value.is_none() && value.try_iter().is_ok());
+    environment.add_test("sequence", is_sequence);
     environment.add_test("lower", |state: &State<'_, '_>, text: &str| is_cased(state, text, char::is_uppercase));
     environment.add_test("upper", |state: &State<'_, '_>, text: &str| is_cased(state, text, char::is_lowercase));
     // No template for transformers can use these: it has no `debug`, and `pprint` writes nested values in a space that
@@ -48,6 +55,17 @@ fn raise_exception(message: String) -> Result<Value, Error> {
 
 fn trim(text: &str, characters: Option<&str>) -> String {
     strip_both(text, characters).to_owned()
+}
+
+/// A number that Python writes otherwise than the engine: one with a fraction, very large or very small.
+fn text_of(value: &Value) -> Option<String> {
+    let is_float = value.kind() == ValueKind::Number && !value.is_integer();
+    is_float.then(|| f64::try_from(value.clone()).ok()).flatten().map(python::float_str)
+}
+
+/// What Python can measure and index: texts and dictionaries too, and Jinja's undefined.
+fn is_sequence(value: &Value) -> bool {
+    matches!(value.kind(), ValueKind::Undefined | ValueKind::String | ValueKind::Seq | ValueKind::Map)
 }
 
 /// Whether a text has letters, none of which is `of_other_case`. The engine's own tests take no fuel.

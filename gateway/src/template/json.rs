@@ -201,7 +201,7 @@ fn scalar(value: &Value) -> String {
         return flag.to_string();
     }
     match f64::try_from(value.clone()) {
-        Ok(float) if !value.is_integer() => python::float_repr(float),
+        Ok(float) if !value.is_integer() => python::float_json(float),
         _ => value.to_string(),
     }
 }

@@ -22,13 +22,20 @@ pub(super) fn one_line(message: &str) -> String {
     message.split(is_space).filter(|word| !word.is_empty()).collect::<Vec<_>>().join(" ")
 }
 
-/// `repr(float)`: the shortest digits that read back the same, in scientific notation below 1e-4 and from 1e16 on.
-pub(super) fn float_repr(value: f64) -> String {
-    if value.is_nan() {
-        return "NaN".into();
+/// How `json.dumps` writes a float.
+pub(super) fn float_json(value: f64) -> String {
+    match value {
+        _ if value.is_nan() => "NaN".into(),
+        f64::INFINITY => "Infinity".into(),
+        f64::NEG_INFINITY => "-Infinity".into(),
+        _ => float_str(value),
     }
-    if value.is_infinite() {
-        return if value > 0.0 { "Infinity".into() } else { "-Infinity".into() };
+}
+
+/// `str(float)`: the shortest digits that read back the same, in scientific notation below 1e-4 and from 1e16 on.
+pub(super) fn float_str(value: f64) -> String {
+    if !value.is_finite() {
+        return value.to_string().to_lowercase();
     }
     let scientific = format!("{value:e}");
     let (digits, exponent) = scientific.split_once('e').unwrap_or((&scientific, "0"));
@@ -64,9 +71,11 @@ mod tests {
             (1.5e300, "1.5e+300"),
             (0.0001, "0.0001"),
             (0.00001, "1e-05"),
-            (f64::INFINITY, "Infinity"),
+            (f64::NAN, "nan"),
+            (f64::NEG_INFINITY, "-inf"),
         ] {
-            assert_eq!(float_repr(value), text);
+            assert_eq!(float_str(value), text);
         }
+        assert_eq!([f64::NAN, f64::NEG_INFINITY, 2.0].map(float_json), ["NaN", "-Infinity", "2.0"]);
     }
 }

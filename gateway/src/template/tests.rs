@@ -254,7 +254,7 @@ fn recognised<'a>(rendered: &Rendered, control_tokens: &'a [String]) -> Vec<(usi
     found
 }
 
-fn names<'a>(found: Vec<(usize, &'a str)>) -> Vec<&'a str> {
+fn names(found: Vec<(usize, &str)>) -> Vec<&str> {
     found.into_iter().map(|(_, token)| token).collect()
 }
 
