@@ -226,7 +226,8 @@ fn step(group: &mut Membership, seen: &mut Observer, now: &mut Instant, ticket: 
 fn settle(group: &mut Membership, seen: &mut Observer, now: Instant, ticket: u64) {
     let actions = group.form(now);
     seen.observe(group, actions);
-    for rank in group.missing() {
+    let missing = if seen.alive { Vec::new() } else { group.missing() };
+    for rank in missing {
         let ticket = Ticket(ticket + rank as u64);
         seen.open.insert(ticket, join(rank));
         let actions = group.join(ticket, join(rank), now);
