@@ -349,6 +349,8 @@ impl Heart {
                 continue;
             };
             if !answer.into_inner().epoch_alive {
+                // The plan stream ends, too, and says why: it goes first.
+                turns.tick().await;
                 return;
             }
             lock(detector).heard(LEADER, Instant::now());
