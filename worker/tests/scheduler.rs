@@ -16,6 +16,8 @@
 //!
 //! `LOCKSTEP_UPDATE_TRANSCRIPTS=1` writes the answers anew; read the difference before you commit it.
 
+#![allow(clippy::unwrap_used, reason = "a transcript that cannot be played fails the test, helpers included")]
+
 use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::path::Path;
