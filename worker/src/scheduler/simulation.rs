@@ -316,6 +316,7 @@ impl World {
         }
         for id in &plan.released {
             if let Some(client) = self.clients.get(id) {
+                assert!(plan.sequences.iter().all(|step| step.id < *id), "{id:?} was not the youngest");
                 seen.preempted += 1;
                 seen.preempted_owing_prompt_logits += u64::from(client.owes_prompt_logits() && client.n_delivered > 0);
             }
