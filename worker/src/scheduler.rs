@@ -467,3 +467,70 @@ impl Scheduler {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config() -> SchedulerConfig {
+        SchedulerConfig {
+            max_step_tokens: 16,
+            max_prefill_chunk: 2,
+            max_running: 4,
+            max_waiting: 100,
+            n_blocks: 16,
+            block_size: 2,
+            context_length: 16,
+        }
+    }
+
+    fn add(scheduler: &mut Scheduler, prompt: &[u32]) -> SeqId {
+        let new = NewSequence { prompt: prompt.to_vec(), max_new_tokens: 4, deadline: None, prompt_logprobs: false };
+        scheduler.add(new, Instant::now()).unwrap()
+    }
+
+    #[test]
+    fn a_limit_of_zero_is_refused_by_name() {
+        let error = Scheduler::new(SchedulerConfig { block_size: 0, ..config() }).unwrap_err();
+        assert_eq!(error.to_string(), "scheduler: block_size must be at least 1");
+    }
+
+    #[test]
+    fn a_step_must_hold_a_row_for_everybody_who_runs() {
+        let error = Scheduler::new(SchedulerConfig { max_step_tokens: 3, ..config() }).unwrap_err();
+        assert_eq!(error.to_string(), "scheduler: max_step_tokens = 3 must be at least max_running = 4");
+    }
+
+    #[test]
+    fn only_so_many_who_wait_for_a_prefix_are_passed() {
+        let check = |n_equal: usize, expected: usize| {
+            let mut scheduler = Scheduler::new(config()).unwrap();
+            for _ in 0..=n_equal {
+                add(&mut scheduler, &[1, 2, 3, 4, 5]);
+            }
+            add(&mut scheduler, &[9]);
+            let plan = scheduler.schedule(Instant::now()).plan.unwrap();
+            assert_eq!(plan.sequences.len(), expected, "{n_equal} wait for the first");
+        };
+        check(admission::MAX_PASSED - 1, 2);
+        check(admission::MAX_PASSED, 1);
+    }
+
+    #[test]
+    #[should_panic(expected = "has not been committed")]
+    fn plans_do_not_overlap() {
+        let mut scheduler = Scheduler::new(config()).unwrap();
+        add(&mut scheduler, &[1]);
+        scheduler.schedule(Instant::now());
+        scheduler.schedule(Instant::now());
+    }
+
+    #[test]
+    #[should_panic(expected = "a token is missing")]
+    fn every_sequence_that_is_due_must_be_sampled() {
+        let mut scheduler = Scheduler::new(config()).unwrap();
+        add(&mut scheduler, &[1]);
+        scheduler.schedule(Instant::now());
+        scheduler.commit(&[]);
+    }
+}

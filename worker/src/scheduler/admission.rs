@@ -8,7 +8,7 @@ use super::sequence::{Chunk, Sequence};
 
 /// Sequences that wait for a prefix and are passed in one step, at most. Each costs a look at every running sequence;
 /// more would hardly find one to admit, as each of those passed takes up blocks soon.
-const MAX_PASSED: usize = 64;
+pub(super) const MAX_PASSED: usize = 64;
 
 /// What stands between a waiting sequence and its first step.
 enum Verdict {
