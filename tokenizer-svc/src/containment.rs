@@ -38,10 +38,7 @@ mod tests {
     #[test]
     fn a_panic_becomes_an_error_with_its_message() {
         let outcome = contain::<()>(|| panic!("index {} out of\nbounds", 7));
-        assert_eq!(
-            outcome.unwrap_err().to_string(),
-            "the tokenizer's description is malformed: index 7 out of bounds"
-        );
+        assert_eq!(outcome.unwrap_err().to_string(), "the tokenizer's description is malformed: index 7 out of bounds");
     }
 
     #[test]

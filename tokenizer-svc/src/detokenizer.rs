@@ -57,13 +57,7 @@ impl Detokenizer {
     ///
     /// # Errors
     /// [`TokenizeError::TokenId`] if the id is none of the vocabulary; the stream is as it was before.
-    pub fn push(
-        &mut self,
-        tokenizer: &Tokenizer,
-        idx: usize,
-        id: u32,
-        text: &mut String,
-    ) -> Result<(), TokenizeError> {
+    pub fn push(&mut self, tokenizer: &Tokenizer, idx: usize, id: u32, text: &mut String) -> Result<(), TokenizeError> {
         let bytes = self.next_bytes(tokenizer, idx, id)?;
         if self.held_back.is_empty() {
             self.held_back = emit(bytes, text).to_vec();

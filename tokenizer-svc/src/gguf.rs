@@ -87,10 +87,7 @@ fn profile(metadata: &Metadata, tokenizer: &Tokenizer) -> Result<Profile, LoadEr
         Ok(id.filter(|&id| id < tokenizer.vocab_size()))
     };
     let architecture = metadata.str("general.architecture")?;
-    let ending = Ending {
-        text: id("eos")?,
-        others: [id("eot")?, id("eom")?].into_iter().flatten().collect(),
-    };
+    let ending = Ending { text: id("eos")?, others: [id("eot")?, id("eom")?].into_iter().flatten().collect() };
     Ok(Profile {
         context_length: metadata.opt_u32(&format!("{architecture}.context_length"))?.unwrap_or(0),
         bos_token_id: id("bos")?,

@@ -115,10 +115,8 @@ pub(crate) fn load(folder: &Path) -> Result<(Tokenizer, Profile), LoadError> {
     })?;
 
     let chat_template = match read(&folder.join("chat_template.jinja"), MAX_CONFIG_BYTES)? {
-        Some(template) => String::from_utf8(template).map_err(|e| LoadError::Parse {
-            path: folder.join("chat_template.jinja"),
-            message: e.to_string(),
-        })?,
+        Some(template) => String::from_utf8(template)
+            .map_err(|e| LoadError::Parse { path: folder.join("chat_template.jinja"), message: e.to_string() })?,
         None => config.chat_template.as_ref().and_then(ChatTemplate::default).unwrap_or_default().to_owned(),
     };
     let profile = profile(&tokenizer, &config, &model, &generation, chat_template);

@@ -78,7 +78,7 @@ impl Tokenizer {
         let fingerprint = fingerprint(&pipeline, vocab_size)?;
         let tokenizer = Self { pipeline, added, token_bytes, special, fingerprint };
         // Some malformed descriptions load and panic at the first text: let that be now, while it is contained.
-        let trial = tokenizer.encode("A trial: 1, 2,\n\u{e9}\u{4e2d}.", Breaks::NONE, true);
+        let trial = tokenizer.encode("A trial: 1, 2,\n\u{e9}\u{4e2d}.", &Breaks::NONE, true);
         trial.map_err(|e| LoadError::Invalid(e.to_string()))?;
         Ok(tokenizer)
     }
@@ -88,12 +88,7 @@ impl Tokenizer {
     ///
     /// # Errors
     /// [`TokenizeError::Pipeline`] if the library fails.
-    pub fn encode(
-        &self,
-        text: &str,
-        breaks: Breaks<'_>,
-        add_special_tokens: bool,
-    ) -> Result<Vec<u32>, TokenizeError> {
+    pub fn encode(&self, text: &str, breaks: &Breaks, add_special_tokens: bool) -> Result<Vec<u32>, TokenizeError> {
         let encode = || -> tokenizers::Result<Vec<u32>> {
             let mut pieces = PreTokenizedString::from(text);
             pieces.split(|_, piece| Ok(self.added.split_as_written(&piece, breaks)))?;
@@ -119,6 +114,17 @@ impl Tokenizer {
     /// [`TokenizeError::TokenId`] if `id` is not below [`Self::vocab_size`]; `idx` says where it stood.
     pub(crate) fn token_bytes(&self, idx: usize, id: u32) -> Result<&[u8], TokenizeError> {
         self.token_bytes.get(id).ok_or(TokenizeError::TokenId { idx, id, vocab_size: self.vocab_size() })
+    }
+
+    /// How many bytes ids stand for; those that are none of the vocabulary count nothing.
+    pub(crate) fn n_bytes(&self, ids: &[u32]) -> usize {
+        ids.iter().filter_map(|&id| self.token_bytes.get(id)).map(<[u8]>::len).sum()
+    }
+
+    /// What the library makes of ids.
+    #[cfg(test)]
+    pub(crate) fn decode_by_library(&self, ids: &[u32], skip_special_tokens: bool) -> String {
+        self.pipeline.decode(ids, skip_special_tokens).expect("a decoder that never fails")
     }
 
     /// Whether a decoded text loses the blank that it starts with, because encoding put one there.
@@ -158,7 +164,7 @@ impl Tokenizer {
 
     /// The tokens of one word. Merges may spell a control token out of plain text (a vocabulary holds them as ordinary
     /// strings, and some pipelines look words up whole). Over a break that must not stand: the word is cut inside it.
-    fn merge(&self, word: &NormalizedString, breaks: Breaks<'_>) -> tokenizers::Result<Vec<Token>> {
+    fn merge(&self, word: &NormalizedString, breaks: &Breaks) -> tokenizers::Result<Vec<Token>> {
         let model = self.pipeline.get_model();
         let text = word.get();
         let mut parts = vec![(0..text.len(), 0)];
@@ -180,7 +186,7 @@ impl Tokenizer {
     }
 
     /// Where a part of a word has to be cut: after the first character of each control token spelled over a break.
-    fn cuts(&self, word: &NormalizedString, part: &Range<usize>, tokens: &[Token], breaks: Breaks<'_>) -> Vec<usize> {
+    fn cuts(&self, word: &NormalizedString, part: &Range<usize>, tokens: &[Token], breaks: &Breaks) -> Vec<usize> {
         if breaks.is_empty() {
             return Vec::new();
         }
@@ -213,8 +219,7 @@ fn added_tokens(pipeline: &tokenizers::Tokenizer) -> Result<(AddedTokens, Vec<Sp
     let normalized = |id, content: &str| vocabulary.simple_id_to_token(id).unwrap_or_else(|| content.to_owned());
     let added = AddedTokens::new(tokens.iter().map(|(&id, token)| (id, token, normalized(id, &token.content))))?;
     let special = tokens.iter().filter(|(_, token)| token.special);
-    let mut special: Vec<_> =
-        special.map(|(&id, token)| SpecialToken { id, text: token.content.clone() }).collect();
+    let mut special: Vec<_> = special.map(|(&id, token)| SpecialToken { id, text: token.content.clone() }).collect();
     special.sort_unstable_by_key(|token| token.id);
     Ok((added, special))
 }

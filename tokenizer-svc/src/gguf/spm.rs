@@ -27,8 +27,7 @@ pub(super) fn build(vocabulary: &Vocabulary<'_>) -> Result<Tokenizer, LoadError>
     let ids = vocabulary.ids()?;
     let merges = merges(vocabulary, &ids)?;
     let unknown = vocabulary.token(vocabulary.unknown_id.unwrap_or(0))?.to_owned();
-    let model =
-        merging_model(ids, merges, |builder| builder.unk_token(unknown).fuse_unk(true).byte_fallback(true))?;
+    let model = merging_model(ids, merges, |builder| builder.unk_token(unknown).fuse_unk(true).byte_fallback(true))?;
 
     let invalid = |e: tokenizers::Error| LoadError::Invalid(e.to_string());
     let mut normalizers: Vec<NormalizerWrapper> = vec![Replace::new(" ", BLANK).map_err(invalid)?.into()];
@@ -46,10 +45,7 @@ pub(super) fn build(vocabulary: &Vocabulary<'_>) -> Result<Tokenizer, LoadError>
 
 /// Every way to put a token together from two, the best first. Of two tokens with one score, and of two ways to one
 /// token, the one with the lower ids is first: `tokenizer.json` files have that order, and it decides ids.
-fn merges(
-    vocabulary: &Vocabulary<'_>,
-    ids: &ahash::AHashMap<String, u32>,
-) -> Result<Vec<(String, String)>, LoadError> {
+fn merges(vocabulary: &Vocabulary<'_>, ids: &ahash::AHashMap<String, u32>) -> Result<Vec<(String, String)>, LoadError> {
     let n_tokens = vocabulary.tokens.len();
     if vocabulary.scores.len() != n_tokens {
         let message = format!("tokenizer.ggml.scores has {} entries for {n_tokens} tokens", vocabulary.scores.len());

@@ -62,9 +62,7 @@ impl AddedTokens {
     ///
     /// # Errors
     /// If a string, or all together, are over the limits above.
-    pub(crate) fn new<'a>(
-        tokens: impl Iterator<Item = (u32, &'a AddedToken, String)>,
-    ) -> Result<Self, LoadError> {
+    pub(crate) fn new<'a>(tokens: impl Iterator<Item = (u32, &'a AddedToken, String)>) -> Result<Self, LoadError> {
         let (mut as_written, mut normalized, mut rules) = (Trie::new(), Trie::new(), HashMap::new());
         let mut total_bytes = 0;
         for (id, token, normalized_text) in tokens {
@@ -84,12 +82,12 @@ impl AddedTokens {
     }
 
     /// Splits a piece of the text as it came by the tokens that are looked for there.
-    pub(crate) fn split_as_written(&self, piece: &NormalizedString, breaks: Breaks<'_>) -> Vec<Split> {
+    pub(crate) fn split_as_written(&self, piece: &NormalizedString, breaks: &Breaks) -> Vec<Split> {
         self.split(&self.as_written, piece, breaks)
     }
 
     /// Splits a normalized piece by the tokens that are looked for in normalized text.
-    pub(crate) fn split_normalized(&self, piece: &NormalizedString, breaks: Breaks<'_>) -> Vec<Split> {
+    pub(crate) fn split_normalized(&self, piece: &NormalizedString, breaks: &Breaks) -> Vec<Split> {
         self.split(&self.normalized, piece, breaks)
     }
 
@@ -98,7 +96,7 @@ impl AddedTokens {
         self.rules.get(&id).is_some_and(|rule| rule.special)
     }
 
-    fn split(&self, trie: &Trie, piece: &NormalizedString, breaks: Breaks<'_>) -> Vec<Split> {
+    fn split(&self, trie: &Trie, piece: &NormalizedString, breaks: &Breaks) -> Vec<Split> {
         let forbidden = |id: u32, range: &Range<usize>| {
             !breaks.is_empty() && self.is_special(id) && breaks.cut(&range_in_text(piece, range))
         };
@@ -214,8 +212,8 @@ mod tests {
     fn check(tokens: &[AddedToken], text: &str, offsets: &[u32], expected: &str) {
         let numbered = (0..).zip(tokens).map(|(id, token)| (id, token, token.content.clone()));
         let added = AddedTokens::new(numbered).unwrap();
-        let breaks = Breaks::new(offsets, text.len()).unwrap();
-        let splits = added.split_as_written(&NormalizedString::from(text), breaks);
+        let breaks = Breaks::new(offsets.to_vec(), text.len()).unwrap();
+        let splits = added.split_as_written(&NormalizedString::from(text), &breaks);
         let shown: String = splits
             .iter()
             .map(|(piece, tokens)| if tokens.is_some() { format!("[{}]", piece.get()) } else { piece.get().to_owned() })
