@@ -1,0 +1,239 @@
+//! A [`Load`] is a number of requests put on a cluster: by so many clients that each send the next when one ends, or at
+//! random times with a given rate (a Poisson process), with no more than so many in flight.
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use lockstep_proto::{
+    error::Error,
+    v1::{
+        RawPrompt, SamplingParams, StreamGenerateRequest, TokenIds, inference_service_client::InferenceServiceClient,
+        raw_prompt,
+    },
+};
+use rand::{RngExt as _, SeedableRng as _};
+use rand_chacha::ChaCha8Rng;
+use tokio::{sync::Semaphore, task::JoinSet};
+use tonic::{Status, transport::Channel};
+
+use crate::{events::Event, failure::Failure, target::Target};
+
+/// Requests that share a connection: well below the streams that a gateway allows on one.
+const REQUESTS_PER_CONNECTION: u32 = 128;
+
+/// The load to put on a cluster.
+#[derive(Debug, Clone)]
+pub(super) struct Plan {
+    pub(super) model: String,
+    pub(super) vocab_size: u32,
+    pub(super) requests: u32,
+    pub(super) concurrency: u32,
+    pub(super) prompt_tokens: u32,
+    pub(super) max_new_tokens: u32,
+    /// Arrivals a second. `None`: a request follows as soon as one has ended.
+    pub(super) rate: Option<f64>,
+    pub(super) seed: u64,
+}
+
+/// The load, connected.
+#[derive(Debug)]
+pub(super) struct Load {
+    plan: Plan,
+    target: Target,
+    clients: Vec<InferenceServiceClient<Channel>>,
+}
+
+/// What came of one request. Times are seconds.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Outcome {
+    /// From sending to the first token.
+    pub(super) first_token: Option<f64>,
+    /// Between tokens; a chunk of several counts as so many equal gaps.
+    pub(super) gaps: Vec<f64>,
+    /// From sending to the end.
+    pub(super) total: f64,
+    /// Tokens generated.
+    pub(super) tokens: u32,
+    /// The reason's name, if it failed.
+    pub(super) error: Option<&'static str>,
+}
+
+/// What came of all, in the order in which they ended.
+#[derive(Debug)]
+pub(super) struct Outcomes {
+    pub(super) each: Vec<Outcome>,
+    /// From the first request to the last end. Unit: seconds.
+    pub(super) wall: f64,
+}
+
+// === impl Load ===
+
+impl Load {
+    pub(super) fn new(plan: Plan, target: Target) -> Result<Self, Failure> {
+        let connections = plan.concurrency.div_ceil(REQUESTS_PER_CONNECTION);
+        let clients = (0..connections).map(|_| target.inference()).collect::<Result<_, _>>()?;
+        Ok(Self { plan, target, clients })
+    }
+
+    /// Sends everything and waits for every end, telling `progress` about each.
+    pub(super) async fn run(self, mut progress: impl FnMut(&Outcome)) -> Outcomes {
+        let slots = Arc::new(Semaphore::new(self.plan.concurrency as usize));
+        let mut arrivals = ChaCha8Rng::seed_from_u64(self.plan.seed);
+        let mut running = JoinSet::new();
+        let mut each = Vec::new();
+        let started = Instant::now();
+        let mut due = Duration::ZERO;
+        for (index, mut client) in (0..self.plan.requests).zip(self.clients.iter().cloned().cycle()) {
+            if let Some(rate) = self.plan.rate {
+                due += pause(rate, &mut arrivals);
+                tokio::time::sleep_until((started + due).into()).await;
+            }
+            let Ok(slot) = Arc::clone(&slots).acquire_owned().await else { break };
+            let (message, target) = (request(&self.plan, index), self.target.clone());
+            running.spawn(async move {
+                let outcome = send(&mut client, &target, message).await;
+                drop(slot);
+                outcome
+            });
+            while let Some(ended) = running.try_join_next() {
+                each.extend(ended.inspect(&mut progress));
+            }
+        }
+        while let Some(ended) = running.join_next().await {
+            each.extend(ended.inspect(&mut progress));
+        }
+        Outcomes { each, wall: started.elapsed().as_secs_f64() }
+    }
+}
+
+/// Time to the next arrival of a Poisson process.
+fn pause(rate: f64, random: &mut impl rand::Rng) -> Duration {
+    let uniform: f64 = random.random();
+    Duration::from_secs_f64(-(1.0 - uniform).ln() / rate)
+}
+
+/// The request of this index: random ids from the middle of the vocabulary, as control tokens stand at its ends.
+fn request(plan: &Plan, index: u32) -> StreamGenerateRequest {
+    let mut random = ChaCha8Rng::seed_from_u64(plan.seed);
+    random.set_stream(u64::from(index) + 1);
+    let eighth = plan.vocab_size / 8;
+    let ids = eighth..(plan.vocab_size - eighth).max(eighth + 1);
+    let ids = (0..plan.prompt_tokens).map(|_| random.random_range(ids.clone())).collect();
+    StreamGenerateRequest {
+        model: plan.model.clone(),
+        prompt: Some(RawPrompt { prompt: Some(raw_prompt::Prompt::TokenIds(TokenIds { ids })) }),
+        sampling: Some(SamplingParams {
+            max_new_tokens: Some(plan.max_new_tokens),
+            do_sample: Some(false),
+            ignore_eos: Some(true),
+            ..SamplingParams::default()
+        }),
+        output: None,
+    }
+}
+
+async fn send(
+    client: &mut InferenceServiceClient<Channel>,
+    target: &Target,
+    message: StreamGenerateRequest,
+) -> Outcome {
+    let started = Instant::now();
+    let mut outcome = Outcome::default();
+    if let Err(status) = follow(client, target, message, started, &mut outcome).await {
+        outcome.error = Some(Error::from_status(&status).reason().name());
+    }
+    outcome.total = started.elapsed().as_secs_f64();
+    outcome
+}
+
+/// Reads the stream to its end, noting when tokens come.
+async fn follow(
+    client: &mut InferenceServiceClient<Channel>,
+    target: &Target,
+    message: StreamGenerateRequest,
+    started: Instant,
+    outcome: &mut Outcome,
+) -> Result<(), Status> {
+    let request = target.request(message).map_err(|failure| Status::invalid_argument(failure.to_string()))?;
+    let mut stream = client.stream_generate(request).await?.into_inner();
+    let mut last = started;
+    let mut finished = false;
+    while let Some(message) = stream.message().await? {
+        match Event::try_from(message) {
+            Ok(Event::Chunk(chunk)) => last = outcome.note(chunk.token_ids.len(), started, last),
+            Ok(Event::Finish(_)) => finished = true,
+            Ok(Event::Start) | Err(_) => {}
+        }
+    }
+    if finished { Ok(()) } else { Err(Status::internal("the stream ended without a finish")) }
+}
+
+// === impl Outcome ===
+
+impl Outcome {
+    /// Counts tokens that came now; returns when the last ones came.
+    fn note(&mut self, tokens: usize, started: Instant, last: Instant) -> Instant {
+        if tokens == 0 {
+            return last;
+        }
+        let now = Instant::now();
+        self.tokens = self.tokens.saturating_add(u32::try_from(tokens).unwrap_or(u32::MAX));
+        if self.first_token.is_none() {
+            self.first_token = Some((now - started).as_secs_f64());
+        } else {
+            let gap = (now - last).as_secs_f64() / tokens as f64;
+            self.gaps.extend(std::iter::repeat_n(gap, tokens));
+        }
+        now
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn plan(vocab_size: u32) -> Plan {
+        Plan {
+            model: "m".into(),
+            vocab_size,
+            requests: 2,
+            concurrency: 1,
+            prompt_tokens: 50,
+            max_new_tokens: 3,
+            rate: None,
+            seed: 9,
+        }
+    }
+
+    fn ids(request: StreamGenerateRequest) -> Vec<u32> {
+        match request.prompt.and_then(|prompt| prompt.prompt) {
+            Some(raw_prompt::Prompt::TokenIds(ids)) => ids.ids,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn prompts_differ_by_index_and_repeat_by_seed() {
+        let plan = plan(1000);
+        assert_eq!(ids(request(&plan, 0)), ids(request(&plan, 0)));
+        assert_ne!(ids(request(&plan, 0)), ids(request(&plan, 1)));
+        assert_ne!(ids(request(&plan, 0)), ids(request(&Plan { seed: 8, ..plan.clone() }, 0)));
+    }
+
+    #[test]
+    fn prompts_keep_to_the_middle_of_any_vocabulary() {
+        for vocab_size in [1, 2, 7, 8, 9, 1000] {
+            let eighth = vocab_size / 8;
+            assert!(ids(request(&plan(vocab_size), 0)).iter().all(|id| (eighth..vocab_size - eighth).contains(id)));
+        }
+    }
+
+    #[test]
+    fn arrivals_keep_the_rate_on_average() {
+        let mut random = ChaCha8Rng::seed_from_u64(1);
+        let total: f64 = (0..20_000).map(|_| pause(50.0, &mut random).as_secs_f64()).sum();
+        assert!((total / 20_000.0 - 0.02).abs() < 0.001, "{total}");
+    }
+}
