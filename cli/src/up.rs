@@ -84,6 +84,9 @@ pub(crate) struct Options {
     /// Settings of the workers, such as cache sizes
     #[arg(long, value_name = "FILE")]
     worker_config: Option<PathBuf>,
+    /// Settings of the tokenizer service
+    #[arg(long, value_name = "FILE")]
+    tokenizer_config: Option<PathBuf>,
     /// Longest wait until the cluster is ready
     #[arg(long, value_name = "SECONDS", default_value_t = 600)]
     ready_timeout: u64,

@@ -2,9 +2,6 @@
 
 use std::{ffi::OsString, net::SocketAddr, path::PathBuf, thread};
 
-use serde::Serialize;
-use tempfile::TempDir;
-
 use super::{Options, Transport, child::Spec};
 use crate::{
     failure::Failure,
@@ -26,21 +23,8 @@ pub(super) struct Plan {
     gateway_listen: SocketAddr,
     gateway_config: Option<PathBuf>,
     worker_config: Option<PathBuf>,
+    tokenizer_config: Option<PathBuf>,
     drain_timeout_ms: u64,
-    /// Holds the tokenizer service's file for as long as the cluster runs.
-    folder: TempDir,
-}
-
-/// The tokenizer service's settings as far as they are not flags.
-#[derive(Serialize)]
-struct TokenizerFile<'a> {
-    models: [TokenizerModel<'a>; 1],
-}
-
-#[derive(Serialize)]
-struct TokenizerModel<'a> {
-    name: &'a str,
-    path: &'a str,
 }
 
 // === impl Plan ===
@@ -60,28 +44,34 @@ impl Plan {
             gateway_listen: options.gateway_listen,
             gateway_config: options.gateway_config.clone(),
             worker_config: options.worker_config.clone(),
+            tokenizer_config: options.tokenizer_config.clone(),
             drain_timeout_ms: options.drain_timeout.saturating_mul(1000),
-            folder: tempfile::Builder::new().prefix("lockstep-").tempdir()?,
             model,
         };
-        plan.write_tokenizer_file()?;
+        plan.check_names()?;
         Ok(plan)
     }
 
-    fn tokenizer_file(&self) -> PathBuf {
-        self.folder.path().join("tokenizer.toml")
-    }
-
-    fn write_tokenizer_file(&self) -> Result<(), Failure> {
-        let path = self.model.to_str();
-        let path = path.ok_or_else(|| Failure::Usage(format!("model {}: not UTF-8", self.model.display())))?;
-        let file = TokenizerFile { models: [TokenizerModel { name: &self.model_name, path }] };
-        let text = toml::to_string(&file).map_err(|error| Failure::Failed(error.to_string()))?;
-        Ok(std::fs::write(self.tokenizer_file(), text)?)
+    /// Names and paths reach the tokenizer service as `NAME=PATH` in a list with commas.
+    fn check_names(&self) -> Result<(), Failure> {
+        let name = &self.model_name;
+        if name.is_empty() || name.contains([',', '=']) {
+            return Err(Failure::Usage(format!(
+                "`{name}` cannot name a model: give it a --name without comma or equals sign"
+            )));
+        }
+        match self.model.to_str() {
+            Some(path) if !path.contains(',') => Ok(()),
+            _ => Err(Failure::Usage(format!("model {}: the path holds a comma or is not UTF-8", self.model.display()))),
+        }
     }
 
     pub(super) fn tokenizer(&self) -> Result<Spec, Failure> {
-        self.spec("tokenizer", TOKENIZER, ANY_PORT, vec!["--config".into(), self.tokenizer_file().into()])
+        let mut flags = config_flag(self.tokenizer_config.as_ref());
+        let mut entry = OsString::from(format!("{}=", self.model_name));
+        entry.push(&self.model);
+        flags.extend(["--models".into(), entry]);
+        self.spec("tokenizer", TOKENIZER, ANY_PORT, flags)
     }
 
     /// One rank of a group; `leader` is where rank 0 answers, for the others.
