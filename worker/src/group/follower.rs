@@ -45,6 +45,8 @@ pub struct FollowerGroup {
     runtime: Handle,
     stop: CancellationToken,
     enrolled: Option<Enrolled>,
+    /// When the newest epoch began.
+    began: Option<Instant>,
 }
 
 /// The rank's part in one epoch. Dropping it leaves the epoch, upon which the leader ends it.
@@ -117,6 +119,7 @@ impl FollowerGroup {
             runtime: runtime.clone(),
             stop: CancellationToken::new(),
             enrolled: None,
+            began: None,
         })
     }
 
@@ -133,7 +136,12 @@ impl FollowerGroup {
     /// When called on a thread of the runtime.
     pub fn join(&mut self) -> Result<Epoch, GroupError> {
         self.enrolled = None;
+        // An epoch that ended as it began may do so again: the ranks must not spin through the numbers.
+        if self.began.is_some_and(|began| began.elapsed() < BACKOFF.1) {
+            self.runtime.block_on(self.pause(BACKOFF.1))?;
+        }
         let (answer, stream) = self.runtime.block_on(self.enroll())?;
+        self.began = Some(Instant::now());
         let JoinResponse { epoch, collective_name: name, collective_addresses: addresses } = answer;
         let member = Member {
             epoch,
@@ -223,10 +231,17 @@ impl FollowerGroup {
                 return Err(GroupError::NotJoined { leader: self.leader.clone(), reason });
             }
             tracing::debug!(%reason, "not joined yet");
-            let wait = tokio::time::sleep(jittered(pause));
-            self.stop.run_until_cancelled(wait).await.ok_or(GroupError::Stopped)?;
+            self.pause(pause).await?;
             pause = BACKOFF.1.min(pause * 2);
         }
+    }
+
+    /// Waits for between half of `limit` and all of it, so that ranks that lost their leader together don't come back
+    /// together.
+    async fn pause(&self, limit: Duration) -> Result<(), GroupError> {
+        let random = RandomState::new().hash_one(Instant::now()) as u32;
+        let pause = limit.mul_f64(0.5 + 0.5 * f64::from(random) / f64::from(u32::MAX));
+        self.stop.run_until_cancelled(tokio::time::sleep(pause)).await.ok_or(GroupError::Stopped)
     }
 
     /// One attempt to join.
@@ -387,10 +402,4 @@ impl End {
         let _later = self.reason.set(reason);
         self.abort.abort();
     }
-}
-
-/// Between half of `pause` and all of it, so that ranks that lost their leader together don't come back together.
-fn jittered(pause: Duration) -> Duration {
-    let random = RandomState::new().hash_one(Instant::now()) as u32;
-    pause.mul_f64(0.5 + 0.5 * f64::from(random) / f64::from(u32::MAX))
 }
