@@ -1,4 +1,4 @@
-//! Speed of the kernels at the shapes of real models: `cargo bench -p lockstep-kernels -- [threads] [filter]`.
+//! Speed of the kernels at the shapes of real models: `cargo bench -p lockstep-kernels -- [threads] [filter] [isa]`.
 //!
 //! One line a matrix and number of rows, the best of many calls in turn on copies of the matrix that together exceed the
 //! caches: GB/s of packed weights read, and Gop/s counting a multiplication and an addition for each weight and row.
@@ -7,7 +7,7 @@ use std::hint::black_box;
 use std::time::{Duration, Instant};
 
 use lockstep_checkpoint::Encoding;
-use lockstep_kernels::{AttentionBatch, AttentionRow, Cpu, EncodedRows, KvCache, PackedMatrix};
+use lockstep_kernels::{AttentionBatch, AttentionRow, Cpu, EncodedRows, Isa, KvCache, PackedMatrix};
 
 /// Weights that a pass goes over: beyond the last-level caches of the machines this runs on.
 const PASS_BYTES: usize = 96 << 20;
@@ -33,7 +33,9 @@ fn main() {
     let all_cores = std::thread::available_parallelism().map_or(1, |n| n.get());
     let n_threads = args.first().and_then(|arg| arg.parse().ok()).unwrap_or(all_cores);
     let filter = args.get(1).cloned().unwrap_or_default();
-    let mut cpu = Cpu::new(n_threads);
+    let named = |name: &String| Isa::ALL.into_iter().find(|isa| format!("{isa:?}").eq_ignore_ascii_case(name));
+    let isa = args.get(2).and_then(named).unwrap_or(Isa::best());
+    let mut cpu = Cpu::with_isa(n_threads, isa).expect("a supported instruction set");
     println!("{:?}, {n_threads} threads", cpu.isa());
     println!("{:<22} {:>5} {:>5} {:>10} {:>8} {:>8}", "matrix", "", "rows", "us", "GB/s", "Gop/s");
     for (name, encoding, n_out, n_in) in MATRICES {

@@ -21,6 +21,7 @@ pub(crate) const LN2_LOW: f32 = 1.428_606_8e-6;
 pub(crate) const TAYLOR: [f32; 8] = [1.0 / 5040.0, 1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0];
 
 /// e^x. NaN for NaN, 0 below -87, e^88 above 88.
+#[inline(always)]
 pub(crate) fn exp(x: f32) -> f32 {
     let clamped = if LOWEST > x { LOWEST } else { x };
     let clamped = if HIGHEST < clamped { HIGHEST } else { clamped };

@@ -183,7 +183,7 @@ fn attend(q: &[f32], batch: &AttentionBatch<'_>, row_idx: usize, head: usize, ou
         }
         let before = largest;
         largest = scores.iter().fold(before, |largest, score| if *score > largest { *score } else { largest });
-        let decay = exp(before - largest);
+        let decay = if largest == before { 1.0 } else { exp(before - largest) };
         let weights = scores.map(|score| exp(score - largest));
         for i in 0..TILE {
             total[i] = total[i].mul_add(decay, weights[i]);

@@ -27,7 +27,7 @@ use std::ops::Range;
 
 use crate::cpu::activations::{ActivationBlock, STRIP, strip_places};
 use crate::cpu::shared_slice::SharedSlice;
-use crate::cpu::simd::{Kernel, LANES, Simd};
+use crate::cpu::simd::{Kernel, LANES, Simd, unrolled};
 use crate::packed::{BLOCK, Integers, PANEL, PackedMatrix, Weights};
 
 /// The inputs of a product, in both forms that weights may want.
@@ -48,20 +48,6 @@ pub(crate) struct PanelsTimesRows<'a> {
     pub(crate) rows: Range<usize>,
     /// `[n_partials, n_rows, n_out]`.
     pub(crate) out: SharedSlice<'a, f32>,
-}
-
-/// A loop over the rows of a kernel, written out, so that their sums are registers: left to itself the compiler keeps
-/// the loop for eight rows and the sums in memory, at half the speed.
-macro_rules! for_each_row {
-    ($row_idx:ident in 0..$n:ident $body:block) => {
-        for_each_row!($row_idx in [0 1 2 3 4 5 6 7], $n $body)
-    };
-    ($row_idx:ident in [$($i:literal)*], $n:ident $body:block) => {
-        $(if $i < $n {
-            let $row_idx = $i;
-            $body
-        })*
-    };
 }
 
 // === impl PanelsTimesRows ===
@@ -133,13 +119,21 @@ impl PanelsTimesRows<'_> {
         });
         let panel_len = PANEL * n_in;
         let weights = &weights[panel_idx * panel_len..weights.len().min((panel_idx + 1) * panel_len)];
+        let n_out = weights.len() / n_in;
         let sum_segment = |cols: Range<usize>| {
             let rows = rows.map(|row| &row[cols.clone()]);
             let mut sums = [[0.0; PANEL]; N];
-            for (out_idx, weights) in weights.chunks_exact(n_in).enumerate() {
-                let mut dots = [0.0; N];
-                simd.vectorize(SumFloats::<F, N> { weights: &weights[cols.clone()], rows, sums: &mut dots });
-                sums.iter_mut().zip(dots).for_each(|(sums, dot)| sums[out_idx] = dot);
+            // Sums of several outputs share the loading of inputs: as many as fit the registers.
+            let n_abreast = if N == STRIP { 2 } else { 4 };
+            let weights = |out_idx: usize| &weights[out_idx * n_in..][cols.clone()];
+            let mut first_out = 0;
+            while first_out < n_out {
+                let out = SegmentOutputs { rows, first_out, sums: &mut sums };
+                first_out += match n_abreast.min(n_out - first_out) {
+                    4 => out.sum::<S, F, 4>(simd, std::array::from_fn(|i| weights(first_out + i))),
+                    2 => out.sum::<S, F, 2>(simd, std::array::from_fn(|i| weights(first_out + i))),
+                    _ => out.sum::<S, F, 1>(simd, [weights(first_out)]),
+                };
             }
             sums
         };
@@ -216,7 +210,7 @@ impl<const N: usize, const NIBBLES: bool, const HALVES: bool, const MINIMUM: boo
             if HALVES {
                 let first = panel.group::<S, MINIMUM>(simd, 2 * part_idx);
                 let second = panel.group::<S, MINIMUM>(simd, 2 * part_idx + 1);
-                for_each_row!(row_idx in 0..N {
+                unrolled!(row_idx in 0..N {
                     let x = &blocks[row_idx];
                     let [quads, more_quads] = [&x.quads.as_chunks::<4>().0[0], &x.quads.as_chunks::<4>().0[1]];
                     let [codes, more_codes] = [&codes.as_chunks::<4>().0[0], &codes.as_chunks::<4>().0[1]];
@@ -227,14 +221,14 @@ impl<const N: usize, const NIBBLES: bool, const HALVES: bool, const MINIMUM: boo
                 });
             } else {
                 let group = panel.group::<S, MINIMUM>(simd, part_idx);
-                for_each_row!(row_idx in 0..N {
+                unrolled!(row_idx in 0..N {
                     let x = &blocks[row_idx];
                     let dot = Self::dot(simd, panel.offset() * x.sum, &codes, &x.quads);
                     sums[row_idx] = Self::add_group(simd, sums[row_idx], group, dot, x.scale, x.scaled_sum);
                 });
             }
         }
-        for_each_row!(row_idx in 0..N {
+        unrolled!(row_idx in 0..N {
             simd.store(sums[row_idx], &mut out[row_idx]);
         });
     }
@@ -368,34 +362,58 @@ impl FloatFormat for Brain {
     }
 }
 
-/// Dot products of one K-segment of one output's weights with `N` rows.
-struct SumFloats<'a, F: FloatFormat, const N: usize> {
-    weights: &'a [F::Bits],
+/// Where the sums of a K-segment of float weights come from and go to.
+struct SegmentOutputs<'a, const N: usize> {
     rows: [&'a [f32]; N],
-    sums: &'a mut [f32; N],
+    /// Where in the panel the outputs are.
+    first_out: usize,
+    sums: &'a mut [[f32; PANEL]; N],
 }
 
-impl<F: FloatFormat, const N: usize> Kernel for SumFloats<'_, F, N> {
+impl<const N: usize> SegmentOutputs<'_, N> {
+    /// Sums the segment for `M` outputs abreast; returns `M`.
+    fn sum<S: Simd, F: FloatFormat, const M: usize>(self, simd: S, weights: [&[F::Bits]; M]) -> usize {
+        simd.vectorize(SumFloats::<F, M, N> { weights, out: self });
+        M
+    }
+}
+
+/// Dot products of one K-segment of the weights of `M` outputs with `N` rows.
+struct SumFloats<'a, F: FloatFormat, const M: usize, const N: usize> {
+    weights: [&'a [F::Bits]; M],
+    out: SegmentOutputs<'a, N>,
+}
+
+impl<F: FloatFormat, const M: usize, const N: usize> Kernel for SumFloats<'_, F, M, N> {
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        let mut sums = [simd.splat(0.0); N];
-        let (vectors, tail) = self.weights.as_chunks::<LANES>();
-        let row_vectors = self.rows.map(|row| &row.as_chunks::<LANES>().0[..vectors.len()]);
-        for (i, vector) in vectors.iter().enumerate() {
-            let weight = F::load(simd, vector);
-            for_each_row!(row_idx in 0..N {
-                sums[row_idx] = simd.fma(weight, simd.load(&row_vectors[row_idx][i]), sums[row_idx]);
+        let mut sums = [[simd.splat(0.0); N]; M];
+        let n_vectors = self.weights[0].len() / LANES;
+        let weights = self.weights.map(|weights| &weights.as_chunks::<LANES>().0[..n_vectors]);
+        let rows = self.out.rows.map(|row| &row.as_chunks::<LANES>().0[..n_vectors]);
+        for i in 0..n_vectors {
+            let mut x = [simd.splat(0.0); N];
+            unrolled!(row_idx in 0..N { x[row_idx] = simd.load(&rows[row_idx][i]) });
+            unrolled!(out_idx in 0..M {
+                let weight = F::load(simd, &weights[out_idx][i]);
+                unrolled!(row_idx in 0..N {
+                    sums[out_idx][row_idx] = simd.fma(weight, x[row_idx], sums[out_idx][row_idx]);
+                });
             });
         }
-        if !tail.is_empty() {
-            let weight = F::load(simd, &zero_filled(tail));
-            for_each_row!(row_idx in 0..N {
-                let x = simd.load(&zero_filled(self.rows[row_idx].as_chunks::<LANES>().1));
-                sums[row_idx] = simd.fma(weight, x, sums[row_idx]);
+        if self.weights[0].len() > n_vectors * LANES {
+            unrolled!(out_idx in 0..M {
+                let weight = F::load(simd, &zero_filled(&self.weights[out_idx][n_vectors * LANES..]));
+                unrolled!(row_idx in 0..N {
+                    let x = simd.load(&zero_filled(&self.out.rows[row_idx][n_vectors * LANES..]));
+                    sums[out_idx][row_idx] = simd.fma(weight, x, sums[out_idx][row_idx]);
+                });
             });
         }
-        for_each_row!(row_idx in 0..N {
-            self.sums[row_idx] = simd.sum(sums[row_idx]);
+        unrolled!(out_idx in 0..M {
+            unrolled!(row_idx in 0..N {
+                self.out.sums[row_idx][self.out.first_out + out_idx] = simd.sum(sums[out_idx][row_idx]);
+            });
         });
     }
 }

@@ -25,7 +25,8 @@ const SHAPES: [Shape; 4] = [
 /// hold NaN: whoever reads one is found out.
 fn cache_of(rng: &mut ChaCha8Rng, shape: Shape, lens: &[usize]) -> (KvCache, Vec<Vec<u32>>) {
     let n_blocks: usize = lens.iter().map(|len| len.div_ceil(shape.block_size)).sum();
-    let mut cache = KvCache::new(2, n_blocks, shape.block_size, shape.n_kv_heads, shape.head_dim).unwrap();
+    let mut cache =
+        KvCache::new(2, n_blocks, shape.block_size, shape.n_kv_heads, shape.head_dim).expect("a small cache");
     let width = shape.n_kv_heads * shape.head_dim;
     for slot in 0..n_blocks * shape.block_size {
         cache.write(1, slot, &vec![f32::NAN; width], &vec![f32::NAN; width]);
@@ -34,7 +35,7 @@ fn cache_of(rng: &mut ChaCha8Rng, shape: Shape, lens: &[usize]) -> (KvCache, Vec
     let mut tables = Vec::new();
     for len in lens {
         // Blocks are handed out from both ends in turn.
-        let block = |i: usize| if i % 2 == 0 { i / 2 } else { n_blocks - 1 - i / 2 } as u32;
+        let block = |i: usize| if i.is_multiple_of(2) { i / 2 } else { n_blocks - 1 - i / 2 } as u32;
         let n = len.div_ceil(shape.block_size);
         let table: Vec<u32> = (next..next + n).map(block).collect();
         next += n;

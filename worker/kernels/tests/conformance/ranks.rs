@@ -29,7 +29,8 @@ impl Layer<'_> {
         let cols = self.first_col(owned.start)..self.ends[owned.end - 1];
         let ends: Vec<usize> = self.ends[owned.clone()].iter().map(|end| end - cols.start).collect();
         let local: Vec<Range<usize>> = subtrees.iter().map(|s| s.start - owned.start..s.end - owned.start).collect();
-        let packed = PackedMatrix::pack(&self.source.cols(cols.clone()).unwrap(), &ends, &local).unwrap();
+        let shard = self.source.cols(cols.clone()).expect("segments end on blocks");
+        let packed = PackedMatrix::pack(&shard, &ends, &local).expect("segments that cover the shard");
         let rows = self.x.chunks_exact(self.source.n_cols());
         let x: Vec<f32> = rows.flat_map(|row| row[cols.clone()].iter().copied()).collect();
         let mut planes = vec![f32::NAN; packed.n_partials() * N_ROWS * N_OUT];
@@ -56,7 +57,7 @@ fn check(encoding: Encoding, ends: &[usize]) {
     let rng = &mut random::seeded(20);
     let n_in = ends[ends.len() - 1];
     let bytes = random::weights(rng, encoding, N_OUT, n_in);
-    let source = EncodedRows::new(encoding, &bytes, N_OUT, n_in).unwrap();
+    let source = EncodedRows::new(encoding, &bytes, N_OUT, n_in).expect("whole blocks");
     let layer = Layer { source, ends: ends.to_vec(), x: random::floats(rng, N_ROWS * n_in) };
     let mut cpu = Cpu::new(2);
     let n_segments = ends.len();

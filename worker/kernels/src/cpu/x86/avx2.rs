@@ -102,6 +102,12 @@ impl Simd for Avx2 {
         unsafe { [_mm256_load_si256(line.0.as_ptr().cast()), _mm256_load_si256(line.0[32..].as_ptr().cast())] }
     }
 
+    #[inline(always)]
+    fn prefetch<T>(self, element: &T) {
+        // SAFETY: prefetching reads nothing that the program could see; every x86-64 processor has the instruction.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(std::ptr::from_ref(element).cast()) }
+    }
+
     instructions! {
         fn splat(value: f32) -> Pair<__m256> { [_mm256_set1_ps(value); 2] }
         fn add(a: Pair<__m256>, b: Pair<__m256>) -> Pair<__m256> { both(|i| _mm256_add_ps(a[i], b[i])) }
@@ -127,6 +133,12 @@ impl Simd for Avx2 {
             let four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps::<1>(eight));
             let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
             _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps::<1>(two, two)))
+        }}
+        fn largest(values: Pair<__m256>) -> f32 {{
+            let eight = _mm256_max_ps(values[0], values[1]);
+            let four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps::<1>(eight));
+            let two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+            _mm_cvtss_f32(_mm_max_ss(two, _mm_shuffle_ps::<1>(two, two)))
         }}
         fn splat_i32(value: i32) -> Pair<__m256i> { [_mm256_set1_epi32(value); 2] }
         fn to_f32(values: Pair<__m256i>) -> Pair<__m256> { both(|i| _mm256_cvtepi32_ps(values[i])) }

@@ -91,6 +91,12 @@ impl Simd for Avx512 {
         unsafe { _mm512_load_si512(line.0.as_ptr().cast()) }
     }
 
+    #[inline(always)]
+    fn prefetch<T>(self, element: &T) {
+        // SAFETY: prefetching reads nothing that the program could see; every x86-64 processor has the instruction.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(std::ptr::from_ref(element).cast()) }
+    }
+
     instructions! {
         fn splat(value: f32) -> __m512 { _mm512_set1_ps(value) }
         fn add(a: __m512, b: __m512) -> __m512 { _mm512_add_ps(a, b) }
@@ -112,6 +118,12 @@ impl Simd for Avx512 {
             let four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps::<1>(eight));
             let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
             _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps::<1>(two, two)))
+        }}
+        fn largest(values: __m512) -> f32 {{
+            let eight = _mm256_max_ps(_mm512_castps512_ps256(values), _mm512_extractf32x8_ps::<1>(values));
+            let four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps::<1>(eight));
+            let two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+            _mm_cvtss_f32(_mm_max_ss(two, _mm_shuffle_ps::<1>(two, two)))
         }}
         fn splat_i32(value: i32) -> __m512i { _mm512_set1_epi32(value) }
         fn to_f32(values: __m512i) -> __m512 { _mm512_cvtepi32_ps(values) }
