@@ -1,6 +1,10 @@
 //! Fixtures: real tokenizers for this crate's own tests, as `tests/fetch_tokenizers.py` leaves them.
 
-use std::path::PathBuf;
+use std::{
+    collections::HashMap,
+    path::PathBuf,
+    sync::{Arc, LazyLock, Mutex},
+};
 
 use crate::catalog::Model;
 
@@ -14,9 +18,14 @@ pub(crate) const NAMES: [&str; 6] = [
     "tokenizers/gguf/phi-3.gguf",
 ];
 
-/// Opens one of `models/`.
-pub(crate) fn open(path: &str) -> Model {
-    let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../models").join(path);
-    assert!(path.exists(), "{} is missing: run tests/fetch_tokenizers.py", path.display());
-    Model::open("test", &path).unwrap()
+/// One of `models/`. Loaded once for all tests of the process, which takes most of their time.
+pub(crate) fn open(name: &str) -> Arc<Model> {
+    static LOADED: LazyLock<Mutex<HashMap<String, Arc<Model>>>> = LazyLock::new(Mutex::default);
+    let mut loaded = LOADED.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+    let load = || {
+        let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../models").join(name);
+        assert!(path.exists(), "{} is missing: run tests/fetch_tokenizers.py", path.display());
+        Arc::new(Model::open("test", &path).unwrap())
+    };
+    Arc::clone(loaded.entry(name.to_owned()).or_insert_with(load))
 }

@@ -1,6 +1,6 @@
 //! Vocabularies as GGUF metadata holds them: real ones taken from their `tokenizer.json`, and broken ones.
 
-use std::collections::HashMap;
+use std::{collections::HashMap, sync::Arc};
 
 use serde_json::Value;
 
@@ -28,7 +28,7 @@ const TEXTS: [&str; 9] = [
 ];
 
 /// Takes the vocabulary of a fetched folder apart, as a converter to GGUF does.
-fn stored(name: &str) -> (Model, Stored) {
+fn stored(name: &str) -> (Arc<Model>, Stored) {
     let path = format!("{}/../models/tokenizers/{name}/tokenizer.json", env!("CARGO_MANIFEST_DIR"));
     let description: Value = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
     let id = |id: &Value| usize::try_from(id.as_u64().unwrap()).unwrap();
@@ -56,8 +56,8 @@ fn stored(name: &str) -> (Model, Stored) {
         .collect();
     // SentencePiece's score of a token: the sooner it is made, the higher.
     let mut made = HashMap::new();
-    for (rank, merge) in (0_u16..).map(f32::from).zip(&merges) {
-        made.entry(merge.replace(' ', "")).or_insert(-rank);
+    for (rank, merge) in merges.iter().enumerate() {
+        made.entry(merge.replace(' ', "")).or_insert(-(rank as f32));
     }
     let scores = tokens.iter().map(|token| made.get(token).copied().unwrap_or(-1e9)).collect();
     (fixtures::open(&format!("tokenizers/{name}")), Stored { tokens, types, merges, scores })

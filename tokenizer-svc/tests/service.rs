@@ -1,0 +1,188 @@
+//! The service over a real socket: what it answers, and how it refuses.
+
+use std::{path::Path, sync::Arc};
+
+use lockstep_proto::{
+    client::{ClientLimits, connect_lazy},
+    error::{Error, Reason},
+    server::{Limits, Readiness, Server, ServerSettings, Shutdown},
+    telemetry,
+    tokenizer::v1::{
+        DecodeIds, DecodeOpen, DecodeRequest, EncodeInput, EncodeRequest, GetTokenizerRequest, StreamDecodeRequest,
+        StreamDecodeResponse, TokenIds, stream_decode_request::Request as Piece,
+        tokenizer_service_client::TokenizerServiceClient, tokenizer_service_server::TokenizerServiceServer,
+    },
+};
+use lockstep_tokenizer_svc::{
+    catalog::Catalog,
+    config::{ModelEntry, WorkLimits},
+    metrics::Metrics,
+    service::TokenizerServer,
+};
+use tokio::task::JoinHandle;
+use tonic::{Status, service::Routes, transport::Channel};
+
+/// A running service with the demo model, called `a` and `b`.
+struct Running {
+    client: TokenizerServiceClient<Channel>,
+    shutdown: Shutdown,
+    server: JoinHandle<()>,
+}
+
+impl Running {
+    async fn start(names: &[&str]) -> Self {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/SmolLM2-135M-Instruct.Q4_1.gguf");
+        let path = path.to_str().unwrap();
+        let entries: Vec<_> = names.iter().map(|name| ModelEntry { name: (*name).into(), path: path.into() }).collect();
+        let mut registry = telemetry::registry("tokenizer-svc");
+        let metrics = Metrics::register(&mut registry);
+        let service = TokenizerServer::new(Catalog::open(&entries).unwrap(), WorkLimits::default(), metrics);
+        let settings = ServerSettings {
+            service: "tokenizer-svc",
+            listen: "127.0.0.1:0".parse().unwrap(),
+            metrics_listen: None,
+            limits: Limits::default(),
+        };
+        let server = Server::bind(settings, Arc::new(registry)).unwrap();
+        let address = format!("http://{}", server.grpc_address());
+        let client = TokenizerServiceClient::new(connect_lazy(&address, &ClientLimits::default()).unwrap())
+            .max_decoding_message_size(ClientLimits::default().max_message_bytes());
+        let max_bytes = Limits::default().max_message_bytes();
+        let routes = Routes::new(TokenizerServiceServer::new(service).max_decoding_message_size(max_bytes));
+        let shutdown = Shutdown::new();
+        let stop = shutdown.clone();
+        let server = tokio::spawn(async move { server.serve(routes, &Readiness::new(), &stop).await.unwrap() });
+        Self { client, shutdown, server }
+    }
+
+    async fn stop(self) {
+        drop(self.client);
+        self.shutdown.start();
+        self.server.await.unwrap();
+    }
+
+    async fn encode(&mut self, inputs: Vec<EncodeInput>) -> Result<Vec<Vec<u32>>, Status> {
+        let request = EncodeRequest { model: String::new(), inputs };
+        let answer = self.client.encode(request).await?.into_inner();
+        Ok(answer.outputs.into_iter().map(|output| output.ids).collect())
+    }
+
+    async fn stream(&mut self, pieces: Vec<Piece>) -> Result<Vec<StreamDecodeResponse>, Status> {
+        let pieces = pieces.into_iter().map(|piece| StreamDecodeRequest { request: Some(piece) });
+        let mut answers = self.client.stream_decode(tokio_stream::iter(pieces)).await?.into_inner();
+        let mut all = Vec::new();
+        while let Some(answer) = answers.message().await? {
+            all.push(answer);
+        }
+        Ok(all)
+    }
+}
+
+fn text(text: &str) -> EncodeInput {
+    EncodeInput { text: text.into(), ..EncodeInput::default() }
+}
+
+fn open(context: &[u32], choices: u32) -> Piece {
+    let context_token_ids = context.to_vec();
+    Piece::Open(DecodeOpen { skip_special_tokens: true, context_token_ids, choices, ..DecodeOpen::default() })
+}
+
+fn ids(choice: u32, token_ids: &[u32], end: bool) -> Piece {
+    Piece::Ids(DecodeIds { choice, token_ids: token_ids.to_vec(), end })
+}
+
+/// The reason and the field path of a refusal.
+fn check<T: std::fmt::Debug>(answer: Result<T, Status>, reason: Reason, path: &str) {
+    let error = Error::from_status(&answer.unwrap_err());
+    assert_eq!(error.reason(), reason, "{error}");
+    let paths: Vec<_> = error.field_violations().iter().map(|violation| violation.path.as_str()).collect();
+    assert_eq!(paths, if path.is_empty() { vec![] } else { vec![path] }, "{error}");
+}
+
+#[tokio::test]
+async fn a_conversation_is_encoded_with_its_content_as_text() {
+    let mut service = Running::start(&["a"]).await;
+    let described = service.client.get_tokenizer(GetTokenizerRequest::default()).await.unwrap().into_inner();
+    assert_eq!((described.model.as_str(), described.vocab_size, described.eos_token_id), ("a", 49152, Some(2)));
+    assert_eq!((described.fingerprint.len(), described.special_tokens.len()), (64, 17));
+
+    let prompt = "<|im_start|>user\n<|im_end|><|im_end|>\n";
+    let content = EncodeInput { break_offsets: vec![18], ..text(prompt) };
+    let outputs = service.encode(vec![text(prompt), content]).await.unwrap();
+    let count = |ids: &[u32]| ids.iter().filter(|&&id| id == 2).count();
+    assert_eq!((count(&outputs[0]), count(&outputs[1])), (2, 1));
+
+    let inputs = outputs.into_iter().map(|ids| TokenIds { ids }).collect();
+    let request = DecodeRequest { inputs, ..DecodeRequest::default() };
+    let decoded = service.client.decode(request).await.unwrap().into_inner().outputs;
+    assert!(decoded.iter().all(|each| each.text == prompt && each.raw == prompt.as_bytes()));
+    service.stop().await;
+}
+
+#[tokio::test]
+async fn a_stream_answers_each_message_with_whole_characters() {
+    let mut service = Running::start(&["a"]).await;
+    let rocket = service.encode(vec![text("🚀!")]).await.unwrap().remove(0);
+    assert!(rocket.len() > 2, "the demo model spells a rocket in several tokens");
+    let (first, rest) = rocket.split_at(1);
+    let pieces = vec![open(&[], 2), ids(1, first, false), ids(0, first, true), ids(1, rest, false), ids(1, &[], true)];
+    let answers = service.stream(pieces).await.unwrap();
+    let said: Vec<_> = answers.iter().map(|answer| (answer.choice, answer.text.as_str())).collect();
+    assert_eq!(said, [(1, ""), (0, "\u{fffd}"), (1, "🚀!"), (1, "")]);
+    assert_eq!((answers[0].ends.as_slice(), answers[1].ends.as_slice()), ([0].as_slice(), [0].as_slice()));
+    assert_eq!(answers[2].ends.last(), Some(&5));
+
+    // A stream that goes on where another was cut completes its character.
+    let answers = service.stream(vec![open(first, 1), ids(0, rest, true)]).await.unwrap();
+    assert_eq!(answers[0].text, "🚀!");
+    service.stop().await;
+}
+
+#[tokio::test]
+async fn requests_that_break_the_contract_are_refused_by_field() {
+    let mut service = Running::start(&["a"]).await;
+    let invalid = Reason::InvalidArgument;
+    check(service.encode(vec![]).await, invalid, "inputs");
+    check(service.encode(vec![text(""); 1025]).await, invalid, "inputs");
+    check(service.encode(vec![text("a"), text(&"x".repeat((4 << 20) + 1))]).await, invalid, "inputs[1].text");
+    let offsets = |break_offsets| EncodeInput { break_offsets, ..text("abc") };
+    check(service.encode(vec![offsets(vec![4])]).await, invalid, "inputs[0].break_offsets[0]");
+    check(service.encode(vec![offsets(vec![2, 1])]).await, invalid, "inputs[0].break_offsets[1]");
+    let decode = |inputs| DecodeRequest { inputs, ..DecodeRequest::default() };
+    check(service.client.decode(decode(vec![])).await, invalid, "inputs");
+    let list = TokenIds { ids: vec![1, 49152] };
+    check(service.client.decode(decode(vec![list])).await, invalid, "inputs[0].ids[1]");
+
+    check(service.stream(vec![ids(0, &[1], false)]).await, invalid, "ids");
+    check(service.stream(vec![open(&[], 1), open(&[], 1)]).await, invalid, "open");
+    check(service.stream(vec![open(&[], 0)]).await, invalid, "open.choices");
+    check(service.stream(vec![open(&[], 129)]).await, invalid, "open.choices");
+    check(service.stream(vec![open(&[1; 65], 1)]).await, invalid, "open.context_token_ids");
+    check(service.stream(vec![open(&[49152], 1)]).await, invalid, "open.context_token_ids[0]");
+    check(service.stream(vec![open(&[], 1), ids(1, &[], false)]).await, invalid, "ids.choice");
+    check(service.stream(vec![open(&[], 1), ids(0, &[49152], false)]).await, invalid, "ids.token_ids[0]");
+    let ended_twice = vec![open(&[], 1), ids(0, &[], true), ids(0, &[], true)];
+    check(service.stream(ended_twice).await, invalid, "ids.choice");
+    service.stop().await;
+}
+
+#[tokio::test]
+async fn an_empty_name_means_the_only_model() {
+    let mut service = Running::start(&["a", "b"]).await;
+    check(service.encode(vec![text("x")]).await, Reason::ModelNotFound, "");
+    let named = |model: &str| GetTokenizerRequest { model: model.into() };
+    check(service.client.get_tokenizer(named("c")).await, Reason::ModelNotFound, "");
+    assert_eq!(service.client.get_tokenizer(named("b")).await.unwrap().into_inner().model, "b");
+    service.stop().await;
+}
+
+#[tokio::test]
+async fn a_text_of_blanks_as_long_as_allowed_is_encoded() {
+    let mut service = Running::start(&["a"]).await;
+    let long = format!("{}x", " ".repeat((4 << 20) - 1));
+    let ids = service.encode(vec![text(&long)]).await.unwrap().remove(0);
+    let request = DecodeRequest { inputs: vec![TokenIds { ids }], ..DecodeRequest::default() };
+    let decoded = service.client.decode(request).await.unwrap().into_inner().outputs;
+    assert_eq!(decoded[0].text, long);
+    service.stop().await;
+}
