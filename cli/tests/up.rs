@@ -3,7 +3,7 @@
 
 use std::{
     fs,
-    io::{BufRead as _, BufReader},
+    io::{BufRead as _, BufReader, pipe},
     path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Stdio},
     sync::mpsc::{Receiver, RecvTimeoutError, channel},
@@ -29,30 +29,29 @@ struct Up {
 impl Up {
     /// Starts it in a folder of its own, with stand-ins beside it.
     fn start(model: &str, flags: &[&str]) -> Self {
-        let folder = TempDir::new().unwrap();
+        // Beside the programs, so that links reach them. A fresh copy could still be open for writing in a child that
+        // another test is just about to start, and then cannot be run.
+        let folder = TempDir::new_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
         let lockstep = folder.path().join("lockstep");
-        fs::copy(env!("CARGO_BIN_EXE_lockstep"), &lockstep).unwrap();
+        fs::hard_link(env!("CARGO_BIN_EXE_lockstep"), &lockstep).unwrap();
         for service in ["tokenizer-svc", "worker", "gateway"] {
-            fs::hard_link(stand_in(), folder.path().join(format!("lockstep-{service}")))
-                .or_else(|_| fs::copy(stand_in(), folder.path().join(format!("lockstep-{service}"))).map(|_| ()))
-                .unwrap();
+            fs::hard_link(stand_in(), folder.path().join(format!("lockstep-{service}"))).unwrap();
         }
         fs::write(folder.path().join("model.gguf"), model).unwrap();
-        let mut process = Command::new(&lockstep)
+        // One pipe for both, so that lines stay in order.
+        let (read, output) = pipe().unwrap();
+        let process = Command::new(&lockstep)
             .arg("up")
             .arg(folder.path().join("model.gguf"))
             .args(default_listen(flags))
             .args(flags)
             .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
+            .stdout(output.try_clone().unwrap())
+            .stderr(output)
             .spawn()
             .unwrap();
         let (sender, lines) = channel();
-        let (stdout, stderr) = (process.stdout.take().unwrap(), process.stderr.take().unwrap());
-        let copy = sender.clone();
-        thread::spawn(move || BufReader::new(stdout).lines().map_while(Result::ok).try_for_each(|l| copy.send(l)));
-        thread::spawn(move || BufReader::new(stderr).lines().map_while(Result::ok).try_for_each(|l| sender.send(l)));
+        thread::spawn(move || BufReader::new(read).lines().map_while(Result::ok).try_for_each(|l| sender.send(l)));
         Self { process, lines, seen: Vec::new(), _folder: folder }
     }
 
