@@ -4,11 +4,17 @@
 //! Requests in flight and the bytes of their prompts are bounded, so that the gateway's memory is. What is over a
 //! bound is refused at once: waiting in line is the worker's business, which knows how long the line is.
 
-use std::sync::Arc;
+use std::{fmt, sync::Arc};
 
+use serde::{Deserialize, Serialize};
 use subtle::{Choice, ConstantTimeEq};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tonic::metadata::MetadataMap;
+
+/// A key that callers may show. It does not show itself in logs.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct ApiKey(String);
 
 /// Bounds on what is under way.
 #[derive(Debug, Clone, Copy)]
@@ -22,7 +28,7 @@ pub struct AdmissionLimits {
 /// The gate.
 #[derive(Debug)]
 pub struct Admission {
-    keys: Vec<String>,
+    keys: Vec<ApiKey>,
     limits: AdmissionLimits,
     requests: Arc<Semaphore>,
     prompt_bytes: Arc<Semaphore>,
@@ -57,11 +63,32 @@ pub enum Refused {
     },
 }
 
+// === impl ApiKey ===
+
+impl ApiKey {
+    /// A key, if the text can be sent in a header: visible ASCII, at least one character.
+    pub fn new(text: &str) -> Option<Self> {
+        let visible = !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_graphic());
+        visible.then(|| Self(text.to_owned()))
+    }
+
+    /// Whether it can be sent in a header.
+    pub fn is_valid(&self) -> bool {
+        Self::new(&self.0).is_some()
+    }
+}
+
+impl fmt::Debug for ApiKey {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str("ApiKey(…)")
+    }
+}
+
 // === impl Admission ===
 
 impl Admission {
     /// A gate for callers with one of `keys`; for everyone if there are none.
-    pub fn new(keys: Vec<String>, limits: AdmissionLimits) -> Self {
+    pub fn new(keys: Vec<ApiKey>, limits: AdmissionLimits) -> Self {
         let places = |n: u32| Arc::new(Semaphore::new(usize::try_from(n).unwrap_or(Semaphore::MAX_PERMITS)));
         Self { keys, limits, requests: places(limits.requests), prompt_bytes: places(limits.prompt_bytes) }
     }
@@ -77,7 +104,7 @@ impl Admission {
         let header = metadata.get("authorization").ok_or(Refused::NoKey)?;
         let shown = bearer(header.as_bytes()).ok_or(Refused::NoKey)?;
         // Every key is compared, and each over its whole length, so that the time taken tells nothing about any.
-        let known = self.keys.iter().fold(Choice::from(0), |known, key| known | key.as_bytes().ct_eq(shown));
+        let known = self.keys.iter().fold(Choice::from(0), |known, key| known | key.0.as_bytes().ct_eq(shown));
         if known.into() { Ok(()) } else { Err(Refused::UnknownKey) }
     }
 
@@ -113,7 +140,7 @@ mod tests {
         if let Some(header) = header {
             metadata.insert("authorization", header.parse().unwrap());
         }
-        Admission::new(keys.iter().map(|&key| key.to_owned()).collect(), LIMITS).authenticate(&metadata)
+        Admission::new(keys.iter().filter_map(|key| ApiKey::new(key)).collect(), LIMITS).authenticate(&metadata)
     }
 
     #[test]
@@ -133,6 +160,12 @@ mod tests {
     fn without_keys_everyone_is_let_in() {
         assert_eq!(authenticate(&[], None), Ok(()));
         assert_eq!(authenticate(&[], Some("Bearer whatever")), Ok(()));
+    }
+
+    #[test]
+    fn keys_do_not_show_in_logs() {
+        let admission = Admission::new(vec![ApiKey::new("alpha").unwrap()], LIMITS);
+        assert!(!format!("{admission:?}").contains("alpha"));
     }
 
     #[test]
