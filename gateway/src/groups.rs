@@ -1,11 +1,15 @@
 //! The groups: the router with a client for each group, shared by all requests.
 
 use std::{
+    collections::BTreeMap,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Instant,
 };
 
-use lockstep_proto::worker::v1::{Status, worker_service_client::WorkerServiceClient};
+use lockstep_proto::{
+    client::ClientLimits,
+    worker::v1::{Status, worker_service_client::WorkerServiceClient},
+};
 use tokio::sync::watch;
 use tonic::transport::Channel;
 
@@ -43,11 +47,14 @@ pub struct Placement {
 
 impl Groups {
     /// Groups by address and channel to their leaders.
-    pub fn new(settings: RouterSettings, leaders: Vec<(String, Channel)>) -> Self {
+    pub fn new(settings: RouterSettings, leaders: Vec<(String, Channel)>, limits: &ClientLimits) -> Self {
         let router = Mutex::new(Router::new(settings, leaders.len()));
         let endpoints = leaders
             .into_iter()
-            .map(|(address, channel)| Endpoint { address, client: WorkerServiceClient::new(channel) })
+            .map(|(address, channel)| {
+                let client = WorkerServiceClient::new(channel);
+                Endpoint { address, client: client.max_decoding_message_size(limits.max_message_bytes()) }
+            })
             .collect();
         Self { endpoints, router, hasher: PrefixHasher::default(), changed: watch::Sender::new(()) }
     }
@@ -93,7 +100,7 @@ impl Groups {
     }
 
     /// Every model that some group has reported, by name.
-    pub fn models(&self) -> std::collections::BTreeMap<String, ServedModel> {
+    pub fn models(&self) -> BTreeMap<String, ServedModel> {
         self.router().models()
     }
 

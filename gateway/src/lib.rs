@@ -7,19 +7,27 @@
 //! * [`admission`]: who may call, and how much may be under way.
 //! * [`request`]: wire messages become `Valid*` types, or an error that names every field at fault.
 //! * [`sampling`]: the request's parameters over the model's defaults, under the operator's policy.
+//! * [`generation`]: one request's life from there to its last event; the rest of this list serves it.
 //! * [`template`]: a conversation becomes the text that the model was trained on.
+//! * [`tokenizer`]: text becomes ids, and ids text, by the tokenizer service.
 //! * [`router`]: which group takes the request; [`groups`] is the router with clients.
 //! * [`stop`]: generated text is searched for stop strings, across token boundaries.
+//! * [`status`]: how a failure crosses the wire.
 //!
-//! Around them: [`config`].
+//! Around them: [`config`], [`backends`], which keeps what is known of the other services fresh, and [`metrics`].
 #![forbid(unsafe_code)]
 
 pub mod admission;
+pub mod backends;
 mod backoff;
 pub mod config;
+pub mod generation;
 pub mod groups;
+pub mod metrics;
 pub mod request;
 pub mod router;
 pub mod sampling;
+pub mod status;
 pub mod stop;
 pub mod template;
+pub mod tokenizer;

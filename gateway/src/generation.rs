@@ -1,0 +1,217 @@
+//! A generation: one request's life, from a valid request to its last event. All calls share it: a unary call is a
+//! stream that is collected.
+//!
+//! 1. [`prompt`]: render the conversation, encode the text.
+//! 2. Settle what depends on the prompt's length.
+//! 3. [`dispatch`]: find a group, wait for its first event; meanwhile open the stream that decodes.
+//! 4. [`pump`]: ids from the worker to the tokenizer, text through the stop strings of each [`choice`], chunks to the
+//!    [`outbox`].
+//! 5. Exactly one `Finish`.
+//!
+//! The [`deadline`] bounds every step. Whatever a generation holds (its place at the gate, the worker's stream, the
+//! tokenizer's) lives in one task and is dropped with it, so that a client that goes away ends all of it at once.
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use lockstep_proto::{
+    tokenizer::v1::DecodeOpen,
+    trace::Trace,
+    v1,
+    worker::v1::{GenerateRequest, ResolvedSampling},
+};
+
+pub mod choice;
+pub mod collect;
+pub mod deadline;
+mod dispatch;
+mod emitter;
+mod logprobs;
+pub mod outbox;
+pub mod prompt;
+mod pump;
+
+pub use choice::Breach;
+pub use deadline::Deadline;
+pub use outbox::{Event, Events};
+pub use prompt::{Prompt, Source};
+
+use choice::TextRules;
+use dispatch::{Order, dispatch};
+use emitter::Emitter;
+use outbox::{Outbox, Patience};
+use pump::{Decoding, Pump};
+
+use crate::{
+    admission::Permit,
+    backends::Backends,
+    metrics::Meter,
+    request::ValidOutput,
+    sampling::ValidSampling,
+    status::Failure,
+    stop::StopStrings,
+    tokenizer::{Caller, DecodeStream, Facts},
+};
+
+/// Ids of the prompt that the tokenizer sees before the first one that it decodes: a character is at most four of
+/// them, and spacing depends on the last one alone.
+const CONTEXT_TOKENS: usize = 8;
+
+/// A valid request with its place in the gateway.
+#[derive(Debug)]
+pub struct Job {
+    /// Names the client call.
+    pub trace: Trace,
+    /// When it must have had its last word.
+    pub deadline: Deadline,
+    /// Counts it.
+    pub meter: Meter,
+    /// Its place at the gate.
+    pub permit: Permit,
+    /// The model's facts.
+    pub facts: Arc<Facts>,
+    /// Where its prompt comes from.
+    pub source: Source,
+    /// How tokens are chosen.
+    pub sampling: ValidSampling,
+    /// What comes back beside the text.
+    pub output: ValidOutput,
+}
+
+/// What every step of a generation needs to know.
+#[derive(Debug)]
+struct Plan<'a> {
+    backends: &'a Backends,
+    trace: &'a Trace,
+    deadline: Deadline,
+    facts: &'a Arc<Facts>,
+    sampling: &'a ValidSampling,
+    output: &'a ValidOutput,
+}
+
+/// Starts a generation in a task that ends with the events.
+pub fn start(backends: Arc<Backends>, job: Job) -> Events {
+    let patience = Patience { event: backends.patience, until: job.deadline.client() };
+    outbox::run(patience, |outbox| async move {
+        let Job { trace, deadline, mut meter, permit: _permit, facts, source, sampling, output } = job;
+        let plan =
+            Plan { backends: &backends, trace: &trace, deadline, facts: &facts, sampling: &sampling, output: &output };
+        let outcome = plan.run(source, &outbox, &meter).await;
+        if let Err(failure) = &outcome {
+            tracing::info!(reason = %failure.reason(), %failure, "the request failed");
+        }
+        meter.settle(outcome)
+    })
+}
+
+// === impl Plan ===
+
+impl Plan<'_> {
+    async fn run(&self, source: Source, outbox: &Outbox, meter: &Meter) -> Result<(), Failure> {
+        let prompt = source.prompt(&self.backends.tokenizers, self.facts, self.caller()).await?;
+        let encoded_at = Instant::now();
+        let sampling = self.sampling.resolve(prompt.n_tokens())?;
+        let (seed, rules) = (sampling.seed, self.text_rules(&sampling));
+        let order = self.order(&prompt, sampling);
+
+        let prepared = async {
+            let running = dispatch(&self.backends.groups, &order);
+            tokio::try_join!(running, self.open_decoder(&prompt), self.prompt_text(&prompt))
+        };
+        let (running, decoder, prompt_text) = self.in_time(prepared).await?;
+        let (model_digest, engine_version) = running.placement.identity();
+
+        let emitter = Emitter::new(outbox, meter, self.start_event(&prompt), prompt_text, self.sampling.n());
+        let decoding = Decoding { plan: self, rules: &rules, decoder };
+        let pump = Pump::new(decoding, emitter, running, &prompt);
+        let (mut emitter, end) = pump.run().await?;
+
+        let completion_tokens = end.completion_tokens;
+        meter.tokens(prompt.n_tokens(), completion_tokens);
+        let first_token_at = emitter.first_token_at().unwrap_or_else(Instant::now);
+        let finish = v1::Finish {
+            choices: end.choices,
+            usage: Some(v1::Usage {
+                prompt_tokens: prompt.n_tokens(),
+                cached_tokens: end.cached_tokens,
+                completion_tokens,
+            }),
+            timings: Some(v1::Timings {
+                encode_ms: millis(encoded_at - meter.arrived()),
+                first_token_ms: millis(first_token_at.saturating_duration_since(encoded_at)),
+                total_ms: millis(meter.arrived().elapsed()),
+            }),
+            repro: Some(v1::Repro { model_digest, seed, engine_version }),
+        };
+        emitter.finish(finish).await
+    }
+
+    fn caller(&self) -> Caller<'_> {
+        Caller { trace: self.trace, until: self.deadline.tokens() }
+    }
+
+    async fn in_time<T>(&self, step: impl Future<Output = Result<T, Failure>>) -> Result<T, Failure> {
+        let until = tokio::time::Instant::from_std(self.deadline.tokens());
+        tokio::time::timeout_at(until, step).await.map_err(|_| Failure::Deadline)?
+    }
+
+    fn order(&self, prompt: &Prompt, sampling: ResolvedSampling) -> Order<'_> {
+        let request = GenerateRequest {
+            request_id: self.trace.request_id().to_owned(),
+            prompt_token_ids: prompt.ids.clone(),
+            sampling: Some(sampling),
+            n: self.sampling.n(),
+            logprobs: self.output.logprobs(),
+            prompt_logprobs: self.output.prompt_logprobs(),
+            budget_ms: None,
+        };
+        Order { model: self.facts.model(), request, deadline: self.deadline, caller: self.caller() }
+    }
+
+    fn text_rules(&self, sampling: &ResolvedSampling) -> TextRules {
+        TextRules {
+            stop_token_ids: sampling.stop_token_ids.iter().copied().collect(),
+            stop: StopStrings::new(self.sampling.stop()),
+            skip_special_tokens: self.output.skip_special_tokens(),
+            logprobs: self.output.logprobs().is_some(),
+        }
+    }
+
+    async fn open_decoder(&self, prompt: &Prompt) -> Result<DecodeStream, Failure> {
+        let context_from = prompt.ids.len().saturating_sub(CONTEXT_TOKENS);
+        let open = DecodeOpen {
+            model: self.facts.model().to_owned(),
+            skip_special_tokens: self.output.skip_special_tokens(),
+            context_token_ids: prompt.ids.get(context_from..).unwrap_or_default().to_vec(),
+            choices: self.sampling.n(),
+        };
+        Ok(self.backends.tokenizers.open_stream(self.facts, open, self.caller()).await?)
+    }
+
+    /// The prompt's text, if it is to come before the generated one.
+    async fn prompt_text(&self, prompt: &Prompt) -> Result<Option<String>, Failure> {
+        if !self.output.return_full_text() {
+            return Ok(None);
+        }
+        if let Some(text) = &prompt.text {
+            return Ok(Some(text.clone()));
+        }
+        let skip = self.output.skip_special_tokens();
+        Ok(Some(self.backends.tokenizers.decode(self.facts, &prompt.ids, skip, self.caller()).await?))
+    }
+
+    fn start_event(&self, prompt: &Prompt) -> v1::Start {
+        v1::Start {
+            request_id: self.trace.request_id().to_owned(),
+            model: self.facts.model().to_owned(),
+            prompt_tokens: prompt.n_tokens(),
+            prompt_logprobs: Vec::new(),
+        }
+    }
+}
+
+fn millis(duration: Duration) -> f64 {
+    duration.as_secs_f64() * 1e3
+}

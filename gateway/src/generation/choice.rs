@@ -1,0 +1,259 @@
+//! A choice: one of the `n` texts of a request, from the worker's ids to chunks of text. Pure.
+//!
+//! ```text
+//! worker: ids ──read──► to the tokenizer ──answer (text, where it ends after each id)──► stop strings ──► Chunk
+//!         finish ─────► end of ids ───────answer (what was held back)────────────────► stop strings ──► ended
+//! ```
+//!
+//! Ids count when their text is known, so that what is reported ends at the same id wherever the worker cut its
+//! messages: at the id that completed a stop string, and nothing after it.
+
+use std::collections::HashSet;
+
+use lockstep_proto::{
+    tokenizer::v1::{DecodeIds, StreamDecodeResponse},
+    v1::{self, choice_finish::MatchedStop},
+    worker::v1::{self as worker, TokenLogprobs, Tokens},
+};
+
+use crate::stop::{StopMatcher, StopStrings};
+
+/// What a peer sent that its contract does not allow.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum Breach {
+    /// Tokens or an end for a choice that does not exist or has ended.
+    #[error("an event for choice {0}, which is not open")]
+    NoSuchChoice(u32),
+    /// Some of the choice's tokens were lost, or came twice.
+    #[error("choice {choice} goes on at token {got} instead of {expected}")]
+    Gap {
+        /// The choice.
+        choice: u32,
+        /// Tokens that have come.
+        expected: u32,
+        /// Tokens that should have come, by the worker's count.
+        got: u32,
+    },
+    /// Log-probabilities do not fit the tokens.
+    #[error("{got} log-probabilities for {expected} tokens")]
+    Logprobs {
+        /// Tokens.
+        expected: usize,
+        /// Log-probabilities.
+        got: usize,
+    },
+    /// A finish without a reason.
+    #[error("choice {0} ended without a reason")]
+    NoReason(u32),
+    /// The tokenizer's answer does not fit what it was asked.
+    #[error("the decoded text of choice {0} does not fit its ids")]
+    Decoded(u32),
+}
+
+/// What decides how a request's ids become text.
+#[derive(Debug)]
+pub struct TextRules {
+    /// Ids that end a choice.
+    pub stop_token_ids: HashSet<u32>,
+    /// Texts that end a choice.
+    pub stop: StopStrings,
+    /// Leaves control tokens, and the stop token whatever it is, out of the text.
+    pub skip_special_tokens: bool,
+    /// Whether each id comes with its log-probabilities.
+    pub logprobs: bool,
+}
+
+/// One of the texts of a request.
+#[derive(Debug)]
+pub struct Choice {
+    index: u32,
+    matcher: StopMatcher,
+    /// Ids that the worker has sent.
+    received: u32,
+    /// Ids that count.
+    generated: u32,
+    worker_end: Option<End>,
+    end: Option<End>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct End {
+    reason: v1::FinishReason,
+    matched_stop: Option<MatchedStop>,
+}
+
+/// Ids whose text the tokenizer has been asked for.
+#[derive(Debug)]
+pub struct Pending {
+    /// Their choice.
+    pub choice: u32,
+    ids: Vec<u32>,
+    logprobs: Vec<TokenLogprobs>,
+    /// How many of the ids the tokenizer was sent: not a stop token that is left out of the text.
+    sent: usize,
+    last: bool,
+}
+
+/// A piece of a choice, as it becomes known.
+#[derive(Debug, Default, PartialEq)]
+pub struct Piece {
+    /// Ids that count.
+    pub ids: Vec<u32>,
+    /// Text that can no longer become part of a stop string.
+    pub text: String,
+    /// One for each id, if asked for.
+    pub logprobs: Vec<TokenLogprobs>,
+}
+
+// === impl Choice ===
+
+impl Choice {
+    /// The choice of this index, with nothing in it.
+    pub fn new(index: u32, rules: &TextRules) -> Self {
+        Self { index, matcher: rules.stop.matcher(), received: 0, generated: 0, worker_end: None, end: None }
+    }
+
+    /// Whether nothing more will be added to it.
+    pub fn ended(&self) -> bool {
+        self.end.is_some()
+    }
+
+    /// Whether the worker has nothing more to say about it.
+    pub fn worker_ended(&self) -> bool {
+        self.worker_end.is_some()
+    }
+
+    /// Tokens that count.
+    pub fn generated(&self) -> u32 {
+        self.generated
+    }
+
+    /// How it ended, if it has.
+    pub fn finish(&self) -> Option<v1::ChoiceFinish> {
+        let End { reason, matched_stop } = self.end.clone()?;
+        Some(v1::ChoiceFinish { choice: self.index, reason: reason.into(), matched_stop })
+    }
+
+    /// Takes ids from the worker; answers what to ask the tokenizer, if their text still matters.
+    ///
+    /// # Errors
+    /// When the worker breaks its contract.
+    pub fn read(&mut self, tokens: Tokens, rules: &TextRules) -> Result<Option<(Pending, DecodeIds)>, Breach> {
+        if self.worker_end.is_some() {
+            return Err(Breach::NoSuchChoice(self.index));
+        }
+        if tokens.position != self.received {
+            return Err(Breach::Gap { choice: self.index, expected: self.received, got: tokens.position });
+        }
+        let expected = if rules.logprobs { tokens.token_ids.len() } else { 0 };
+        if tokens.logprobs.len() != expected {
+            return Err(Breach::Logprobs { expected, got: tokens.logprobs.len() });
+        }
+        let n_ids = u32::try_from(tokens.token_ids.len()).unwrap_or(u32::MAX);
+        self.received = self.received.saturating_add(n_ids);
+        if self.ended() {
+            return Ok(None);
+        }
+        let mut shown = tokens.token_ids.clone();
+        if rules.skip_special_tokens && shown.last().is_some_and(|id| rules.stop_token_ids.contains(id)) {
+            shown.pop();
+        }
+        let pending = Pending {
+            choice: self.index,
+            ids: tokens.token_ids,
+            logprobs: tokens.logprobs,
+            sent: shown.len(),
+            last: false,
+        };
+        Ok(Some((pending, DecodeIds { choice: self.index, token_ids: shown, end: false })))
+    }
+
+    /// Takes the worker's word that the choice has ended.
+    ///
+    /// # Errors
+    /// When the worker breaks its contract.
+    pub fn finish_reading(&mut self, finish: &worker::ChoiceFinish) -> Result<Option<(Pending, DecodeIds)>, Breach> {
+        if self.worker_end.is_some() {
+            return Err(Breach::NoSuchChoice(self.index));
+        }
+        let (reason, matched_stop) = match finish.reason() {
+            worker::FinishReason::StopToken => (v1::FinishReason::Stop, finish.stop_token_id.map(MatchedStop::TokenId)),
+            worker::FinishReason::Length => (v1::FinishReason::Length, None),
+            worker::FinishReason::Deadline => (v1::FinishReason::Deadline, None),
+            worker::FinishReason::Unspecified => return Err(Breach::NoReason(self.index)),
+        };
+        Ok(self.end_reading(End { reason, matched_stop }))
+    }
+
+    /// The deadline has come: no further ids count. Nothing to ask if the worker had ended the choice already.
+    pub fn expire(&mut self) -> Option<(Pending, DecodeIds)> {
+        if self.worker_end.is_some() {
+            return None;
+        }
+        self.end_reading(End { reason: v1::FinishReason::Deadline, matched_stop: None })
+    }
+
+    fn end_reading(&mut self, end: End) -> Option<(Pending, DecodeIds)> {
+        self.worker_end = Some(end);
+        if self.ended() {
+            return None;
+        }
+        let pending = Pending { choice: self.index, ids: Vec::new(), logprobs: Vec::new(), sent: 0, last: true };
+        Some((pending, DecodeIds { choice: self.index, token_ids: Vec::new(), end: true }))
+    }
+
+    /// Takes the text of ids that were asked for.
+    ///
+    /// # Errors
+    /// When the tokenizer breaks its contract.
+    pub fn decoded(&mut self, mut pending: Pending, answer: &StreamDecodeResponse) -> Result<Piece, Breach> {
+        let breach = Breach::Decoded(self.index);
+        if answer.choice != self.index || answer.ends.len() != pending.sent {
+            return Err(breach);
+        }
+        if self.ended() {
+            return Ok(Piece::default());
+        }
+        let mut piece = Piece::default();
+        let mut from = 0;
+        for (n_ids, &end) in (1..).zip(&answer.ends) {
+            let to = usize::try_from(end).map_err(|_| breach)?;
+            self.scan(answer.text.get(from..to).ok_or(breach)?, &mut piece);
+            if self.ended() {
+                pending.ids.truncate(n_ids);
+                pending.logprobs.truncate(n_ids);
+                break;
+            }
+            from = to;
+        }
+        if !self.ended() {
+            self.scan(answer.text.get(from..).ok_or(breach)?, &mut piece);
+        }
+        self.generated = self.generated.saturating_add(u32::try_from(pending.ids.len()).unwrap_or(u32::MAX));
+        if pending.last {
+            piece.text.push_str(&self.close());
+        }
+        (piece.ids, piece.logprobs) = (pending.ids, pending.logprobs);
+        Ok(piece)
+    }
+
+    /// Ends the choice as the worker said, or by the deadline if it said nothing; answers the text that was held back.
+    pub fn close(&mut self) -> String {
+        if self.ended() {
+            return String::new();
+        }
+        self.end = self.worker_end.clone().or(Some(End { reason: v1::FinishReason::Deadline, matched_stop: None }));
+        self.matcher.flush()
+    }
+
+    fn scan(&mut self, text: &str, piece: &mut Piece) {
+        let released = self.matcher.push(text);
+        piece.text.push_str(&released.text);
+        if let Some(stop) = released.stop {
+            self.end = Some(End { reason: v1::FinishReason::Stop, matched_stop: Some(MatchedStop::Stop(stop.text)) });
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;
