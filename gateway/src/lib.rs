@@ -4,6 +4,7 @@
 //!
 //! In the order in which a request meets them:
 //!
+//! * [`service`] and [`models`]: the RPCs that clients call.
 //! * [`admission`]: who may call, and how much may be under way.
 //! * [`request`]: wire messages become `Valid*` types, or an error that names every field at fault.
 //! * [`sampling`]: the request's parameters over the model's defaults, under the operator's policy.
@@ -14,19 +15,23 @@
 //! * [`stop`]: generated text is searched for stop strings, across token boundaries.
 //! * [`status`]: how a failure crosses the wire.
 //!
-//! Around them: [`config`], [`backends`], which keeps what is known of the other services fresh, and [`metrics`].
+//! Around them: [`app`] puts a gateway together from its [`config`]; [`backends`] keeps what is known of the other
+//! services fresh; [`metrics`] count.
 #![forbid(unsafe_code)]
 
 pub mod admission;
+pub mod app;
 pub mod backends;
 mod backoff;
 pub mod config;
 pub mod generation;
 pub mod groups;
 pub mod metrics;
+pub mod models;
 pub mod request;
 pub mod router;
 pub mod sampling;
+pub mod service;
 pub mod status;
 pub mod stop;
 pub mod template;

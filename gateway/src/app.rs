@@ -1,0 +1,108 @@
+//! The app: a whole gateway, from its settings to a server that is bound.
+
+use std::sync::Arc;
+
+use lockstep_proto::{
+    client::AddressError,
+    config::Settings as _,
+    server::{Readiness, Server, ServerError, ServerSettings, Shutdown},
+    telemetry,
+    v1::{inference_service_server::InferenceServiceServer, model_service_server::ModelServiceServer},
+};
+use tonic::service::Routes;
+
+use crate::{
+    admission::{Admission, ApiKey},
+    backends::Backends,
+    config::GatewaySettings,
+    metrics::Metrics,
+    models::{ModelServer, Models},
+    sampling::Policy,
+    service::InferenceServer,
+};
+
+/// The services that health reports by name.
+const NAMES: [&str; 2] = ["lockstep.v1.InferenceService", "lockstep.v1.ModelService"];
+
+/// What a gateway is made from: its settings, and what the files say that these name.
+#[derive(Debug)]
+pub struct Plan {
+    /// The settings, which are valid.
+    pub settings: GatewaySettings,
+    /// Keys that callers may show; none: everyone may call.
+    pub keys: Vec<ApiKey>,
+    /// What the operator allows.
+    pub policy: Policy,
+}
+
+/// A gateway that cannot start.
+#[derive(Debug, thiserror::Error)]
+pub enum AppError {
+    /// The address of a tokenizer or a group is none.
+    #[error(transparent)]
+    Address(#[from] AddressError),
+    /// Its own address cannot be used, or its services cannot be described.
+    #[error(transparent)]
+    Server(#[from] ServerError),
+}
+
+/// A gateway whose ports are bound.
+#[derive(Debug)]
+pub struct App {
+    server: Server,
+    routes: Routes,
+    backends: Arc<Backends>,
+    models: Vec<String>,
+    readiness: Readiness,
+}
+
+// === impl App ===
+
+impl App {
+    /// Puts a gateway together. Must be called within a tokio runtime.
+    ///
+    /// # Errors
+    /// Names the address that cannot be used.
+    pub fn bind(plan: Plan) -> Result<Self, AppError> {
+        let Plan { settings, keys, policy } = plan;
+        let backends = Arc::new(Backends::new(&settings)?);
+        let mut registry = telemetry::registry(GatewaySettings::SERVICE);
+        let metrics = Metrics::register(&mut registry, Arc::clone(&backends.groups));
+        let admission = Arc::new(Admission::new(keys, settings.requests.admission()));
+        let models = Arc::new(Models::new(Arc::clone(&backends), settings.models.clone()));
+        let inference = InferenceServer {
+            admission: Arc::clone(&admission),
+            models: Arc::clone(&models),
+            backends: Arc::clone(&backends),
+            policy,
+            metrics,
+            max_duration: settings.requests.max_duration(),
+        };
+        let max_bytes = settings.limits.max_message_bytes();
+        let inference = InferenceServiceServer::new(inference).max_decoding_message_size(max_bytes);
+        let models = ModelServiceServer::new(ModelServer::new(models, admission)).max_decoding_message_size(max_bytes);
+        let GatewaySettings { listen, metrics_listen, limits, models: names, .. } = settings;
+        let server = ServerSettings { service: GatewaySettings::SERVICE, listen, metrics_listen, limits };
+        Ok(Self {
+            server: Server::bind(server, Arc::new(registry))?.health_names(&NAMES),
+            routes: Routes::new(inference).add_service(models),
+            backends,
+            models: names,
+            readiness: Readiness::new(),
+        })
+    }
+
+    /// The server, which knows its addresses.
+    pub fn server(&self) -> &Server {
+        &self.server
+    }
+
+    /// Answers until a shutdown has run its course.
+    ///
+    /// # Errors
+    /// When the server cannot be set up; nothing that a client does ends it.
+    pub async fn serve(self, shutdown: &Shutdown) -> Result<(), AppError> {
+        let _watchers = self.backends.watch(self.readiness.clone(), self.models);
+        Ok(self.server.serve(self.routes, &self.readiness, shutdown).await?)
+    }
+}
