@@ -1,0 +1,181 @@
+//! A tokenizer service whose tokens are bytes: ids below 256 are themselves, those above are control tokens.
+
+use std::{
+    pin::Pin,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+    },
+};
+
+use futures_util::{Stream, StreamExt as _};
+use lockstep_proto::tokenizer::v1::{
+    DecodeRequest, DecodeResponse, DecodedText, EncodeInput, EncodeRequest, EncodeResponse, GetTokenizerRequest,
+    GetTokenizerResponse, SpecialToken, StreamDecodeRequest, StreamDecodeResponse, TokenIds,
+    stream_decode_request::Request as Piece, tokenizer_service_server::TokenizerService,
+};
+use tonic::{Request, Response, Status, Streaming};
+
+/// Control tokens, from id 256 on.
+pub(crate) const CONTROL: [&str; 3] = ["<|bos|>", "<|end|>", "<|user|>"];
+pub(crate) const BOS: u32 = 256;
+pub(crate) const END: u32 = 257;
+pub(crate) const VOCAB_SIZE: u32 = 259;
+
+pub(crate) const TEMPLATE: &str = "{% for message in messages %}<|user|>{{ message.content }}{% endfor %}\
+                            {% if add_generation_prompt %}>{% endif %}";
+
+/// The service; clones share everything.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct FakeTokenizer {
+    /// Every call is answered UNAVAILABLE.
+    pub(crate) is_down: Arc<AtomicBool>,
+    /// Calls of `StreamDecode` that are under way.
+    pub(crate) open_streams: Arc<AtomicUsize>,
+    /// Calls of `Decode` that were answered.
+    pub(crate) decodes: Arc<AtomicUsize>,
+    /// The fingerprint that it answers.
+    pub(crate) fingerprint: Arc<Mutex<String>>,
+    /// The traces of its calls.
+    pub(crate) request_ids: Arc<Mutex<Vec<String>>>,
+    /// Has no chat template.
+    pub(crate) has_no_template: Arc<AtomicBool>,
+}
+
+struct Open(Arc<AtomicUsize>);
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
+impl FakeTokenizer {
+    fn answer<T>(&self, request: &Request<T>) -> Result<(), Status> {
+        let id = request.metadata().get("x-request-id").and_then(|id| id.to_str().ok()).unwrap_or_default();
+        self.request_ids.lock().unwrap().push(id.to_owned());
+        if self.is_down.load(Ordering::SeqCst) { Err(Status::unavailable("it is down")) } else { Ok(()) }
+    }
+}
+
+/// Bytes, and control tokens unless a break lies within them.
+pub(crate) fn encode(input: &EncodeInput) -> Vec<u32> {
+    let mut ids = if input.add_special_tokens { vec![BOS] } else { Vec::new() };
+    let mut at = 0;
+    while let Some(rest) = input.text.get(at..).or_else(|| input.text.as_bytes().get(at).map(|_| "")) {
+        let control = (BOS..).zip(CONTROL).find(|(_, token)| {
+            let inside = |offset: &u32| (at + 1..at + token.len()).contains(&(*offset as usize));
+            rest.starts_with(token) && !input.break_offsets.iter().any(inside)
+        });
+        match (control, input.text.as_bytes().get(at)) {
+            (Some((id, token)), _) => {
+                ids.push(id);
+                at += token.len();
+            }
+            (None, Some(&byte)) => {
+                ids.push(byte.into());
+                at += 1;
+            }
+            (None, None) => break,
+        }
+    }
+    ids
+}
+
+fn bytes(ids: &[u32], skip: bool) -> Vec<u8> {
+    ids.iter().flat_map(|&id| token_bytes(id, skip)).collect()
+}
+
+fn token_bytes(id: u32, skip: bool) -> Vec<u8> {
+    match u8::try_from(id) {
+        Ok(byte) => vec![byte],
+        Err(_) if skip => Vec::new(),
+        Err(_) => CONTROL[(id - BOS) as usize].as_bytes().to_vec(),
+    }
+}
+
+fn decode(held: &mut Vec<u8>, ids: &[u32], skip: bool, end: bool) -> (String, Vec<u32>) {
+    let (mut text, mut ends) = (String::new(), Vec::new());
+    for &id in ids {
+        held.extend(token_bytes(id, skip));
+        if let Ok(complete) = std::str::from_utf8(held) {
+            text.push_str(complete);
+            held.clear();
+        }
+        ends.push(u32::try_from(text.len()).unwrap());
+    }
+    if end {
+        text.push_str(&String::from_utf8_lossy(&std::mem::take(held)));
+    }
+    (text, ends)
+}
+
+#[tonic::async_trait]
+impl TokenizerService for FakeTokenizer {
+    async fn get_tokenizer(
+        &self,
+        request: Request<GetTokenizerRequest>,
+    ) -> Result<Response<GetTokenizerResponse>, Status> {
+        self.answer(&request)?;
+        let special = (BOS..).zip(CONTROL).map(|(id, text)| SpecialToken { id, text: text.into() });
+        let template = if self.has_no_template.load(Ordering::SeqCst) { "" } else { TEMPLATE };
+        Ok(Response::new(GetTokenizerResponse {
+            model: request.into_inner().model,
+            fingerprint: self.fingerprint.lock().unwrap().clone(),
+            vocab_size: VOCAB_SIZE,
+            special_tokens: special.collect(),
+            bos_token_id: Some(BOS),
+            eos_token_ids: vec![END],
+            chat_template: template.into(),
+            ..GetTokenizerResponse::default()
+        }))
+    }
+
+    async fn encode(&self, request: Request<EncodeRequest>) -> Result<Response<EncodeResponse>, Status> {
+        self.answer(&request)?;
+        let outputs = request.into_inner().inputs.iter().map(|input| TokenIds { ids: encode(input) }).collect();
+        Ok(Response::new(EncodeResponse { outputs }))
+    }
+
+    async fn decode(&self, request: Request<DecodeRequest>) -> Result<Response<DecodeResponse>, Status> {
+        self.answer(&request)?;
+        self.decodes.fetch_add(1, Ordering::SeqCst);
+        let request = request.into_inner();
+        let outputs = request.inputs.iter().map(|list| {
+            let raw = bytes(&list.ids, request.skip_special_tokens);
+            DecodedText { text: String::from_utf8_lossy(&raw).into_owned(), raw }
+        });
+        Ok(Response::new(DecodeResponse { outputs: outputs.collect() }))
+    }
+
+    type StreamDecodeStream = Pin<Box<dyn Stream<Item = Result<StreamDecodeResponse, Status>> + Send>>;
+
+    async fn stream_decode(
+        &self,
+        request: Request<Streaming<StreamDecodeRequest>>,
+    ) -> Result<Response<Self::StreamDecodeStream>, Status> {
+        self.answer(&request)?;
+        self.open_streams.fetch_add(1, Ordering::SeqCst);
+        let open = Open(Arc::clone(&self.open_streams));
+        let (mut held, mut skip, tokenizer) = (Vec::new(), false, self.clone());
+        let answers = request.into_inner().filter_map(move |message| {
+            let _keep = &open;
+            let answer = match message.map(|message| message.request) {
+                _ if tokenizer.is_down.load(Ordering::SeqCst) => Some(Err(Status::unavailable("it went down"))),
+                Err(status) => Some(Err(status)),
+                Ok(Some(Piece::Open(open))) => {
+                    held = vec![Vec::new(); open.choices as usize];
+                    skip = open.skip_special_tokens;
+                    None
+                }
+                Ok(Some(Piece::Ids(ids))) => {
+                    let (text, ends) = decode(&mut held[ids.choice as usize], &ids.token_ids, skip, ids.end);
+                    Some(Ok(StreamDecodeResponse { choice: ids.choice, text, ends }))
+                }
+                Ok(None) => None,
+            };
+            async move { answer }
+        });
+        Ok(Response::new(Box::pin(answers)))
+    }
+}
