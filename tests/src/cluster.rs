@@ -57,7 +57,6 @@ pub struct Cluster {
     pub tokenizer: Process,
     /// Ranks, group by group.
     pub groups: Vec<Vec<Process>>,
-    _config: tempfile::TempDir,
 }
 
 /// One program.
@@ -184,8 +183,7 @@ impl ClusterBuilder {
     /// # Errors
     /// A program that ends or does not become ready.
     pub async fn start(self) -> Result<Cluster> {
-        let config = tempfile::tempdir()?;
-        let tokenizer = self.start_tokenizer(config.path()).await?;
+        let tokenizer = self.start_tokenizer().await?;
         let mut groups = Vec::new();
         for group in 0..self.replicas {
             let mut ranks = vec![self.start_worker(group, 0, None).await?];
@@ -196,7 +194,7 @@ impl ClusterBuilder {
             groups.push(ranks);
         }
         let gateway = self.start_gateway(&tokenizer, &groups).await?;
-        let cluster = Cluster { builder: self, gateway, tokenizer, groups, _config: config };
+        let cluster = Cluster { builder: self, gateway, tokenizer, groups };
         for ranks in &cluster.groups {
             ranks[0].wait_ready("lockstep.worker.v1.WorkerService").await?;
         }
@@ -204,10 +202,8 @@ impl ClusterBuilder {
         Ok(cluster)
     }
 
-    async fn start_tokenizer(&self, directory: &Path) -> Result<Process> {
-        let path = directory.join("tokenizer.toml");
-        std::fs::write(&path, format!("[[models]]\nname = \"demo\"\npath = {:?}\n", self.model))?;
-        let args = vec!["--config".into(), path.display().to_string()];
+    async fn start_tokenizer(&self) -> Result<Process> {
+        let args = vec!["--models".into(), format!("demo={}", self.model.display())];
         Process::start("lockstep-tokenizer-svc", "tokenizer", args).await
     }
 

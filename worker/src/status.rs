@@ -24,7 +24,7 @@ pub fn engine(error: &EngineError) -> Status {
     let error = match error {
         EngineError::Refused(refusal) => return refused(refusal, message),
         EngineError::QueueFull => Error::new(Reason::Overloaded, message).retry_after(RETRY_WHEN_FULL),
-        EngineError::SlowReader => Error::new(Reason::Overloaded, message),
+        EngineError::SlowReader => Error::new(Reason::SlowReader, message),
         EngineError::Draining => Error::new(Reason::Draining, message),
         EngineError::NotReady(_) | EngineError::GroupLost(_) => {
             Error::new(Reason::GroupUnavailable, message).retry_after(RETRY_WHEN_LOST)
