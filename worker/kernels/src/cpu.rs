@@ -11,6 +11,7 @@ mod matmul;
 mod pool;
 mod shared_slice;
 mod simd;
+mod write_kv;
 #[cfg(target_arch = "x86_64")]
 mod x86;
 
@@ -25,6 +26,7 @@ use matmul::{Inputs, PanelsTimesRows};
 use pool::Pool;
 use shared_slice::SharedSlice;
 use simd::{Kernel, Portable, Simd};
+use write_kv::WriteHeads;
 
 use crate::packed::{BLOCK, PackedMatrix};
 use crate::{KernelError, KvCache, RopeTable};
@@ -303,9 +305,12 @@ impl Cpu {
     pub fn write_kv(&mut self, cache: &mut KvCache, layer: usize, slots: &[u32], k: &[f32], v: &[f32]) {
         let width = cache.n_kv_heads() * cache.head_dim();
         assert!(k.len() == slots.len() * width && v.len() == k.len(), "keys and values of {} tokens", slots.len());
-        for ((slot, k), v) in slots.iter().zip(k.chunks_exact(width)).zip(v.chunks_exact(width)) {
-            cache.write(layer, *slot as usize, k, v);
-        }
+        let (isa, layout) = (self.isa, cache.layout());
+        let bits = SharedSlice::new(cache.bits_mut());
+        let heads_per_task = ELEMENTS_PER_TASK.div_ceil((slots.len() * layout.head_dim).max(1));
+        self.divide(layout.n_kv_heads, heads_per_task, &|heads| {
+            isa.run(WriteHeads { layout, bits, layer, heads, slots, k, v });
+        });
     }
 
     /// Causal attention of every row of `q`, `[rows.len(), n_heads, head_dim]`, to its sequence's cached positions.

@@ -4,6 +4,8 @@
 //! more tiles. Per layer, tile and KV head there are the keys `[head_dim, 16]` (16 positions side by side, so that one
 //! vector holds one dimension of all of them) and then the values `[16, head_dim]`.
 
+use std::ops::Range;
+
 use half::f16;
 
 use crate::KernelError;
@@ -17,13 +19,19 @@ pub const MAX_HEAD_DIM: usize = 256;
 /// Keys and values of `n_layers` layers for `n_blocks` blocks.
 #[derive(Debug)]
 pub struct KvCache {
-    n_layers: usize,
-    n_blocks: usize,
-    block_size: usize,
-    n_kv_heads: usize,
-    head_dim: usize,
+    layout: KvLayout,
     /// `[n_layers, n_tiles, n_kv_heads, 2 * head_dim * 16]`, f16 bits.
     bits: Vec<u16>,
+}
+
+/// The sizes of a cache, and where in it things are.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct KvLayout {
+    pub(crate) n_layers: usize,
+    pub(crate) n_blocks: usize,
+    pub(crate) block_size: usize,
+    pub(crate) n_kv_heads: usize,
+    pub(crate) head_dim: usize,
 }
 
 // === impl KvCache ===
@@ -64,32 +72,33 @@ impl KvCache {
             return error(format!("the system refuses {} bytes", size * size_of::<u16>()));
         }
         drop(probe);
-        Ok(Self { n_layers, n_blocks, block_size, n_kv_heads, head_dim, bits: vec![0; size] })
+        let layout = KvLayout { n_layers, n_blocks, block_size, n_kv_heads, head_dim };
+        Ok(Self { layout, bits: vec![0; size] })
     }
 
     /// Layers.
     pub fn n_layers(&self) -> usize {
-        self.n_layers
+        self.layout.n_layers
     }
 
     /// Blocks.
     pub fn n_blocks(&self) -> usize {
-        self.n_blocks
+        self.layout.n_blocks
     }
 
     /// Slots in a block.
     pub fn block_size(&self) -> usize {
-        self.block_size
+        self.layout.block_size
     }
 
     /// Heads of keys and values.
     pub fn n_kv_heads(&self) -> usize {
-        self.n_kv_heads
+        self.layout.n_kv_heads
     }
 
     /// Values in a head.
     pub fn head_dim(&self) -> usize {
-        self.head_dim
+        self.layout.head_dim
     }
 
     /// Bytes of address space; memory is taken as slots are written.
@@ -102,11 +111,11 @@ impl KvCache {
     /// # Panics
     /// If `layer` or `slot` does not exist or a slice has another length.
     pub fn write(&mut self, layer: usize, slot: usize, k: &[f32], v: &[f32]) {
-        assert!(k.len() == self.n_kv_heads * self.head_dim && v.len() == k.len(), "keys and values of one token");
-        let head_dim = self.head_dim;
+        let KvLayout { n_kv_heads, head_dim, .. } = self.layout;
+        assert!(k.len() == n_kv_heads * head_dim && v.len() == k.len(), "keys and values of one token");
         for (head, (k, v)) in k.chunks_exact(head_dim).zip(v.chunks_exact(head_dim)).enumerate() {
-            let start = self.tile_start(layer, slot, head);
-            let (keys, values) = self.bits[start..start + 2 * head_dim * TILE].split_at_mut(head_dim * TILE);
+            let tile = &mut self.bits[self.layout.tile(layer, slot, head)];
+            let (keys, values) = tile.split_at_mut(head_dim * TILE);
             let lane = slot % TILE;
             keys.iter_mut().skip(lane).step_by(TILE).zip(k).for_each(|(bits, k)| *bits = f16::from_f32(*k).to_bits());
             let values = &mut values[lane * head_dim..(lane + 1) * head_dim];
@@ -119,12 +128,13 @@ impl KvCache {
     /// # Panics
     /// If `layer`, `slot` or `head` does not exist or a slice has another length.
     pub fn read(&self, layer: usize, slot: usize, head: usize, k: &mut [f32], v: &mut [f32]) {
-        assert!(k.len() == self.head_dim && v.len() == self.head_dim, "key and value of one head");
+        let head_dim = self.layout.head_dim;
+        assert!(k.len() == head_dim && v.len() == head_dim, "key and value of one head");
         let (keys, values) = self.tile(layer, slot, head);
         let lane = slot % TILE;
         let bits = keys.iter().skip(lane).step_by(TILE);
         k.iter_mut().zip(bits).for_each(|(k, bits)| *k = f16::from_bits(*bits).to_f32());
-        let bits = &values[lane * self.head_dim..];
+        let bits = &values[lane * head_dim..];
         v.iter_mut().zip(bits).for_each(|(v, bits)| *v = f16::from_bits(*bits).to_f32());
     }
 
@@ -133,10 +143,11 @@ impl KvCache {
     /// # Panics
     /// If a block does not exist.
     pub fn copy_block(&mut self, from: usize, to: usize) {
-        assert!(from < self.n_blocks && to < self.n_blocks, "blocks {from} and {to} of {}", self.n_blocks);
-        let len = self.block_size * self.n_kv_heads * 2 * self.head_dim;
-        for layer in 0..self.n_layers {
-            let first = layer * self.n_blocks;
+        let KvLayout { n_layers, n_blocks, block_size, n_kv_heads, head_dim } = self.layout;
+        assert!(from < n_blocks && to < n_blocks, "blocks {from} and {to} of {n_blocks}");
+        let len = block_size * n_kv_heads * 2 * head_dim;
+        for layer in 0..n_layers {
+            let first = layer * n_blocks;
             let source = (first + from) * len;
             self.bits.copy_within(source..source + len, (first + to) * len);
         }
@@ -144,17 +155,33 @@ impl KvCache {
 
     /// Keys `[head_dim, 16]` and values `[16, head_dim]` of the tile that `slot` lies in.
     pub(crate) fn tile(&self, layer: usize, slot: usize, head: usize) -> (&[u16], &[u16]) {
-        let start = self.tile_start(layer, slot, head);
-        self.bits[start..start + 2 * self.head_dim * TILE].split_at(self.head_dim * TILE)
+        self.bits[self.layout.tile(layer, slot, head)].split_at(self.layout.head_dim * TILE)
     }
 
-    fn tile_start(&self, layer: usize, slot: usize, head: usize) -> usize {
+    pub(crate) fn layout(&self) -> KvLayout {
+        self.layout
+    }
+
+    /// Everything, for [`KvLayout::tile`] to find tiles in.
+    pub(crate) fn bits_mut(&mut self) -> &mut [u16] {
+        &mut self.bits
+    }
+}
+
+// === impl KvLayout ===
+
+impl KvLayout {
+    /// Where one head's tile that `slot` lies in is: tiles of different heads never overlap.
+    ///
+    /// # Panics
+    /// If `layer`, `slot` or `head` does not exist.
+    pub(crate) fn tile(&self, layer: usize, slot: usize, head: usize) -> Range<usize> {
         let n_slots = self.n_blocks * self.block_size;
-        assert!(
-            layer < self.n_layers && slot < n_slots && head < self.n_kv_heads,
-            "layer {layer} slot {slot} head {head}"
-        );
-        ((layer * n_slots + slot) / TILE * self.n_kv_heads + head) * 2 * self.head_dim * TILE
+        let exists = layer < self.n_layers && slot < n_slots && head < self.n_kv_heads;
+        assert!(exists, "layer {layer} slot {slot} head {head}");
+        let len = 2 * self.head_dim * TILE;
+        let start = ((layer * n_slots + slot) / TILE * self.n_kv_heads + head) * len;
+        start..start + len
     }
 }
 

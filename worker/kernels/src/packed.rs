@@ -141,7 +141,7 @@ impl PackedMatrix {
         }
     }
 
-    /// Decodes row `row_idx` to `out[..n_in]`: exactly what [`quant::dequantize`] gives for the file's row. An embedding
+    /// Decodes row `row_idx` to `out[..n_in]`: exactly what [`dequantize`](crate::dequantize) gives for the file's row. An embedding
     /// table that is the output matrix too is thus kept once.
     ///
     /// # Panics

@@ -124,8 +124,8 @@ impl HeadTimesRows<'_> {
             *query = Some(Query { q, out, position, largest: f32::NEG_INFINITY, total: [0.0; LANES] });
         }
         let queries = &mut queries[..n_queries];
-        let last = self.rows.clone().map(|row_idx| self.all_rows[row_idx].position as usize).max().unwrap_or(0);
-        let mut converted = ConvertedTile::new(head_dim);
+        let last = queries.iter().flatten().map(|query| query.position).max().unwrap_or(0);
+        let mut converted = (n_queries > WIDTH).then(|| ConvertedTile::new(head_dim));
         let mut next = self.tile(0);
         for first_position in (0..=last).step_by(TILE) {
             let tile = next;
@@ -133,12 +133,13 @@ impl HeadTimesRows<'_> {
                 next = self.tile(first_position + TILE);
                 tile_prefetch(simd, next);
             }
-            if n_queries <= WIDTH {
-                visit_some(simd, queries, &tile, first_position);
-            } else {
-                converted.convert(simd, tile);
-                for queries in queries.chunks_mut(WIDTH) {
-                    visit_some(simd, queries, &converted, first_position);
+            match &mut converted {
+                None => visit_some(simd, queries, &tile, first_position),
+                Some(converted) => {
+                    converted.convert(simd, tile);
+                    for queries in queries.chunks_mut(WIDTH) {
+                        visit_some(simd, queries, converted, first_position);
+                    }
                 }
             }
         }

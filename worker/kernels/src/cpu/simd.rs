@@ -35,6 +35,8 @@ pub(crate) trait Simd: Copy + Send + Sync {
     fn load(self, values: &[f32; LANES]) -> Self::F32;
     fn store(self, values: Self::F32, out: &mut [f32; LANES]);
     fn load_f16(self, bits: &[u16; LANES]) -> Self::F32;
+    /// Rounds to the nearest, ties to even.
+    fn store_f16(self, values: Self::F32, out: &mut [u16; LANES]);
     fn load_bf16(self, bits: &[u16; LANES]) -> Self::F32;
     fn load_i8(self, values: &[i8; LANES]) -> Self::F32;
 
@@ -135,6 +137,10 @@ impl Simd for Portable {
     #[inline(always)]
     fn load_f16(self, bits: &[u16; LANES]) -> Self::F32 {
         bits.map(|bits| half::f16::from_bits(bits).to_f32())
+    }
+    #[inline(always)]
+    fn store_f16(self, values: Self::F32, out: &mut [u16; LANES]) {
+        *out = values.map(|value| half::f16::from_f32(value).to_bits());
     }
     #[inline(always)]
     fn load_bf16(self, bits: &[u16; LANES]) -> Self::F32 {

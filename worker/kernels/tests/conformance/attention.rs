@@ -3,7 +3,7 @@
 use lockstep_kernels::{AttentionBatch, AttentionRow, Cpu, KvCache, plain};
 use rand_chacha::ChaCha8Rng;
 
-use crate::{assert_same_bits, on_every_cpu, random};
+use crate::{ROW_COUNTS, assert_same_bits, on_every_cpu, random};
 
 /// Sizes of a model's attention.
 #[derive(Clone, Copy, Debug)]
@@ -73,6 +73,42 @@ fn a_mixed_batch_has_the_bits_of_the_plain_twin() {
             assert_same_bits(&out, &expected, &format_args!("{shape:?} on {cpu:?}"));
         });
     }
+}
+
+#[test]
+fn written_keys_and_values_have_the_bits_of_the_plain_twin() {
+    for shape in SHAPES {
+        let rng = &mut random::seeded(45);
+        let width = shape.n_kv_heads * shape.head_dim;
+        let empty = || KvCache::new(2, 6, shape.block_size, shape.n_kv_heads, shape.head_dim).unwrap();
+        for n_tokens in ROW_COUNTS {
+            // Neighbours share tiles, and the last wrap around; values reach past the largest f16.
+            let slots: Vec<u32> = (0..n_tokens).map(|i| ((i * 5 + 70) % (6 * shape.block_size)) as u32).collect();
+            let k: Vec<f32> = random::floats(rng, n_tokens * width).iter().map(|k| k * 1_000.0).collect();
+            let v = random::floats(rng, n_tokens * width);
+            let mut expected = empty();
+            plain::write_kv(&mut expected, 1, &slots, &k, &v);
+            on_every_cpu(|cpu| {
+                let mut cache = empty();
+                cpu.write_kv(&mut cache, 1, &slots, &k, &v);
+                for slot in 0..6 * shape.block_size {
+                    let what = format!("{shape:?} slot {slot} on {cpu:?}");
+                    assert_same_bits(&contents(&cache, shape, slot), &contents(&expected, shape, slot), &what);
+                }
+            });
+        }
+    }
+}
+
+/// Keys and values of a slot in both layers.
+fn contents(cache: &KvCache, shape: Shape, slot: usize) -> Vec<f32> {
+    let (mut k, mut v) = (vec![0.0; shape.head_dim], vec![0.0; shape.head_dim]);
+    let mut contents = Vec::new();
+    for (layer, head) in (0..2).flat_map(|layer| (0..shape.n_kv_heads).map(move |head| (layer, head))) {
+        cache.read(layer, slot, head, &mut k, &mut v);
+        contents.extend(k.iter().chain(&v));
+    }
+    contents
 }
 
 #[test]

@@ -78,6 +78,15 @@ impl Simd for Avx2 {
         }
     }
     #[inline(always)]
+    fn store_f16(self, values: Pair<__m256>, out: &mut [u16; LANES]) {
+        // SAFETY: the reference covers the twice 16 bytes written; unaligned stores are allowed; `self` proves the features.
+        unsafe {
+            let [low, high] = values.map(|values| _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(values));
+            _mm_storeu_si128(out.as_mut_ptr().cast(), low);
+            _mm_storeu_si128(out[8..].as_mut_ptr().cast(), high);
+        }
+    }
+    #[inline(always)]
     fn load_bf16(self, bits: &[u16; LANES]) -> Pair<__m256> {
         // SAFETY: the reference covers the twice 16 bytes read; unaligned loads are allowed; `self` proves the feature.
         unsafe {

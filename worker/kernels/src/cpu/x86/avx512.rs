@@ -73,6 +73,14 @@ impl Simd for Avx512 {
         unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(bits.as_ptr().cast())) }
     }
     #[inline(always)]
+    fn store_f16(self, values: __m512, out: &mut [u16; LANES]) {
+        // SAFETY: the reference covers the 32 bytes written; unaligned stores are allowed; `self` proves the features.
+        unsafe {
+            let bits = _mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(values);
+            _mm256_storeu_si256(out.as_mut_ptr().cast(), bits);
+        }
+    }
+    #[inline(always)]
     fn load_bf16(self, bits: &[u16; LANES]) -> __m512 {
         // SAFETY: the reference covers the 32 bytes read; unaligned loads are allowed; `self` proves the features.
         unsafe {
