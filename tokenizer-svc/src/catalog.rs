@@ -30,7 +30,7 @@ pub struct CatalogError {
     /// Where its files are.
     pub path: String,
     /// What is wrong with them.
-    pub source: LoadError,
+    pub source: Box<LoadError>,
 }
 
 // === impl Model ===
@@ -59,7 +59,7 @@ impl Catalog {
             model.map(Arc::new).map_err(|source| CatalogError {
                 name: entry.name.clone(),
                 path: entry.path.clone(),
-                source,
+                source: Box::new(source),
             })
         };
         Ok(Self { models: entries.iter().map(open).collect::<Result<_, _>>()? })

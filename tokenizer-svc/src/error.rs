@@ -72,6 +72,12 @@ pub enum TokenizeError {
         /// Ids are below this.
         vocab_size: u32,
     },
+    /// More blanks in a row than can be split into words.
+    #[error("the text has more than {limit} blanks in a row")]
+    BlankRun {
+        /// The most allowed. Unit: characters.
+        limit: usize,
+    },
     /// The tokenizers library failed on the text.
     #[error("encoding failed: {0}")]
     Pipeline(String),

@@ -15,14 +15,11 @@ use crate::{
     containment::contain,
     error::{LoadError, check_limit},
     profile::{Ending, Profile},
-    tokenizer::{MAX_VOCAB_SIZE, Tokenizer},
+    tokenizer::{MAX_MERGES, MAX_VOCAB_SIZE, Tokenizer},
 };
 
 mod bpe;
 mod spm;
-
-/// Most merges. The largest vocabularies of today have half a million.
-const MAX_MERGES: usize = 1 << 22;
 
 /// Longest token. Runs of 128 blanks are the longest in real vocabularies; the limit keeps the search for the merges
 /// of a SentencePiece-style vocabulary, which is quadratic in it, within seconds. Unit: bytes.

@@ -28,7 +28,7 @@ fn main() -> ExitCode {
 }
 
 fn fail(error: &anyhow::Error, code: u8) -> ExitCode {
-    eprintln!("lockstep-tokenizer-svc: {error:#}");
+    eprintln!("lockstep-tokenizer-svc: {error}");
     ExitCode::from(code)
 }
 

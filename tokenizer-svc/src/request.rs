@@ -137,6 +137,7 @@ pub(crate) fn invalid(path: impl Into<String>, message: impl Into<String>) -> Er
 pub(crate) fn tokenize_error(path: &str, error: &TokenizeError) -> Error {
     match error {
         TokenizeError::BreakOffset { idx, .. } => invalid(format!("{path}.break_offsets[{idx}]"), error.to_string()),
+        TokenizeError::BlankRun { .. } => invalid(format!("{path}.text"), error.to_string()),
         TokenizeError::TokenId { idx, .. } => invalid(format!("{path}[{idx}]"), error.to_string()),
         TokenizeError::Pipeline(_) => Error::new(Reason::Internal, error.to_string()),
     }

@@ -27,6 +27,14 @@ pub use breaks::Breaks;
 /// Largest vocabulary. The largest of today's models have a quarter of it. Unit: ids.
 pub const MAX_VOCAB_SIZE: usize = 1 << 20;
 
+/// Most merges. The largest of today's models have an eighth of it.
+pub(crate) const MAX_MERGES: usize = 1 << 22;
+
+/// Most blanks in a row. The library's regex engine keeps a state for each while it looks for a word's end
+/// (`\s+(?!\S)`), at most a million; past that it leaves the rest of the text one word, and says nothing.
+/// Unit: characters.
+pub const MAX_BLANK_RUN: usize = 1 << 19;
+
 /// How often a word is encoded anew, in smaller parts, because the model spelled a control token over a break; after
 /// that each character is a part. Keeps the work linear in the word whatever the merges are.
 const MAX_CUTS: u32 = 4;
@@ -87,8 +95,12 @@ impl Tokenizer {
     /// break are text. `add_special_tokens` adds what the tokenizer adds around a text.
     ///
     /// # Errors
+    /// [`TokenizeError::BlankRun`] if more than [`MAX_BLANK_RUN`] blanks follow one another, or
     /// [`TokenizeError::Pipeline`] if the library fails.
     pub fn encode(&self, text: &str, breaks: &Breaks, add_special_tokens: bool) -> Result<Vec<u32>, TokenizeError> {
+        if text.split(|character: char| !character.is_whitespace()).any(is_overlong) {
+            return Err(TokenizeError::BlankRun { limit: MAX_BLANK_RUN });
+        }
         let encode = || -> tokenizers::Result<Vec<u32>> {
             let mut pieces = PreTokenizedString::from(text);
             pieces.split(|_, piece| Ok(self.added.split_as_written(&piece, breaks)))?;
@@ -200,6 +212,11 @@ impl Tokenizer {
         });
         cut.collect()
     }
+}
+
+/// Whether a run of blanks has more than [`MAX_BLANK_RUN`] characters.
+fn is_overlong(blanks: &str) -> bool {
+    blanks.len() > MAX_BLANK_RUN && blanks.chars().nth(MAX_BLANK_RUN).is_some()
 }
 
 /// Puts the parts between `cuts` (ascending, inside `part`) on the stack, the first on top.

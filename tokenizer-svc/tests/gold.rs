@@ -1,5 +1,6 @@
 //! Ids and texts of real tokenizers, held to those of Hugging Face's Python package on a multilingual corpus
 //! (`tests/reference/make_tokenizer_corpus.py`), and to llama.cpp's vectors for its vocabulary files.
+#![allow(clippy::unwrap_used, reason = "in a test a panic is the report")]
 
 use std::{fs, path::PathBuf};
 

@@ -1,4 +1,5 @@
 //! The service over a real socket: what it answers, and how it refuses.
+#![allow(clippy::unwrap_used, reason = "in a test a panic is the report")]
 
 use std::{path::Path, sync::Arc};
 
@@ -145,6 +146,7 @@ async fn requests_that_break_the_contract_are_refused_by_field() {
     check(service.encode(vec![]).await, invalid, "inputs");
     check(service.encode(vec![text(""); 1025]).await, invalid, "inputs");
     check(service.encode(vec![text("a"), text(&"x".repeat((4 << 20) + 1))]).await, invalid, "inputs[1].text");
+    check(service.encode(vec![text(&" ".repeat(1 << 20))]).await, invalid, "inputs[0].text");
     let offsets = |break_offsets| EncodeInput { break_offsets, ..text("abc") };
     check(service.encode(vec![offsets(vec![4])]).await, invalid, "inputs[0].break_offsets[0]");
     check(service.encode(vec![offsets(vec![2, 1])]).await, invalid, "inputs[0].break_offsets[1]");
@@ -177,12 +179,9 @@ async fn an_empty_name_means_the_only_model() {
 }
 
 #[tokio::test]
-async fn a_text_of_blanks_as_long_as_allowed_is_encoded() {
+async fn a_text_as_long_as_allowed_is_encoded() {
     let mut service = Running::start(&["a"]).await;
-    let long = format!("{}x", " ".repeat((4 << 20) - 1));
-    let ids = service.encode(vec![text(&long)]).await.unwrap().remove(0);
-    let request = DecodeRequest { inputs: vec![TokenIds { ids }], ..DecodeRequest::default() };
-    let decoded = service.client.decode(request).await.unwrap().into_inner().outputs;
-    assert_eq!(decoded[0].text, long);
+    let ids = service.encode(vec![text(&"a".repeat(4 << 20))]).await.unwrap().remove(0);
+    assert_eq!(ids.len(), 1 << 20, "`aaaa` is one token");
     service.stop().await;
 }

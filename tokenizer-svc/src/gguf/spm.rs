@@ -10,8 +10,11 @@ use tokenizers::{
     normalizers::{Prepend, Replace, Sequence as Normalizers},
 };
 
-use super::{MAX_MERGES, Vocabulary, merging_model};
-use crate::{error::LoadError, error::check_limit, tokenizer::Tokenizer};
+use super::{Vocabulary, merging_model};
+use crate::{
+    error::{LoadError, check_limit},
+    tokenizer::{MAX_MERGES, Tokenizer},
+};
 
 /// The character that stands for a blank, U+2581.
 const BLANK: &str = "\u{2581}";

@@ -7,10 +7,7 @@ use serde::{
     de::{IgnoredAny, MapAccess, SeqAccess, Visitor},
 };
 
-use crate::tokenizer::MAX_VOCAB_SIZE;
-
-/// Most merges. The largest vocabularies of today have half a million.
-const MAX_MERGES: usize = 1 << 22;
+use crate::tokenizer::{MAX_MERGES, MAX_VOCAB_SIZE};
 
 #[derive(Deserialize)]
 struct Outline {

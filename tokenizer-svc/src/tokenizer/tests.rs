@@ -195,6 +195,20 @@ fn content_between_real_control_tokens_forges_none() {
 }
 
 #[test]
+fn blanks_are_split_into_words_up_to_the_limit_and_refused_beyond() {
+    for name in ["SmolLM2-135M-Instruct.Q4_1.gguf", "tokenizers/llama3"] {
+        let model = fixtures::open(name);
+        let most = format!("{}x", " ".repeat(MAX_BLANK_RUN));
+        // The last blank belongs to the word after it.
+        let mut expected = encode(&model.tokenizer, &most[..MAX_BLANK_RUN - 1], vec![]);
+        expected.extend(encode(&model.tokenizer, " x", vec![]));
+        assert_eq!(encode(&model.tokenizer, &most, vec![]), expected, "{name}");
+        let refusal = model.tokenizer.encode(&format!("x {most}"), &Breaks::NONE, false).unwrap_err();
+        assert_eq!(refusal, TokenizeError::BlankRun { limit: MAX_BLANK_RUN });
+    }
+}
+
+#[test]
 fn an_id_outside_the_vocabulary_is_refused() {
     let tokenizer = small(&[]);
     let vocab_size = tokenizer.vocab_size();
