@@ -302,7 +302,7 @@ impl Process {
     /// If it does not answer.
     pub async fn channel(&self) -> Result<Channel> {
         let endpoint = tonic::transport::Endpoint::from_shared(format!("http://{}", self.grpc))?;
-        Ok(endpoint.connect_timeout(PATIENCE).connect().await.with_context(|| format!("{} is gone", self.name))?)
+        endpoint.connect_timeout(PATIENCE).connect().await.with_context(|| format!("{} is gone", self.name))
     }
 
     /// Waits until its health service says that `service` is served.

@@ -113,9 +113,9 @@ impl Watcher {
                 self.last = Some(now.clone());
                 return Some(now);
             }
-            match tokio::time::timeout_at(repeat_at, self.status.changed()).await {
-                Ok(Err(_engine_gone)) => return None,
-                Ok(Ok(())) | Err(_) => {}
+            let changed = tokio::time::timeout_at(repeat_at, self.status.changed()).await;
+            if let Ok(Err(_engine_gone)) = changed {
+                return None;
             }
         }
     }

@@ -54,7 +54,7 @@ impl Backend for CpuBackend {
         reduction: Option<&Reduction>,
     ) -> Result<PackedMatrix, OpError> {
         let packed = match reduction {
-            None => PackedMatrix::pack(source, &[source.n_cols()], &[0..1]),
+            None => PackedMatrix::pack_whole(source),
             Some(reduction) => PackedMatrix::pack(source, &reduction.segment_ends, &reduction.local_subtrees),
         };
         Ok(packed?)

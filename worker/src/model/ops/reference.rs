@@ -107,7 +107,7 @@ impl Backend for ReferenceBackend {
             dequantize(source.encoding(), source.row(i), row);
         }
         let partials = reduction.map_or_else(
-            || vec![0..n_in],
+            || std::iter::once(0..n_in).collect(),
             |reduction| {
                 let start = |segment: usize| if segment == 0 { 0 } else { reduction.segment_ends[segment - 1] };
                 reduction.local_subtrees.iter().map(|subtree| start(subtree.start)..start(subtree.end)).collect()
