@@ -100,7 +100,9 @@ pub fn start(backends: Arc<Backends>, job: Job) -> Events {
             Plan { backends: &backends, trace: &trace, deadline, facts: &facts, sampling: &sampling, output: &output };
         let outcome = plan.run(source, &outbox, &meter).await;
         if let Err(failure) = &outcome {
-            tracing::info!(reason = %failure.reason(), %failure, "the request failed");
+            tracing::info!(reason = %failure.reason(), "the request failed");
+            // What went wrong may quote the request, which logs must not by default.
+            tracing::debug!(%failure, "why it failed");
         }
         meter.settle(outcome)
     })
