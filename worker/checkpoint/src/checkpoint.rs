@@ -35,7 +35,7 @@ impl Checkpoint {
     /// If the file cannot be opened, is not a regular file, or is not a sound GGUF file of version 2 or 3.
     pub fn open(path: &Path) -> Result<Checkpoint, CheckpointError> {
         let map = mmap::open(path)?;
-        let contents = gguf::parse(&map).map_err(|source| CheckpointError::Format { path: path.to_owned(), source })?;
+        let contents = gguf::parse(&map).map_err(|cause| CheckpointError::Format { path: path.to_owned(), cause })?;
         Ok(Checkpoint { path: path.to_owned(), map, contents })
     }
 

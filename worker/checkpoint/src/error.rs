@@ -8,12 +8,12 @@ use crate::encoding::Encoding;
 #[derive(Debug, thiserror::Error)]
 pub enum CheckpointError {
     /// The operating system refused to open, stat or map the file.
-    #[error("cannot open model file {}: {source}", path.display())]
+    #[error("cannot open model file {}: {cause}", path.display())]
     Open {
         /// The file as it was named.
         path: PathBuf,
         /// The system's reason.
-        source: std::io::Error,
+        cause: std::io::Error,
     },
     /// A folder, pipe or device where a model file was expected.
     #[error("model file {} is not a regular file", path.display())]
@@ -22,12 +22,12 @@ pub enum CheckpointError {
         path: PathBuf,
     },
     /// The file's content is not a model this crate can read.
-    #[error("model file {}: {source}", path.display())]
+    #[error("model file {}: {cause}", path.display())]
     Format {
         /// The file as it was named.
         path: PathBuf,
         /// What is wrong, and where in the file.
-        source: FormatError,
+        cause: FormatError,
     },
     /// The file is sound but has no tensor of this name.
     #[error("model file {} has no tensor {name:?}", path.display())]

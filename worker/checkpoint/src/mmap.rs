@@ -9,7 +9,7 @@ use crate::error::CheckpointError;
 
 /// Maps the regular file at `path`.
 pub(crate) fn open(path: &Path) -> Result<Mmap, CheckpointError> {
-    let failed = |source| CheckpointError::Open { path: path.to_owned(), source };
+    let failed = |cause| CheckpointError::Open { path: path.to_owned(), cause };
     // Asked before opening: opening a pipe would wait for a writer.
     if !std::fs::metadata(path).map_err(failed)?.is_file() {
         return Err(CheckpointError::NotAFile { path: path.to_owned() });
