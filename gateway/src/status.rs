@@ -166,6 +166,11 @@ fn group_error(error: &Error, message: String) -> Error {
     }
 }
 
+/// A group's stream that ended before it said anything: like a group that is gone.
+pub(crate) fn ended_unasked() -> Status {
+    Error::new(Reason::GroupUnavailable, "it ended the stream unasked").into()
+}
+
 /// Whether a group that answers so is away rather than wrong.
 pub(crate) fn reason_of_absence(reason: Reason) -> bool {
     matches!(

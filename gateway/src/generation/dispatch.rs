@@ -15,7 +15,7 @@ use tonic::{Code, Status, Streaming};
 use crate::{
     groups::{Groups, Placement},
     router::Ask,
-    status::{Failure, reason_of_absence},
+    status::{self, Failure, reason_of_absence},
     tokenizer::Caller,
 };
 
@@ -78,7 +78,7 @@ async fn begin(mut placement: Placement, order: &Order<'_>) -> Result<Result<Run
     let request = order.caller.request(message, order.deadline.client().saturating_duration_since(now));
     let first_event = async {
         let mut events = placement.client().generate(request).await?.into_inner();
-        let first = events.message().await?.ok_or_else(|| Status::unavailable("it ended the stream unasked"))?;
+        let first = events.message().await?.ok_or_else(status::ended_unasked)?;
         Ok((events, first))
     };
     match first_event.await {
