@@ -4,6 +4,7 @@
 use std::{net::SocketAddr, time::Duration};
 
 use lockstep_proto::{
+    client::endpoint,
     config::{ConfigError, Key, Settings},
     server::{self, Limits},
     telemetry::{self, LogSettings},
@@ -178,6 +179,10 @@ impl Settings for GatewaySettings {
             if list.is_empty() {
                 return Err(ConfigError::invalid(key, "[]", "must name at least one address"));
             }
+            for address in list {
+                let checked = endpoint(address, &self.limits.client());
+                checked.map_err(|error| ConfigError::invalid(key, address, error.to_string()))?;
+            }
         }
         if !self.api_keys.iter().all(ApiKey::is_valid) {
             return Err(ConfigError::invalid(
@@ -310,6 +315,7 @@ mod tests {
         assert!(valid().validate().is_ok());
         check(|settings| settings.groups.clear(), "groups");
         check(|settings| settings.tokenizers.clear(), "tokenizers");
+        check(|settings| settings.groups.push("nowhere".into()), "groups");
         check(|settings| settings.requests.max_in_flight = 0, "requests.max_in_flight");
         check(|settings| settings.router.breaker_failures = 0, "router.breaker_failures");
         check(|settings| settings.requests.max_duration_ms = u64::MAX, "requests.max_duration_ms");
