@@ -102,6 +102,11 @@ pub const KEYS: &[Key] = &[
     },
 ];
 
+/// What every server serves beside its own services.
+const HEALTH: &str = "grpc.health.v1.Health";
+const REFLECTION_V1: &str = "grpc.reflection.v1.ServerReflection";
+const REFLECTION_V1ALPHA: &str = "grpc.reflection.v1alpha.ServerReflection";
+
 /// How long connections have, after the last call of a drain, to flush what is written and to say goodbye.
 const CLOSE_GRACE: Duration = Duration::from_millis(250);
 
@@ -252,7 +257,8 @@ impl Server {
         Ok(Self { settings, grpc, grpc_address, metrics, registry, names: Vec::new(), background: Vec::new() })
     }
 
-    /// Names services that health reports by [`Readiness`]: `lockstep.v1.InferenceService`.
+    /// Names the services that are here for clients, such as `lockstep.v1.InferenceService`: reflection lists them, and
+    /// health reports them by [`Readiness`].
     #[must_use]
     pub fn health_names(mut self, names: &[&'static str]) -> Self {
         self.names.extend(names);
@@ -302,8 +308,8 @@ impl Server {
         let limits = &self.settings.limits;
         let routes = routes
             .add_service(health::service(&self.names, readiness.clone(), shutdown.clone()))
-            .add_service(reflection().build_v1()?)
-            .add_service(reflection().build_v1alpha()?)
+            .add_service(reflection(&self.names).with_service_name(REFLECTION_V1).build_v1()?)
+            .add_service(reflection(&self.names).with_service_name(REFLECTION_V1ALPHA).build_v1alpha()?)
             .prepare();
         let calls = requests::Calls::new(self.background, shutdown.clone());
         let closing = watch::Sender::new(false);
@@ -346,10 +352,13 @@ fn bind(address: SocketAddr) -> Result<(TcpListener, SocketAddr), ServerError> {
     listener.map_err(|cause| ServerError::Bind { address, cause })
 }
 
-fn reflection() -> tonic_reflection::server::Builder<'static> {
-    tonic_reflection::server::Builder::configure()
+/// Reflection that knows the whole contract and lists what is served here: the contract has other services' parts, too.
+fn reflection(names: &[&'static str]) -> tonic_reflection::server::Builder<'static> {
+    let builder = tonic_reflection::server::Builder::configure()
         .register_encoded_file_descriptor_set(crate::FILE_DESCRIPTOR_SET)
         .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+        .with_service_name(HEALTH);
+    names.iter().fold(builder, |builder, name| builder.with_service_name(*name))
 }
 
 #[cfg(test)]
