@@ -282,9 +282,17 @@ fn describe(error: &config::ConfigError, layers: &[Layer], schema: &Schema) -> C
 fn invalid(entry: &Entry, rule: &str) -> ConfigError {
     ConfigError::Invalid {
         key: entry.key.clone(),
-        value: format!("`{}`", entry.value),
+        value: format!("`{}`", shown(&entry.value)),
         origin: entry.origin.clone(),
         rule: rule.to_owned(),
+    }
+}
+
+/// A value as it was given; a list as the command line has it.
+fn shown(value: &Value) -> String {
+    match &value.kind {
+        ValueKind::Array(elements) => elements.iter().map(shown).collect::<Vec<_>>().join(","),
+        _ => value.to_string(),
     }
 }
 

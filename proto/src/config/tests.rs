@@ -161,6 +161,7 @@ fn bad_values_name_key_source_and_value() {
     check_error("", &[], &["--metrics-listen", "x"], &["`metrics_listen`", "`x`", "flag --metrics-listen"]);
     check_error("", &[], &["--limits.max-connections", "-1"], &["`limits.max_connections`", "-1"]);
     check_error("", &[], &["--limits.max-connections=4294967296"], &["`limits.max_connections`", "4294967296"]);
+    check_error("", &[], &["--models", "a, b"], &["`models` = `a,b` from flag --models: "]);
 }
 
 #[test]
