@@ -3,8 +3,8 @@
 //! # Life
 //!
 //! 1. Start, each on ports that the system chooses and the child announces: tokenizer service; for each group its
-//!    leader, then its followers; gateway. A child that ends before the gateway says SERVING ends it all, with what the
-//!    child said last.
+//!    leader, then its followers; gateway. A child that ends before all groups and the gateway say SERVING ends it all,
+//!    with what the child said last.
 //! 2. Run: a child that ends is started again on the same ports, after a pause that grows with repeated failures.
 //! 3. Stop, on Ctrl-C or SIGTERM: gateway, then workers, then tokenizer service, each with its own drain. A second
 //!    signal kills what is left. If this process itself is killed, every child sees its standard input end and drains
@@ -45,6 +45,9 @@ use crate::{
     status::INFERENCE,
     target::DEFAULT_TARGET,
 };
+
+/// The service whose health says that a group is together.
+const WORKER_SERVICE: &str = "lockstep.worker.v1.WorkerService";
 
 /// Time between questions whether the cluster is ready.
 const POLL: Duration = Duration::from_millis(100);
@@ -158,7 +161,7 @@ impl Cluster {
         Self { tokenizers: Vec::new(), workers: Vec::new(), gateways: Vec::new(), exits, exit_sender }
     }
 
-    /// Starts everything and waits until the gateway takes work.
+    /// Starts everything and waits until every group and the gateway take work.
     async fn start(&mut self, plan: &Plan, limit: Duration) -> Result<(), Failure> {
         let started = async {
             let tokenizer = launch(plan.tokenizer()?, &mut self.tokenizers, &self.exit_sender).await?;
@@ -173,7 +176,11 @@ impl Cluster {
             }
             let gateway = plan.gateway(tokenizer.grpc, &leaders)?;
             let gateway = launch(gateway, &mut self.gateways, &self.exit_sender).await?;
-            ready(gateway.grpc).await
+            // The gateway takes work as soon as one group does; a cluster is up when all do.
+            for leader in leaders {
+                ready(leader, WORKER_SERVICE).await?;
+            }
+            ready(gateway.grpc, INFERENCE).await
         };
         tokio::select! {
             started = timeout(limit, started) => {
@@ -236,12 +243,12 @@ async fn launch(spec: Spec, list: &mut Vec<Child>, exits: &mpsc::Sender<Exit>) -
     }
 }
 
-/// Waits until the gateway says that it takes work.
-async fn ready(gateway: SocketAddr) -> Result<(), Failure> {
-    let channel = connect_lazy(&gateway.to_string(), &ClientLimits::default());
+/// Waits until a server says that one of its services takes work.
+async fn ready(server: SocketAddr, service: &str) -> Result<(), Failure> {
+    let channel = connect_lazy(&server.to_string(), &ClientLimits::default());
     let mut health = HealthClient::new(channel.map_err(|error| Failure::Failed(error.to_string()))?);
     loop {
-        let answer = health.check(HealthCheckRequest { service: INFERENCE.into() }).await;
+        let answer = health.check(HealthCheckRequest { service: service.into() }).await;
         if answer.is_ok_and(|answer| answer.into_inner().status() == ServingStatus::Serving) {
             return Ok(());
         }

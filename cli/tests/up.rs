@@ -193,6 +193,14 @@ fn child_that_cannot_start_ends_it_all_with_its_own_words() {
 }
 
 #[test]
+fn cluster_is_not_up_before_its_groups_are() {
+    let mut up = Up::start("unready", &["--ready-timeout", "1"]);
+    up.wait_for(&["lockstep: the cluster is not ready after 1 s"]);
+    assert_eq!(up.ended().code(), Some(1));
+    assert_gone(&up.children());
+}
+
+#[test]
 fn taken_port_is_named_by_the_gateway() {
     let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let address = taken.local_addr().unwrap().to_string();
