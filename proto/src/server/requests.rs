@@ -31,6 +31,9 @@ use crate::{
 /// Calls that carry no client's work on any server.
 const BACKGROUND: [&str; 2] = ["/grpc.health.v1.Health/", "/grpc.reflection."];
 
+/// How tonic begins to say that a request cannot be decoded.
+const UNREADABLE: &str = "failed to decode Protobuf message: ";
+
 /// When a client that met a drain should try again: by then a balancer has seen it, or a successor is up.
 const DRAIN_RETRY: Duration = Duration::from_secs(1);
 
@@ -134,7 +137,7 @@ impl hyper::service::Service<Request<Incoming>> for CallService {
         let respond = async move {
             let response = match refusal {
                 Some(refusal) => Status::from(refusal).into_http(),
-                None => routes.call(request).await?,
+                None => in_our_words(routes.call(request).await?),
             };
             // A call that was refused or failed at once has its status in the head.
             call.code = code_in(response.headers());
@@ -206,6 +209,24 @@ impl Drop for Counted {
     fn drop(&mut self) {
         self.0.send_modify(|count| *count -= 1);
     }
+}
+
+/// Replaces what tonic answers to a request that it cannot hand to a service by the table's error for it: tonic calls
+/// bytes that are no message INTERNAL, and never gives details.
+fn in_our_words(response: Response<Body>) -> Response<Body> {
+    let Some(status) = Status::from_header_map(response.headers()).filter(|status| status.details().is_empty()) else {
+        return response;
+    };
+    let (reason, message) = match status.code() {
+        Code::Internal => match status.message().strip_prefix(UNREADABLE) {
+            Some(why) => (Reason::InvalidArgument, format!("the request is no message of its type: {why}")),
+            None => return response,
+        },
+        Code::OutOfRange => (Reason::MessageTooLarge, status.message().to_owned()),
+        Code::Unimplemented => (Reason::Unimplemented, "no such method is served here".to_owned()),
+        _ => return response,
+    };
+    Status::from(Error::new(reason, message)).into_http()
 }
 
 fn code_in(headers: &HeaderMap) -> Option<Code> {

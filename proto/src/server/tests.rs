@@ -217,9 +217,32 @@ async fn message_over_the_limit_is_refused_and_the_connection_goes_on() {
     let server = Running::start(Limits { max_message_bytes: 1000, ..Limits::default() });
     let mut client = server.client();
     let request = pb::GenerateRequest { prompt_token_ids: vec![1; 2000], ..Default::default() };
-    let refusal = Error::from_status(&client.generate(request).await.unwrap_err());
-    assert_eq!(refusal.reason(), Reason::MessageTooLarge);
+    let refusal = client.generate(request).await.unwrap_err();
+    check_refusal(&refusal, Reason::MessageTooLarge, "the limit is: 1000 bytes");
     client.get_status(pb::GetStatusRequest {}).await.unwrap();
+}
+
+#[tokio::test]
+async fn what_never_reaches_a_service_is_refused_in_the_words_of_the_table() {
+    let server = Running::start(Limits::default());
+    let call = async |method: &str| {
+        // Field 1 of this message is of type bytes, for which the service expects a string.
+        let not_text = vec![0xff_u8, 0xfe];
+        let path = format!("/{NAME}/{method}").parse().unwrap();
+        let mut client = tonic::client::Grpc::new(server.channel());
+        client.ready().await.unwrap();
+        let codec = tonic_prost::ProstCodec::<Vec<u8>, pb::GenerateResponse>::default();
+        client.server_streaming(Request::new(not_text), path, codec).await.unwrap_err()
+    };
+    check_refusal(&call("Generate").await, Reason::InvalidArgument, "GenerateRequest.request_id: invalid string value");
+    check_refusal(&call("Other").await, Reason::Unimplemented, "no such method");
+}
+
+/// That a refusal carries its reason, not only a code from which one can be guessed.
+fn check_refusal(status: &Status, reason: Reason, message: &str) {
+    assert!(!status.details().is_empty(), "{status:?}");
+    assert_eq!(Error::from_status(status).reason(), reason);
+    assert!(status.message().contains(message), "{status:?}");
 }
 
 #[tokio::test]
