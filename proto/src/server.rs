@@ -8,7 +8,8 @@
 //! 2. [`Server::serve`] answers. `grpc.health.v1` says SERVING for `""` from the first moment (the process is alive) and
 //!    for the service's own names while [`Readiness`] says so.
 //! 3. When [`Shutdown`] starts, the names turn NOT_SERVING, new calls are refused with `DRAINING`, and calls that run
-//!    end in their own time, at most `limits.drain_timeout_ms`. Then connections close with a GOAWAY.
+//!    end in their own time, at most `limits.drain_timeout_ms`; what still runs then ends with `DRAINING`. Then
+//!    connections close with a GOAWAY.
 //!
 //! # Limits
 //!
@@ -311,8 +312,8 @@ impl Server {
             .add_service(reflection(&self.names).with_service_name(REFLECTION_V1).build_v1()?)
             .add_service(reflection(&self.names).with_service_name(REFLECTION_V1ALPHA).build_v1alpha()?)
             .prepare();
-        let calls = requests::Calls::new(self.background, shutdown.clone());
         let closing = watch::Sender::new(false);
+        let calls = requests::Calls::new(self.background, shutdown.clone(), closing.subscribe());
 
         let rpcs =
             connections::serve(self.grpc, connections::grpc(limits), limits, closing.subscribe(), |connection| {

@@ -4,7 +4,7 @@
 use std::{
     convert::Infallible,
     fmt,
-    future::Future,
+    future::{Future, pending},
     pin::Pin,
     sync::Arc,
     task::{Context, Poll},
@@ -42,6 +42,8 @@ const DRAIN_RETRY: Duration = Duration::from_secs(1);
 pub(super) struct Calls {
     background: Arc<[&'static str]>,
     shutdown: Shutdown,
+    /// Turns true when the drain is over and calls that still run are cut.
+    closing: watch::Receiver<bool>,
     running: watch::Sender<usize>,
 }
 
@@ -60,8 +62,12 @@ pub(super) struct CallService {
 /// A response's body, which ends the call when it ends or is dropped.
 pub(super) struct CallBody {
     inner: Body,
+    cut: Cut,
     call: Call,
 }
+
+/// Resolves when a call has to end because the drain is over.
+type Cut = Pin<Box<dyn Future<Output = ()> + Send>>;
 
 /// What is remembered until a call's end.
 #[derive(Debug)]
@@ -77,9 +83,9 @@ struct Call {
 // === impl Calls ===
 
 impl Calls {
-    pub(super) fn new(mut background: Vec<&'static str>, shutdown: Shutdown) -> Self {
+    pub(super) fn new(mut background: Vec<&'static str>, shutdown: Shutdown, closing: watch::Receiver<bool>) -> Self {
         background.extend(BACKGROUND);
-        Self { background: background.into(), shutdown, running: watch::Sender::new(0) }
+        Self { background: background.into(), shutdown, closing, running: watch::Sender::new(0) }
     }
 
     pub(super) fn service(&self, routes: Routes, connection: Connection) -> CallService {
@@ -95,6 +101,16 @@ impl Calls {
     pub(super) async fn ended(&self) {
         // The sender is `self`, so the channel cannot close while this waits.
         let _ = self.running.subscribe().wait_for(|running| *running == 0).await;
+    }
+
+    /// The end of a call that outlives the drain. Background calls end with their connections.
+    fn cut(&self, background: bool) -> Cut {
+        let mut closing = self.closing.clone();
+        Box::pin(async move {
+            if background || closing.wait_for(|closing| *closing).await.is_err() {
+                pending::<()>().await;
+            }
+        })
     }
 
     /// Counts a call in, or refuses it. Counting comes first: a drain that begins in between waits for it.
@@ -134,14 +150,21 @@ impl hyper::service::Service<Request<Incoming>> for CallService {
         let (local_addr, remote_addr) = (self.connection.local, Some(peer));
         request.extensions_mut().insert(TcpConnectInfo { local_addr, remote_addr });
         let mut routes = self.routes.clone();
+        let mut cut = self.calls.cut(background);
         let respond = async move {
             let response = match refusal {
                 Some(refusal) => Status::from(refusal).into_http(),
-                None => in_our_words(routes.call(request).await?),
+                None => tokio::select! {
+                    response = routes.call(request) => in_our_words(response?),
+                    () = &mut cut => {
+                        cut = Box::pin(pending());
+                        Status::from(outlived()).into_http()
+                    }
+                },
             };
             // A call that was refused or failed at once has its status in the head.
             call.code = code_in(response.headers());
-            Ok(response.map(|inner| CallBody { inner, call }))
+            Ok(response.map(|inner| CallBody { inner, cut, call }))
         };
         Box::pin(respond.instrument(span))
     }
@@ -156,6 +179,16 @@ impl http_body::Body for CallBody {
     fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
         let this = &mut *self;
         let _entered = this.call.span.enter();
+        if this.cut.as_mut().poll(cx).is_ready() {
+            this.cut = Box::pin(pending());
+            // Drops what the service was doing.
+            this.inner = Body::empty();
+            let mut trailers = HeaderMap::new();
+            // It could fail for metadata that is no header's; this status has none.
+            let _ = Status::from(outlived()).add_header(&mut trailers);
+            this.call.code = code_in(&trailers);
+            return Poll::Ready(Some(Ok(Frame::trailers(trailers))));
+        }
         let frame = Pin::new(&mut this.inner).poll_frame(cx);
         if let Poll::Ready(Some(Ok(frame))) = &frame
             && let Some(trailers) = frame.trailers_ref()
@@ -209,6 +242,11 @@ impl Drop for Counted {
     fn drop(&mut self) {
         self.0.send_modify(|count| *count -= 1);
     }
+}
+
+/// What becomes of a call that outlives the drain.
+fn outlived() -> Error {
+    Error::new(Reason::Draining, "the server shut down before the call had ended").retry_after(DRAIN_RETRY)
 }
 
 /// Replaces what tonic answers to a request that it cannot hand to a service by the table's error for it: tonic calls

@@ -393,13 +393,14 @@ async fn forced_shutdown_does_not_wait() {
     check_cut(server, Shutdown::force).await;
 }
 
-/// A stream that would never end is cut, with an error and not as if it had ended.
+/// A stream that would never end is cut, and its client told why.
 async fn check_cut(server: Running, end: impl FnOnce(&Shutdown)) {
     let mut stream = server.client().generate(pb::GenerateRequest::default()).await.unwrap().into_inner();
     stream.next().await.unwrap().unwrap();
     end(&server.shutdown);
     server.ended().await;
-    assert!(timeout(HANG, stream.next()).await.unwrap().unwrap().is_err());
+    let cut = timeout(HANG, stream.next()).await.unwrap().unwrap().unwrap_err();
+    check_refusal(&cut, Reason::Draining, "shut down before the call had ended");
 }
 
 #[tokio::test]
