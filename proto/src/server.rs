@@ -178,6 +178,7 @@ pub struct Server {
     registry: Arc<Registry>,
     names: Vec<&'static str>,
     background: Vec<&'static str>,
+    quiet: Vec<&'static str>,
 }
 
 // === impl Limits ===
@@ -255,7 +256,16 @@ impl Server {
     pub fn bind(settings: ServerSettings, registry: Arc<Registry>) -> Result<Self, ServerError> {
         let (grpc, grpc_address) = bind(settings.listen)?;
         let metrics = settings.metrics_listen.map(bind).transpose()?;
-        Ok(Self { settings, grpc, grpc_address, metrics, registry, names: Vec::new(), background: Vec::new() })
+        Ok(Self {
+            settings,
+            grpc,
+            grpc_address,
+            metrics,
+            registry,
+            names: Vec::new(),
+            background: Vec::new(),
+            quiet: Vec::new(),
+        })
     }
 
     /// Names the services that are here for clients, such as `lockstep.v1.InferenceService`: reflection lists them, and
@@ -271,6 +281,14 @@ impl Server {
     #[must_use]
     pub fn background(mut self, paths: &[&'static str]) -> Self {
         self.background.extend(paths);
+        self
+    }
+
+    /// Names calls that peers repeat every few seconds, by the beginning of their path: one that ends well is worth no
+    /// line in the log but at level debug.
+    #[must_use]
+    pub fn quiet(mut self, paths: &[&'static str]) -> Self {
+        self.quiet.extend(paths);
         self
     }
 
@@ -313,7 +331,7 @@ impl Server {
             .add_service(reflection(&self.names).with_service_name(REFLECTION_V1ALPHA).build_v1alpha()?)
             .prepare();
         let closing = watch::Sender::new(false);
-        let calls = requests::Calls::new(self.background, shutdown.clone(), closing.subscribe());
+        let calls = requests::Calls::new(self.background, self.quiet, shutdown.clone(), closing.subscribe());
 
         let rpcs =
             connections::serve(self.grpc, connections::grpc(limits), limits, closing.subscribe(), |connection| {

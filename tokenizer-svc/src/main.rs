@@ -15,6 +15,9 @@ use tonic::service::Routes;
 /// The service that health reports by name.
 const NAMES: [&str; 1] = ["lockstep.tokenizer.v1.TokenizerService"];
 
+/// What every gateway asks every few seconds.
+const PROBE: &str = "/lockstep.tokenizer.v1.TokenizerService/GetTokenizer";
+
 fn main() -> ExitCode {
     let settings = match prepare() {
         Ok(None) => return ExitCode::SUCCESS,
@@ -63,6 +66,6 @@ async fn run(settings: TokenizerSettings) -> anyhow::Result<()> {
 
     readiness.set_ready(true);
     server.announce()?;
-    server.health_names(&NAMES).serve(routes, &readiness, &shutdown).await?;
+    server.health_names(&NAMES).quiet(&[PROBE]).serve(routes, &readiness, &shutdown).await?;
     Ok(())
 }

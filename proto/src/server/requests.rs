@@ -41,6 +41,7 @@ const DRAIN_RETRY: Duration = Duration::from_secs(1);
 #[derive(Debug, Clone)]
 pub(super) struct Calls {
     background: Arc<[&'static str]>,
+    quiet: Arc<[&'static str]>,
     shutdown: Shutdown,
     /// Turns true when the drain is over and calls that still run are cut.
     closing: watch::Receiver<bool>,
@@ -76,16 +77,30 @@ struct Call {
     started: Instant,
     /// The gRPC status, once it is known.
     code: Option<Code>,
-    background: bool,
+    line: Line,
     _counts: [Option<Counted>; 2],
+}
+
+/// When a call's end is worth a line of the log at level info; otherwise it has one at level debug.
+#[derive(Debug, Clone, Copy)]
+enum Line {
+    Always,
+    UnlessOk,
+    Never,
 }
 
 // === impl Calls ===
 
 impl Calls {
-    pub(super) fn new(mut background: Vec<&'static str>, shutdown: Shutdown, closing: watch::Receiver<bool>) -> Self {
+    pub(super) fn new(
+        mut background: Vec<&'static str>,
+        quiet: Vec<&'static str>,
+        shutdown: Shutdown,
+        closing: watch::Receiver<bool>,
+    ) -> Self {
         background.extend(BACKGROUND);
-        Self { background: background.into(), shutdown, closing, running: watch::Sender::new(0) }
+        let running = watch::Sender::new(0);
+        Self { background: background.into(), quiet: quiet.into(), shutdown, closing, running }
     }
 
     pub(super) fn service(&self, routes: Routes, connection: Connection) -> CallService {
@@ -135,7 +150,13 @@ impl hyper::service::Service<Request<Incoming>> for CallService {
 
     fn call(&self, mut request: Request<Incoming>) -> Self::Future {
         let method = request.uri().path();
-        let background = self.calls.background.iter().any(|prefix| method.starts_with(prefix));
+        let is_one_of = |prefixes: &[&str]| prefixes.iter().any(|prefix| method.starts_with(prefix));
+        let background = is_one_of(&self.calls.background);
+        let line = match background {
+            true => Line::Never,
+            false if is_one_of(&self.calls.quiet) => Line::UnlessOk,
+            false => Line::Always,
+        };
         let trace = Trace::from_headers(request.headers());
         let peer = self.connection.peer;
         let span = tracing::info_span!("call", method, request_id = trace.request_id(), %peer);
@@ -145,7 +166,7 @@ impl hyper::service::Service<Request<Incoming>> for CallService {
             Err(refusal) => (None, Some(refusal)),
         };
         let counts = [Some(connection_count), work];
-        let mut call = Call { span: span.clone(), started: Instant::now(), code: None, background, _counts: counts };
+        let mut call = Call { span: span.clone(), started: Instant::now(), code: None, line, _counts: counts };
         request.extensions_mut().insert(trace);
         let (local_addr, remote_addr) = (self.connection.local, Some(peer));
         request.extensions_mut().insert(TcpConnectInfo { local_addr, remote_addr });
@@ -218,13 +239,13 @@ impl fmt::Debug for CallBody {
 impl Drop for Call {
     fn drop(&mut self) {
         let _entered = self.span.enter();
-        let elapsed_ms = self.started.elapsed().as_secs_f64() * 1e3;
+        let elapsed_ms = self.started.elapsed().as_micros() as f64 / 1e3;
         // Without a status the peer went away first.
         let code = self.code.unwrap_or(Code::Cancelled);
-        if self.background {
-            tracing::debug!(?code, elapsed_ms, "call ended");
-        } else {
-            tracing::info!(?code, elapsed_ms, "call ended");
+        match self.line {
+            Line::Never => tracing::debug!(?code, elapsed_ms, "call ended"),
+            Line::UnlessOk if code == Code::Ok => tracing::debug!(?code, elapsed_ms, "call ended"),
+            _ => tracing::info!(?code, elapsed_ms, "call ended"),
         }
     }
 }
