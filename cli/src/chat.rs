@@ -42,7 +42,7 @@ pub(crate) struct Options {
 /// Where lines come from.
 enum Input {
     Terminal(Box<DefaultEditor>),
-    Pipe(io::StdinLock<'static>),
+    Pipe { stdin: io::StdinLock<'static>, n_lines: usize },
 }
 
 /// Holds the conversation until the input ends.
@@ -112,7 +112,7 @@ fn request(session: &Session, options: &Options) -> StreamChatRequest {
 impl Input {
     fn open() -> Result<Self, Failure> {
         if !io::stdin().is_terminal() {
-            return Ok(Self::Pipe(io::stdin().lock()));
+            return Ok(Self::Pipe { stdin: io::stdin().lock(), n_lines: 0 });
         }
         let editor = DefaultEditor::new().map_err(|error| Failure::Failed(error.to_string()))?;
         eprintln!("/help lists what can be typed; Ctrl-C stops an answer, Ctrl-D ends the conversation.");
@@ -122,9 +122,13 @@ impl Input {
     /// `None` at the end of the input.
     fn next_line(&mut self) -> Result<Option<String>, Failure> {
         match self {
-            Self::Pipe(stdin) => {
+            Self::Pipe { stdin, n_lines } => {
                 let mut line = String::new();
-                let count = stdin.read_line(&mut line)?;
+                *n_lines += 1;
+                let count = stdin.read_line(&mut line).map_err(|error| match error.kind() {
+                    io::ErrorKind::InvalidData => Failure::Usage(format!("stdin: line {n_lines} is not UTF-8")),
+                    _ => error.into(),
+                })?;
                 Ok((count > 0).then_some(line))
             }
             Self::Terminal(editor) => loop {

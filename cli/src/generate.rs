@@ -60,10 +60,12 @@ pub(crate) async fn run(options: Options) -> Done {
 }
 
 fn read_stdin() -> Result<String, Failure> {
-    let mut text = String::new();
-    io::stdin().lock().take(MAX_PROMPT_BYTES + 1).read_to_string(&mut text)?;
+    let mut text = Vec::new();
+    io::stdin().lock().take(MAX_PROMPT_BYTES + 1).read_to_end(&mut text)?;
     if text.len() as u64 > MAX_PROMPT_BYTES {
         return Err(Failure::Usage(format!("the prompt on stdin is longer than {MAX_PROMPT_BYTES} bytes")));
     }
-    Ok(text)
+    String::from_utf8(text).map_err(|error| {
+        Failure::Usage(format!("the prompt on stdin is not UTF-8 from byte {} on", error.utf8_error().valid_up_to()))
+    })
 }

@@ -66,11 +66,11 @@ impl Gateway {
     }
 
     /// Runs a command to its end with this on its standard input.
-    fn run(&self, args: &[&str], input: &str) -> Output {
+    fn run(&self, args: &[&str], input: impl AsRef<[u8]>) -> Output {
         let mut command = self.command(args);
         let mut process = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
         // A command that fails early does not read on.
-        let _ = process.stdin.take().unwrap().write_all(input.as_bytes());
+        let _ = process.stdin.take().unwrap().write_all(input.as_ref());
         process.wait_with_output().unwrap()
     }
 }
@@ -207,6 +207,17 @@ fn piped_chat_fails_with_the_first_wrong_line() {
     assert_eq!(stdout(&output), "");
     let output = gateway.run(&["chat"], "/sett x\n");
     assert_eq!(output.status.code(), Some(64));
+}
+
+#[test]
+fn input_that_is_not_text_is_wrong_usage_and_is_located() {
+    let gateway = Gateway::start();
+    let output = gateway.run(&["chat"], b"Hi\n\xff\n");
+    assert_eq!(output.status.code(), Some(64));
+    assert_eq!(stderr(&output), "lockstep: stdin: line 2 is not UTF-8\n");
+    let output = gateway.run(&["generate", "-"], b"ab\xff");
+    assert_eq!(output.status.code(), Some(64));
+    assert_eq!(stderr(&output), "lockstep: the prompt on stdin is not UTF-8 from byte 2 on\n");
 }
 
 #[test]
