@@ -14,7 +14,7 @@ use lockstep_proto::v1::GetModelRequest;
 
 use self::load::{Load, Plan};
 use crate::{
-    failure::{Done, Failure},
+    failure::{Done, Failure, line},
     target::Target,
     worker,
 };
@@ -86,6 +86,9 @@ pub(crate) async fn serve(options: Options) -> Done {
         writeln!(out, "{json}")?;
     } else {
         write!(out, "{report}")?;
+    }
+    if let Some(error) = outcomes.each.iter().find_map(|outcome| outcome.error.as_ref()) {
+        eprintln!("lockstep: the first request that failed: {}", line(error));
     }
     Ok(if report.succeeded > 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }

@@ -298,4 +298,5 @@ fn bench_counts_every_request_and_token() {
     let output = gateway.run(&["bench", "serve", "--requests", "3", "--prompt-tokens", "6"], "");
     assert_eq!(output.status.code(), Some(1), "no request can succeed");
     assert!(stdout(&output).contains("3   INTERNAL"), "{}", stdout(&output));
+    assert!(stderr(&output).starts_with("lockstep: the first request that failed: INTERNAL: "), "{}", stderr(&output));
 }

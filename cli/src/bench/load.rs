@@ -56,8 +56,8 @@ pub(super) struct Outcome {
     pub(super) total: f64,
     /// Tokens generated.
     pub(super) tokens: u32,
-    /// The reason's name, if it failed.
-    pub(super) error: Option<&'static str>,
+    /// Why it failed, if it did.
+    pub(super) error: Option<Error>,
 }
 
 /// What came of all, in the order in which they ended.
@@ -142,7 +142,7 @@ async fn send(
     let started = Instant::now();
     let mut outcome = Outcome::default();
     if let Err(status) = follow(client, target, message, started, &mut outcome).await {
-        outcome.error = Some(Error::from_status(&status).reason().name());
+        outcome.error = Some(Error::from_status(&status));
     }
     outcome.total = started.elapsed().as_secs_f64();
     outcome

@@ -45,8 +45,8 @@ impl Report {
     pub(super) fn new(plan: &Plan, outcomes: &Outcomes) -> Self {
         let good: Vec<&Outcome> = outcomes.each.iter().filter(|outcome| outcome.error.is_none()).collect();
         let mut errors = BTreeMap::new();
-        for error in outcomes.each.iter().filter_map(|outcome| outcome.error) {
-            *errors.entry(error).or_default() += 1;
+        for error in outcomes.each.iter().filter_map(|outcome| outcome.error.as_ref()) {
+            *errors.entry(error.reason().name()).or_default() += 1;
         }
         let output_tokens: u64 = outcomes.each.iter().map(|outcome| u64::from(outcome.tokens)).sum();
         let per_second = |count: f64| if outcomes.wall > 0.0 { count / outcomes.wall } else { 0.0 };
@@ -119,6 +119,8 @@ impl fmt::Display for Percentiles {
 
 #[cfg(test)]
 mod tests {
+    use lockstep_proto::error::{Error, Reason};
+
     use super::*;
 
     fn plan() -> Plan {
@@ -146,7 +148,8 @@ mod tests {
     #[test]
     fn failed_requests_count_by_reason_and_not_in_latencies() {
         let good = Outcome { first_token: Some(0.1), gaps: vec![0.01, 0.03], total: 0.2, tokens: 3, error: None };
-        let bad = Outcome { first_token: Some(9.0), total: 9.0, tokens: 1, error: Some("DRAINING"), ..good.clone() };
+        let draining = Some(Error::new(Reason::Draining, "later"));
+        let bad = Outcome { first_token: Some(9.0), total: 9.0, tokens: 1, error: draining, ..good.clone() };
         let report = Report::new(&plan(), &Outcomes { each: vec![good, bad.clone(), bad], wall: 2.0 });
         assert_eq!((report.requests, report.succeeded, report.errors["DRAINING"]), (3, 1, 2));
         assert_eq!((report.output_tokens, report.output_tokens_per_s), (5, 2.5));
