@@ -62,7 +62,11 @@ pub(crate) fn line(error: &Error) -> String {
     let mut line = format!("{}: {}", error.reason(), error.message());
     for field in error.field_violations() {
         let separator = if field.path.is_empty() { "" } else { ": " };
-        let _ = write!(line, "; {}{separator}{}", field.path, field.message);
+        let violation = format!("{}{separator}{}", field.path, field.message);
+        // The gateway's messages name the fields already; other servers' need not.
+        if !error.message().contains(&violation) {
+            let _ = write!(line, "; {violation}");
+        }
     }
     if let Some(delay) = error.retry_delay() {
         let _ = write!(line, "; try again in {:.1} s", delay.as_secs_f64());
@@ -86,6 +90,14 @@ mod tests {
             line(&error),
             "OVER_POLICY: over the policy; sampling.n: 9 is over 4; and 3 more violations; try again in 1.5 s"
         );
+    }
+
+    #[test]
+    fn field_that_the_message_names_is_not_named_again() {
+        let error = Error::new(Reason::InvalidArgument, "sampling.n: 0 is too low; sampling.top_p: 2 is too high")
+            .violation("sampling.n", "0 is too low")
+            .violation("sampling.top_p", "2 is too high");
+        assert_eq!(line(&error), "INVALID_ARGUMENT: sampling.n: 0 is too low; sampling.top_p: 2 is too high");
     }
 
     #[test]
