@@ -57,6 +57,31 @@ pub(crate) fn set(params: &mut SamplingParams, name: &str, value: &str) -> Resul
     }
 }
 
+/// What is set, as [`set`] takes it, one setting a line.
+pub(crate) fn show(params: &SamplingParams) -> String {
+    fn line<T: Display>(name: &str, value: Option<T>) -> Option<String> {
+        value.map(|value| format!("{name} = {value}"))
+    }
+    let set = [
+        line("max_new_tokens", params.max_new_tokens),
+        line("min_new_tokens", params.min_new_tokens),
+        line("do_sample", params.do_sample),
+        line("temperature", params.temperature),
+        line("top_k", params.top_k),
+        line("top_p", params.top_p),
+        line("min_p", params.min_p),
+        line("typical_p", params.typical_p),
+        line("repetition_penalty", params.repetition_penalty),
+        line("presence_penalty", params.presence_penalty),
+        line("frequency_penalty", params.frequency_penalty),
+        line("seed", params.seed),
+        line("ignore_eos", params.ignore_eos),
+    ];
+    let stop = params.stop.iter().filter_map(|text| line("stop", Some(text)));
+    let lines: Vec<String> = set.into_iter().flatten().chain(stop).collect();
+    if lines.is_empty() { "nothing is set: the model's defaults hold".into() } else { lines.join("\n") }
+}
+
 fn put<T: FromStr<Err: Display>>(slot: &mut Option<T>, name: &str, value: &str) -> Result<(), String> {
     *slot = match value {
         DEFAULT => None,
@@ -70,12 +95,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_name_can_be_set() {
+    fn every_name_can_be_set_and_shown() {
         for name in NAMES.split(", ") {
             let value = if matches!(name, "do_sample" | "ignore_eos") { "true" } else { "1" };
             let mut params = SamplingParams::default();
             set(&mut params, name, value).unwrap();
             assert_ne!(params, SamplingParams::default(), "{name}");
+            assert_eq!(show(&params), format!("{name} = {value}"));
             set(&mut params, name, DEFAULT).unwrap();
             assert_eq!(params, SamplingParams::default(), "{name}");
         }

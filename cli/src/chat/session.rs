@@ -97,7 +97,7 @@ impl Session {
                 sampling::set(&mut self.sampling, name, value)?;
                 Ok(format!("{name} = {value}"))
             }
-            Command::Show => Ok(format!("{:?}", self.sampling)),
+            Command::Show => Ok(sampling::show(&self.sampling)),
             Command::Help => Ok(HELP.into()),
             Command::Unknown(line) => Err(format!("`{line}` is no command; /help lists them")),
             Command::Nothing | Command::Say(_) | Command::Quit => Ok(String::new()),
