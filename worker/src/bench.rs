@@ -146,7 +146,8 @@ impl EngineBench {
         let mut vocab_size = 0;
         let mut runners: Vec<Box<dyn RunStep>> = Vec::new();
         for rank in 0..self.world_size {
-            let source = Source::open(Arc::clone(&checkpoint), rank, self.world_size)?;
+            let source = Source::open(Arc::clone(&checkpoint), rank, self.world_size)
+                .with_context(|| self.model.display().to_string())?;
             vocab_size = source.config().vocab_size;
             runners.push(model_runner::build(&source, &settings)?);
         }

@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, fmt::Write as _, path::PathBuf, sync::Arc};
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use lockstep_checkpoint::{Checkpoint, Tensor};
 
 use crate::model::{config::ModelConfig, load::Source};
@@ -28,7 +28,7 @@ impl Inspect {
         let mut text = String::new();
         let sources =
             (0..self.world_size.max(1)).map(|rank| Source::open(Arc::clone(&checkpoint), rank, self.world_size));
-        let sources = sources.collect::<Result<Vec<_>, _>>()?;
+        let sources = sources.collect::<Result<Vec<_>, _>>().with_context(|| self.model.display().to_string())?;
         describe_config(&mut text, &checkpoint, sources[0].config())?;
         describe_tensors(&mut text, &checkpoint)?;
         for source in &sources {

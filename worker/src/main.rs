@@ -31,7 +31,15 @@ enum Bench {
 fn main() -> ExitCode {
     let args: Vec<OsString> = std::env::args_os().collect();
     let is_tool = args.get(1).is_some_and(|word| ["inspect", "bench", "doctor"].iter().any(|tool| word == tool));
-    let result = if is_tool { run_tool(Tool::parse_from(args)) } else { run_server(args) };
+    let result = match is_tool.then(|| Tool::try_parse_from(&args)) {
+        Some(Ok(tool)) => run_tool(tool),
+        Some(Err(error)) => {
+            // Nobody may be left to read it.
+            let _ = error.print();
+            return ExitCode::from(if error.use_stderr() { config::EXIT_CODE } else { 0 });
+        }
+        None => run_server(args),
+    };
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
