@@ -1,5 +1,9 @@
 //! The pool: OS threads that take the numbered tasks of one job after another.
 //!
+//! Each thread has a share of neighbouring tasks, so that it reads memory in one stream; one that is done with its own
+//! share goes on with what is left of the others'. A thread that the system does not schedule, or whose core somebody
+//! else uses, thus makes the job slower but does not hold it up.
+//!
 //! A job is open from [`Pool::run`] until its tasks have all been claimed; then it is closed, and `run` returns when no
 //! worker is inside any more. A worker that wakes too late finds the job closed and goes back to sleep, so a thread that
 //! the system does not schedule costs its share of the work, but nobody waits for it to start. Between jobs workers spin
@@ -17,6 +21,14 @@ use std::thread::{self, JoinHandle, Thread};
 /// Turns of the spin loop before a thread parks. Between the ops of one step there are microseconds; this many turns
 /// take some tens of them, so that a decode loop never pays for a wake-up and an idle worker soon costs nothing.
 const SPIN_TURNS: usize = if cfg!(miri) { 2 } else { 2_000 };
+
+/// Bytes between the counters of two shares: processors fetch cache lines in pairs.
+#[derive(Debug, Default)]
+#[repr(align(128))]
+struct Share {
+    /// The next task of the share to claim.
+    next_task: AtomicUsize,
+}
 
 /// In [`Shared::state`]: the job is open to workers. The bits below count the workers inside; those above count jobs.
 const OPEN: usize = 1 << 16;
@@ -40,8 +52,8 @@ struct Shared {
     state: AtomicUsize,
     /// The job. Written by the owner while `state` is closed with nobody inside; read by threads that are inside.
     job: UnsafeCell<Job>,
-    /// The next task to claim.
-    next_task: AtomicUsize,
+    /// One for each thread, the owner's first.
+    shares: Box<[Share]>,
     /// What a task panicked with, for the owner to go on with.
     panic: Mutex<Option<Box<dyn Any + Send>>>,
 }
@@ -72,13 +84,13 @@ impl Pool {
         let shared = Arc::new(Shared {
             state: AtomicUsize::new(0),
             job: UnsafeCell::new(Job { run_task: &|_| (), n_tasks: 0, owner: std::ptr::null() }),
-            next_task: AtomicUsize::new(0),
+            shares: (0..n_threads).map(|_| Share::default()).collect(),
             panic: Mutex::new(None),
         });
-        let spawn = |worker_idx: usize| {
+        let spawn = |thread_idx: usize| {
             let shared = Arc::clone(&shared);
-            let named = thread::Builder::new().name(format!("kernels-{worker_idx}"));
-            named.spawn(move || shared.work()).expect("the system grants a thread")
+            let named = thread::Builder::new().name(format!("kernels-{thread_idx}"));
+            named.spawn(move || shared.work(thread_idx)).expect("the system grants a thread")
         };
         let workers = (1..n_threads).map(spawn).collect();
         Self { shared, workers }
@@ -103,7 +115,7 @@ impl Pool {
         // worker is inside the job, and workers use the pointer only while inside.
         let run_task: &'static (dyn Fn(usize) + Sync) = unsafe { std::mem::transmute(run_task) };
         let opened = Opened::new(&self.shared, Job { run_task, n_tasks, owner: &owner }, &self.workers);
-        self.shared.run_tasks(run_task, n_tasks);
+        self.shared.run_tasks(run_task, n_tasks, 0);
         drop(opened);
         let panic = self.shared.panic.lock().unwrap_or_else(PoisonError::into_inner).take();
         if let Some(payload) = panic {
@@ -138,7 +150,9 @@ struct Opened<'a> {
 
 impl<'a> Opened<'a> {
     fn new(shared: &'a Shared, job: Job, workers: &[JoinHandle<()>]) -> Self {
-        shared.next_task.store(0, Ordering::Relaxed);
+        for (thread_idx, share) in shared.shares.iter().enumerate() {
+            share.next_task.store(shared.start_of_share(thread_idx, job.n_tasks), Ordering::Relaxed);
+        }
         // SAFETY: the state is closed and counts nobody inside: it starts so, `Opened::drop` left it so, and only the
         // owner's exclusive borrow of the pool opens it. So no thread reads the job now.
         unsafe { *shared.job.get() = job };
@@ -154,7 +168,7 @@ impl<'a> Opened<'a> {
 impl Drop for Opened<'_> {
     fn drop(&mut self) {
         // Also after a panic of the owner's own task: nobody shall begin another one.
-        self.shared.next_task.store(usize::MAX / 2, Ordering::Relaxed);
+        self.shared.close_shares();
         let mut state = self.shared.state.fetch_and(!OPEN, Ordering::AcqRel) & !OPEN;
         let mut n_turns = 0;
         while state & INSIDE != 0 {
@@ -172,25 +186,40 @@ impl Drop for Opened<'_> {
 // === impl Shared ===
 
 impl Shared {
-    /// Claims and runs tasks until there are none. A panic is kept for the owner and ends the claiming everywhere.
-    fn run_tasks(&self, run_task: &(dyn Fn(usize) + Sync), n_tasks: usize) {
+    /// Where the share of a thread begins, and that of the one before ends.
+    fn start_of_share(&self, thread_idx: usize, n_tasks: usize) -> usize {
+        n_tasks * thread_idx / self.shares.len()
+    }
+
+    /// Claims and runs tasks until there are none, those of the thread's own share first. A panic is kept for the owner
+    /// and ends the claiming everywhere.
+    fn run_tasks(&self, run_task: &(dyn Fn(usize) + Sync), n_tasks: usize, thread_idx: usize) {
         let claim_all = || {
-            loop {
-                let task_idx = self.next_task.fetch_add(1, Ordering::Relaxed);
-                if task_idx >= n_tasks {
-                    return;
+            let n_shares = self.shares.len();
+            for share_idx in (thread_idx..n_shares).chain(0..thread_idx) {
+                let end = self.start_of_share(share_idx + 1, n_tasks);
+                loop {
+                    let task_idx = self.shares[share_idx].next_task.fetch_add(1, Ordering::Relaxed);
+                    if task_idx >= end {
+                        break;
+                    }
+                    run_task(task_idx);
                 }
-                run_task(task_idx);
             }
         };
         if let Err(payload) = catch_unwind(AssertUnwindSafe(claim_all)) {
-            self.next_task.store(usize::MAX / 2, Ordering::Relaxed);
+            self.close_shares();
             self.panic.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(payload);
         }
     }
 
+    /// Leaves nothing to claim.
+    fn close_shares(&self) {
+        self.shares.iter().for_each(|share| share.next_task.store(usize::MAX / 2, Ordering::Relaxed));
+    }
+
     /// A worker's life.
-    fn work(&self) {
+    fn work(&self, thread_idx: usize) {
         let mut last_job = 0;
         let mut n_turns = 0;
         loop {
@@ -202,7 +231,7 @@ impl Shared {
                 if self.state.compare_exchange(state, state + 1, Ordering::AcqRel, Ordering::Relaxed).is_ok() {
                     last_job = state & !INSIDE;
                     n_turns = 0;
-                    self.run_job();
+                    self.run_job(thread_idx);
                 }
             } else if n_turns < SPIN_TURNS {
                 n_turns += 1;
@@ -214,11 +243,11 @@ impl Shared {
     }
 
     /// A worker's part in the job that it has just entered; leaves it.
-    fn run_job(&self) {
+    fn run_job(&self, thread_idx: usize) {
         // SAFETY: this thread is inside, so the owner does not write the job until it has left.
         let job = unsafe { *self.job.get() };
         // SAFETY: the owner keeps the closure alive until everybody has left.
-        self.run_tasks(unsafe { &*job.run_task }, job.n_tasks);
+        self.run_tasks(unsafe { &*job.run_task }, job.n_tasks, thread_idx);
         // SAFETY: the owner's handle, too, is alive until everybody has left.
         let owner = unsafe { (*job.owner).clone() };
         let state = self.state.fetch_sub(1, Ordering::AcqRel);
