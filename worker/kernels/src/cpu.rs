@@ -5,7 +5,7 @@
 //! [`Isa`]; the modules of the ops state the order.
 
 pub(crate) mod activations;
-mod attention;
+pub(crate) mod attention;
 mod elementwise;
 mod matmul;
 mod pool;
@@ -327,7 +327,8 @@ impl Cpu {
         assert_eq!(q.len(), rows.len() * n_heads * cache.head_dim(), "queries");
         assert_eq!(out.len(), q.len(), "outputs");
         let mut runs = std::mem::take(&mut self.runs);
-        find_runs(rows, (MAX_QUERIES / (n_heads / n_kv_heads)).max(1), &mut runs);
+        let rows_per_run = (MAX_QUERIES / (n_heads / n_kv_heads)).clamp(1, ROWS_PER_RUN);
+        find_runs(rows, rows_per_run, &mut runs);
         let (isa, out) = (self.isa, SharedSlice::new(out));
         self.pool.run(runs.len() * n_kv_heads, &|task_idx| {
             // The last runs of a prompt are the longest: they go first.

@@ -6,6 +6,7 @@
 use std::ops::Range;
 
 use crate::cpu::activations::ActivationBlock;
+use crate::cpu::attention::SPLIT;
 use crate::exp::exp;
 use crate::kv_cache::TILE;
 use crate::packed::BLOCK;
@@ -172,35 +173,43 @@ fn attend(q: &[f32], batch: &AttentionBatch<'_>, row_idx: usize, head: usize, ou
     let kv_head = head / (n_heads / cache.n_kv_heads());
     let position = rows[row_idx].position as usize;
     let (mut largest, mut total) = (f32::NEG_INFINITY, [0.0f32; TILE]);
-    let (mut k, mut values) = (vec![0.0; head_dim], vec![vec![0.0; head_dim]; TILE]);
+    let (mut k, mut v) = (vec![0.0; head_dim], vec![0.0; head_dim]);
     out.fill(0.0);
-    for first in (0..=position).step_by(TILE) {
-        let mut scores = [f32::NEG_INFINITY; TILE];
-        for i in 0..TILE.min(position + 1 - first) {
+    for first in (0..=position).step_by(SPLIT) {
+        let n = SPLIT.min(position + 1 - first);
+        let read = |i: usize, k: &mut [f32], v: &mut [f32]| {
             let block = tables[rows[row_idx].table][(first + i) / block_size] as usize;
-            cache.read(layer, block * block_size + (first + i) % block_size, kv_head, &mut k, &mut values[i]);
-            scores[i] = score(q, &k);
+            cache.read(layer, block * block_size + (first + i) % block_size, kv_head, k, v);
+        };
+        let mut weights = Vec::with_capacity(n);
+        for i in 0..n {
+            read(i, &mut k, &mut v);
+            weights.push(score(q, &k));
+        }
+        let split_largest =
+            weights.iter().fold(f32::NEG_INFINITY, |most, score| if *score > most { *score } else { most });
+        weights.iter_mut().for_each(|weight| *weight = exp(*weight - split_largest));
+        let (mut split_total, mut split_out) = ([0.0f32; TILE], vec![0.0f32; head_dim]);
+        for (i, weight) in weights.iter().enumerate() {
+            split_total[i % TILE] += weight;
+            read(i, &mut k, &mut v);
+            split_out.iter_mut().zip(&v).for_each(|(out, v)| *out = weight.mul_add(*v, *out));
         }
         let before = largest;
-        largest = scores.iter().fold(before, |largest, score| if *score > largest { *score } else { largest });
-        let decay = if largest == before { 1.0 } else { exp(before - largest) };
-        let weights = scores.map(|score| exp(score - largest));
-        for i in 0..TILE {
-            total[i] = total[i].mul_add(decay, weights[i]);
-        }
-        for d in 0..head_dim {
-            out[d] *= decay;
-            for i in 0..TILE.min(position + 1 - first) {
-                out[d] = weights[i].mul_add(values[i][d], out[d]);
-            }
-        }
+        largest = if split_largest > before { split_largest } else { before };
+        let factor = |other: f32| if largest == other { 1.0 } else { exp(other - largest) };
+        let (a, b) = (factor(before), factor(split_largest));
+        total.iter_mut().zip(split_total).for_each(|(total, split)| *total = total.mul_add(a, split * b));
+        // The first split is taken as it is.
+        let a = if first == 0 { 0.0 } else { a };
+        out.iter_mut().zip(split_out).for_each(|(out, split)| *out = out.mul_add(a, split * b));
     }
     let total = sum_lanes(total);
     out.iter_mut().for_each(|out| *out /= total);
 }
 
-/// `q * k / sqrt(head_dim)`: even dimensions and odd ones in a chain each.
+/// `q * k / sqrt(head_dim)`.
 fn score(q: &[f32], k: &[f32]) -> f32 {
-    let chain = |first: usize| (first..q.len()).step_by(2).fold(0.0f32, |sum, d| q[d].mul_add(k[d], sum));
-    (chain(0) + chain(1)) * (1.0 / (q.len() as f32).sqrt())
+    let sum = q.iter().zip(k).fold(0.0f32, |sum, (q, k)| q.mul_add(*k, sum));
+    sum * (1.0 / (q.len() as f32).sqrt())
 }

@@ -1,21 +1,22 @@
-//! Attention over the paged KV cache: softmax in one pass over tiles of 16 positions.
+//! Attention over the paged KV cache: softmax split by split, as FlashDecoding does it (Dao et al., 2023).
 //!
-//! The rule, for each row and query head, with tiles in the order of their absolute positions (so that it makes no
-//! difference how a prompt was cut into chunks):
+//! The rule, for each row and query head. A split is 256 neighbouring positions that begin at a multiple of 256, so it
+//! makes no difference how a prompt was cut into chunks:
 //!
 //! ```text
-//! m = -inf; total = 16 lanes of 0; out = 0
-//! for each tile of positions 16t .. 16t + 16, up to the row's own position:
-//!     score[p] = (Σ even d: q[d] * k[p, d]  +  Σ odd d: q[d] * k[p, d]) / sqrt(head_dim)    two chains of fma, d ascending
-//!     score[p] = -inf for p after the row's position
-//!     m' = max(m, largest score);  decay = 1 if m' = m, else e^(m - m');  w[p] = e^(score[p] - m')
-//!     total[p] = fma(total[p], decay, w[p])
-//!     out[d] = out[d] * decay, then fma(w[p], v[p, d], out[d]) for p ascending up to the row's position
-//! out[d] = out[d] / (the lanes of total, added as `sum_lanes` does)
+//! for each split, up to the row's own position:
+//!     score[p] = (Σ q[d] * k[p, d]) / sqrt(head_dim)          one chain of fma, d ascending
+//!     m        = largest score;  w[p] = e^(score[p] - m)
+//!     total[l] = Σ w[p] for p = l modulo 16                   16 lanes, p ascending
+//!     out[d]   = Σ w[p] * v[p, d]                             one chain of fma, p ascending
+//! splits are merged in order, `~` being what was merged before:
+//!     m' = max(~m, m);  a = 1 if m' = ~m, else e^(~m - m');  b = 1 if m' = m, else e^(m - m')
+//!     ~total[l] = fma(~total[l], a, total[l] * b);  ~out[d] = fma(~out[d], a, out[d] * b);  ~m = m'
+//! out[d] = ~out[d] / (the lanes of ~total, added as `sum_lanes` does)
 //! ```
 //!
-//! Rows of one sequence and the query heads that share a KV head go through a tile together: a few of them read it in f16
-//! as it lies in the cache, more of them share one conversion to f32.
+//! Rows of one sequence and the query heads that share a KV head go through a split together, up to eight queries at a
+//! time: each key and value is loaded and converted once for all of them.
 
 use std::ops::Range;
 
@@ -23,7 +24,10 @@ use crate::cpu::elementwise::exp_lanes;
 use crate::cpu::shared_slice::SharedSlice;
 use crate::cpu::simd::{Kernel, LANES, Simd, unrolled};
 use crate::exp::exp;
-use crate::kv_cache::{KvCache, MAX_HEAD_DIM, TILE};
+use crate::kv_cache::{KvCache, TILE};
+
+/// Positions whose softmax has one largest score.
+pub(crate) const SPLIT: usize = 256;
 
 /// One row of queries.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -34,11 +38,14 @@ pub struct AttentionRow {
     pub table: usize,
 }
 
-/// Queries (rows times heads) that go through a tile together.
+/// Queries (rows times heads) of one task.
 pub(crate) const MAX_QUERIES: usize = 32;
 
-/// Queries whose dot products share a loaded key.
-const WIDTH: usize = 4;
+/// Queries that share a loaded key or value.
+const WIDTH: usize = 8;
+
+/// Tiles ahead of their use that keys are fetched.
+const PREFETCH_TILES: usize = 4;
 
 /// One task: rows of one sequence, for one KV head and the query heads that share it.
 pub(crate) struct HeadTimesRows<'a> {
@@ -56,7 +63,7 @@ pub(crate) struct HeadTimesRows<'a> {
     pub(crate) out: SharedSlice<'a, f32>,
 }
 
-/// A query on its way through the tiles. Its output accumulates in place.
+/// A query on its way through the splits, with what was merged so far; its output accumulates in place.
 struct Query<'a> {
     q: &'a [f32],
     out: &'a mut [f32],
@@ -65,27 +72,26 @@ struct Query<'a> {
     total: [f32; LANES],
 }
 
-/// Keys `[head_dim, 16]` and values `[16, head_dim]` of one KV head for 16 positions.
-trait Tile {
-    /// Dimension `dim` of all keys.
-    fn keys<S: Simd>(&self, simd: S, dim: usize) -> S::F32;
-    /// Dimensions `16 * chunk_idx ..` of one value.
-    fn values<S: Simd>(&self, simd: S, position: usize, chunk_idx: usize) -> S::F32;
-}
-
-/// A tile as it lies in the cache: f16 bits.
+/// Keys `[head_dim, 16]` and values `[16, head_dim]` of one KV head for 16 positions, as f16 bits.
 #[derive(Clone, Copy)]
-struct CachedTile<'a> {
+struct Tile<'a> {
     keys: &'a [[u16; LANES]],
     values: &'a [[u16; LANES]],
 }
 
-/// A tile converted to f32.
-struct ConvertedTile {
-    keys: [[f32; LANES]; MAX_HEAD_DIM],
-    /// `[16, head_dim / 16]` vectors, without gaps.
-    values: [[f32; LANES]; MAX_HEAD_DIM],
-    chunks_per_value: usize,
+/// The part of a sequence that a split covers: positions `first ..= last`.
+#[derive(Clone, Copy)]
+struct Split<'a> {
+    task: &'a HeadTimesRows<'a>,
+    first: usize,
+    last: usize,
+}
+
+/// How a query's split joins what was merged before: factors of either.
+#[derive(Clone, Copy)]
+struct Merge {
+    before: f32,
+    split: f32,
 }
 
 impl Kernel for HeadTimesRows<'_> {
@@ -118,30 +124,16 @@ impl HeadTimesRows<'_> {
             // SAFETY: the tasks of a job divide rows and heads among them (`Cpu::attention`), and within this task every
             // pair of row and head is one query.
             let out = unsafe { self.out.part(at..at + head_dim) };
-            out.fill(0.0);
             let position = self.all_rows[row_idx].position as usize;
             let q = &self.q[at..at + head_dim];
             *query = Some(Query { q, out, position, largest: f32::NEG_INFINITY, total: [0.0; LANES] });
         }
         let queries = &mut queries[..n_queries];
         let last = queries.iter().flatten().map(|query| query.position).max().unwrap_or(0);
-        let mut converted = (n_queries > WIDTH).then(|| ConvertedTile::new(head_dim));
-        let mut next = self.tile(0);
-        for first_position in (0..=last).step_by(TILE) {
-            let tile = next;
-            if first_position + TILE <= last {
-                next = self.tile(first_position + TILE);
-                tile_prefetch(simd, next);
-            }
-            match &mut converted {
-                None => visit_some(simd, queries, &tile, first_position),
-                Some(converted) => {
-                    converted.convert(simd, tile);
-                    for queries in queries.chunks_mut(WIDTH) {
-                        visit_some(simd, queries, converted, first_position);
-                    }
-                }
-            }
+        let mut weights = [[0.0; SPLIT]; WIDTH];
+        for first in (0..=last).step_by(SPLIT) {
+            let split = Split { task: self, first, last: last.min(first + SPLIT - 1) };
+            split.visit_all(simd, queries, &mut weights);
         }
         for query in queries.iter_mut().flatten() {
             query.finish(simd);
@@ -150,151 +142,223 @@ impl HeadTimesRows<'_> {
 
     /// The tile that begins at `first_position` of the sequence.
     #[inline(always)]
-    fn tile(&self, first_position: usize) -> CachedTile<'_> {
+    fn tile(&self, first_position: usize) -> Tile<'_> {
         let block_size = self.cache.block_size();
         let block = self.table[first_position / block_size] as usize;
         let slot = block * block_size + first_position % block_size;
         let (keys, values) = self.cache.tile(self.layer, slot, self.kv_head);
-        CachedTile { keys: keys.as_chunks().0, values: values.as_chunks().0 }
+        Tile { keys: keys.as_chunks().0, values: values.as_chunks().0 }
     }
 }
 
-// === impl Tile ===
+// === impl Split ===
 
-impl Tile for CachedTile<'_> {
+impl Split<'_> {
+    /// Takes all queries through the split, as many at a time as there are.
     #[inline(always)]
-    fn keys<S: Simd>(&self, simd: S, dim: usize) -> S::F32 {
-        simd.load_f16(&self.keys[dim])
-    }
-    #[inline(always)]
-    fn values<S: Simd>(&self, simd: S, position: usize, chunk_idx: usize) -> S::F32 {
-        simd.load_f16(&self.values[position * (self.values.len() / TILE) + chunk_idx])
-    }
-}
-
-/// Begins to fetch a tile that comes next: it lies anywhere in memory, where no hardware would look for it.
-#[inline(always)]
-fn tile_prefetch<S: Simd>(simd: S, tile: CachedTile<'_>) {
-    // Two vectors of f16 to a cache line.
-    for vector in tile.keys.iter().step_by(2).chain(tile.values.iter().step_by(2)) {
-        simd.prefetch(vector);
-    }
-}
-
-// === impl ConvertedTile ===
-
-impl ConvertedTile {
-    fn new(head_dim: usize) -> Self {
-        let zeros = [[0.0; LANES]; MAX_HEAD_DIM];
-        Self { keys: zeros, values: zeros, chunks_per_value: head_dim / LANES }
-    }
-
-    #[inline(always)]
-    fn convert<S: Simd>(&mut self, simd: S, tile: CachedTile<'_>) {
-        for (out, bits) in self.keys.iter_mut().zip(tile.keys).chain(self.values.iter_mut().zip(tile.values)) {
-            simd.store(simd.load_f16(bits), out);
+    fn visit_all<S: Simd>(self, simd: S, queries: &mut [Option<Query<'_>>], weights: &mut [[f32; SPLIT]; WIDTH]) {
+        let mut rest = queries;
+        while !rest.is_empty() {
+            rest = match rest {
+                [Some(a), Some(b), Some(c), Some(d), Some(e), Some(f), Some(g), Some(h), rest @ ..] => {
+                    self.visit::<S, 8, 2>(simd, [a, b, c, d, e, f, g, h], weights);
+                    rest
+                }
+                [Some(a), Some(b), Some(c), Some(d), rest @ ..] => {
+                    self.visit::<S, 4, 4>(simd, [a, b, c, d], weights);
+                    rest
+                }
+                [Some(a), Some(b), Some(c), rest @ ..] => {
+                    self.visit::<S, 3, 4>(simd, [a, b, c], weights);
+                    rest
+                }
+                [Some(a), Some(b), rest @ ..] => {
+                    self.visit::<S, 2, 4>(simd, [a, b], weights);
+                    rest
+                }
+                [Some(a), rest @ ..] => {
+                    self.visit::<S, 1, 8>(simd, [a], weights);
+                    rest
+                }
+                _ => unreachable!("every query is set"),
+            };
         }
     }
-}
 
-impl Tile for ConvertedTile {
+    /// Takes `N` queries through the split, `TILES` tiles of keys at a time: as many as keep the multipliers busy and fit
+    /// the registers. Queries whose position lies before the split are left as they are.
     #[inline(always)]
-    fn keys<S: Simd>(&self, simd: S, dim: usize) -> S::F32 {
-        simd.load(&self.keys[dim])
-    }
-    #[inline(always)]
-    fn values<S: Simd>(&self, simd: S, position: usize, chunk_idx: usize) -> S::F32 {
-        simd.load(&self.values[position * self.chunks_per_value + chunk_idx])
-    }
-}
-
-/// Takes up to [`WIDTH`] queries, all of them set, through a tile.
-#[inline(always)]
-fn visit_some<S: Simd>(simd: S, queries: &mut [Option<Query<'_>>], tile: &impl Tile, first_position: usize) {
-    match queries {
-        [Some(a)] => visit(simd, [a], tile, first_position),
-        [Some(a), Some(b)] => visit(simd, [a, b], tile, first_position),
-        [Some(a), Some(b), Some(c)] => visit(simd, [a, b, c], tile, first_position),
-        [Some(a), Some(b), Some(c), Some(d)] => visit(simd, [a, b, c, d], tile, first_position),
-        _ => unreachable!("one to four queries"),
-    }
-}
-
-/// Takes `N` queries through a tile. Those whose position lies before it are left as they are.
-#[inline(always)]
-#[allow(clippy::needless_range_loop, reason = "the index runs along the second axis of several arrays")]
-fn visit<S: Simd, const N: usize>(simd: S, queries: [&mut Query<'_>; N], tile: &impl Tile, first_position: usize) {
-    let scores: [S::F32; N] = score(simd, queries.each_ref().map(|query| query.q), tile);
-    let mut weights = [[0.0; TILE]; N];
-    let mut decays = [1.0; N];
-    let mut n_valid = [0; N];
-    unrolled!(i in 0..N {
-        if queries[i].position >= first_position {
-            n_valid[i] = TILE.min(queries[i].position - first_position + 1);
-            decays[i] = queries[i].weigh(simd, scores[i], n_valid[i], &mut weights[i]);
+    fn visit<S: Simd, const N: usize, const TILES: usize>(
+        self,
+        simd: S,
+        mut queries: [&mut Query<'_>; N],
+        weights: &mut [[f32; SPLIT]; WIDTH],
+    ) {
+        let mut first = self.first;
+        while first + TILES * TILE <= self.last + 1 {
+            self.score::<S, N, TILES>(simd, queries.each_ref().map(|query| query.q), first, weights);
+            first += TILES * TILE;
         }
-    });
-    let n_common = n_valid.iter().copied().min().unwrap_or(0);
-    for chunk_idx in 0..queries[0].q.len() / LANES {
-        let mut sums = [simd.splat(0.0); N];
+        while first <= self.last {
+            self.score::<S, N, 1>(simd, queries.each_ref().map(|query| query.q), first, weights);
+            first += TILE;
+        }
+        let mut n_valid = [0; N];
+        let mut merges = [Merge { before: 1.0, split: 0.0 }; N];
         unrolled!(i in 0..N {
-            sums[i] = simd.mul(simd.load(&queries[i].out.as_chunks::<LANES>().0[chunk_idx]), simd.splat(decays[i]));
-        });
-        for position in 0..n_common {
-            let value = tile.values(simd, position, chunk_idx);
-            unrolled!(i in 0..N { sums[i] = simd.fma(simd.splat(weights[i][position]), value, sums[i]) });
-        }
-        unrolled!(i in 0..N {
-            for (position, weight) in weights[i].iter().enumerate().take(n_valid[i]).skip(n_common) {
-                sums[i] = simd.fma(simd.splat(*weight), tile.values(simd, position, chunk_idx), sums[i]);
+            if queries[i].position >= self.first {
+                n_valid[i] = SPLIT.min(queries[i].position - self.first + 1);
+                merges[i] = queries[i].weigh(simd, &mut weights[i], n_valid[i]);
             }
-            simd.store(sums[i], &mut queries[i].out.as_chunks_mut::<LANES>().0[chunk_idx]);
         });
+        let n_chunks = queries[0].q.len() / LANES;
+        let mut chunk_idx = 0;
+        if N < WIDTH {
+            while chunk_idx + 4 <= n_chunks {
+                self.mix::<S, N, 4>(simd, &mut queries, chunk_idx, &n_valid, &merges, weights);
+                chunk_idx += 4;
+            }
+        }
+        while chunk_idx + 2 <= n_chunks {
+            self.mix::<S, N, 2>(simd, &mut queries, chunk_idx, &n_valid, &merges, weights);
+            chunk_idx += 2;
+        }
+        if chunk_idx < n_chunks {
+            self.mix::<S, N, 1>(simd, &mut queries, chunk_idx, &n_valid, &merges, weights);
+        }
     }
-}
 
-/// Dot products of `N` queries with the 16 keys of a tile.
-#[inline(always)]
-#[allow(clippy::needless_range_loop, reason = "the index runs along the second axis of several arrays")]
-fn score<S: Simd, const N: usize>(simd: S, queries: [&[f32]; N], tile: &impl Tile) -> [S::F32; N] {
-    let mut even = [simd.splat(0.0); N];
-    let mut odd = [simd.splat(0.0); N];
-    let pairs = queries.map(|q| q.as_chunks::<2>().0);
-    for pair_idx in 0..pairs[0].len() {
-        let (even_keys, odd_keys) = (tile.keys(simd, 2 * pair_idx), tile.keys(simd, 2 * pair_idx + 1));
-        unrolled!(i in 0..N {
-            let [even_q, odd_q] = pairs[i][pair_idx];
-            even[i] = simd.fma(simd.splat(even_q), even_keys, even[i]);
-            odd[i] = simd.fma(simd.splat(odd_q), odd_keys, odd[i]);
+    /// Writes the scores of `N` queries with the keys of `TILES` tiles from position `first` on.
+    #[inline(always)]
+    #[allow(clippy::needless_range_loop, reason = "the index runs along the second axis of several arrays")]
+    fn score<S: Simd, const N: usize, const TILES: usize>(
+        self,
+        simd: S,
+        queries: [&[f32]; N],
+        first: usize,
+        scores: &mut [[f32; SPLIT]; WIDTH],
+    ) {
+        let tiles: [Tile<'_>; TILES] = std::array::from_fn(|i| self.task.tile(first + i * TILE));
+        for i in 0..TILES {
+            self.prefetch(simd, first + i * TILE, tiles[i]);
+        }
+        let head_dim = queries[0].len();
+        let keys = tiles.map(|tile| &tile.keys[..head_dim]);
+        let queries = queries.map(|query| &query[..head_dim]);
+        let mut sums = [[simd.splat(0.0); N]; TILES];
+        for dim in 0..head_dim {
+            unrolled!(tile_idx in 0..TILES {
+                let key = simd.load_f16(&keys[tile_idx][dim]);
+                unrolled!(i in 0..N { sums[tile_idx][i] = simd.fma(simd.splat(queries[i][dim]), key, sums[tile_idx][i]) });
+            });
+        }
+        let scale = simd.splat(1.0 / (head_dim as f32).sqrt());
+        let first_tile = (first - self.first) / TILE;
+        unrolled!(tile_idx in 0..TILES {
+            unrolled!(i in 0..N {
+                let scores = &mut scores[i].as_chunks_mut::<LANES>().0[first_tile + tile_idx];
+                simd.store(simd.mul(sums[tile_idx][i], scale), scores);
+            });
         });
     }
-    let scale = simd.splat(1.0 / (queries[0].len() as f32).sqrt());
-    let mut scores = even;
-    unrolled!(i in 0..N { scores[i] = simd.mul(simd.add(even[i], odd[i]), scale) });
-    scores
+
+    /// Begins to fetch the values of a tile whose keys are at hand, and the keys of one further on: tiles lie anywhere in
+    /// memory, where no hardware would look for them.
+    #[inline(always)]
+    fn prefetch<S: Simd>(self, simd: S, first_position: usize, tile: Tile<'_>) {
+        // Two vectors of f16 to a cache line.
+        tile.values.iter().step_by(2).for_each(|vector| simd.prefetch(vector));
+        let ahead = first_position + PREFETCH_TILES * TILE;
+        if ahead <= self.last {
+            self.task.tile(ahead).keys.iter().step_by(2).for_each(|vector| simd.prefetch(vector));
+        }
+    }
+
+    /// Adds up `CHUNKS` vectors of every query's output and merges them.
+    #[inline(always)]
+    #[allow(clippy::needless_range_loop, reason = "the index runs along the second axis of several arrays")]
+    fn mix<S: Simd, const N: usize, const CHUNKS: usize>(
+        self,
+        simd: S,
+        queries: &mut [&mut Query<'_>; N],
+        chunk_idx: usize,
+        n_valid: &[usize; N],
+        merges: &[Merge; N],
+        weights: &[[f32; SPLIT]; WIDTH],
+    ) {
+        let mut sums = [[simd.splat(0.0); CHUNKS]; N];
+        let n_common = n_valid.iter().copied().min().unwrap_or(0);
+        let n_most = n_valid.iter().copied().max().unwrap_or(0);
+        let n_chunks = queries[0].q.len() / LANES;
+        for first in (0..n_most).step_by(TILE) {
+            let values = self.task.tile(self.first + first).values;
+            let rows = values.chunks_exact(n_chunks).map(|value| &value[chunk_idx..chunk_idx + CHUNKS]);
+            let n_shared = n_common.saturating_sub(first).min(TILE);
+            for (p, value) in rows.enumerate() {
+                if p < n_shared {
+                    unrolled!(c in 0..CHUNKS {
+                        let value = simd.load_f16(&value[c]);
+                        unrolled!(i in 0..N {
+                            sums[i][c] = simd.fma(simd.splat(weights[i][first + p]), value, sums[i][c]);
+                        });
+                    });
+                } else {
+                    // What lies behind a query's own position may be anything, and must not even be multiplied by 0.
+                    unrolled!(i in 0..N {
+                        if first + p < n_valid[i] {
+                            unrolled!(c in 0..CHUNKS {
+                                let weight = simd.splat(weights[i][first + p]);
+                                sums[i][c] = simd.fma(weight, simd.load_f16(&value[c]), sums[i][c]);
+                            });
+                        }
+                    });
+                }
+            }
+        }
+        unrolled!(i in 0..N {
+            if n_valid[i] > 0 {
+                unrolled!(c in 0..CHUNKS {
+                    let out = &mut queries[i].out.as_chunks_mut::<LANES>().0[chunk_idx + c];
+                    let merged = if self.first == 0 {
+                        sums[i][c]
+                    } else {
+                        let split = simd.mul(sums[i][c], simd.splat(merges[i].split));
+                        simd.fma(simd.load(out), simd.splat(merges[i].before), split)
+                    };
+                    simd.store(merged, out);
+                });
+            }
+        });
+    }
 }
 
 // === impl Query ===
 
 impl Query<'_> {
-    /// Writes the softmax weights of a tile's positions, of which the first `n_valid` count. Returns by what to decay what
-    /// was summed so far.
+    /// Turns the scores of a split, of which the first `n_valid` count, to softmax weights, and merges their total.
     #[inline(always)]
-    fn weigh<S: Simd>(&mut self, simd: S, scores: S::F32, n_valid: usize, weights: &mut [f32; TILE]) -> f32 {
-        let mut scores = scores;
-        if n_valid < TILE {
-            simd.store(scores, weights);
-            weights[n_valid..].fill(f32::NEG_INFINITY);
-            scores = simd.load(weights);
+    fn weigh<S: Simd>(&mut self, simd: S, scores: &mut [f32; SPLIT], n_valid: usize) -> Merge {
+        let n_tiles = n_valid.div_ceil(TILE);
+        scores[n_valid..n_tiles * TILE].fill(f32::NEG_INFINITY);
+        let tiles = &mut scores.as_chunks_mut::<LANES>().0[..n_tiles];
+        let mut largest = simd.splat(f32::NEG_INFINITY);
+        for tile in tiles.iter() {
+            largest = simd.max(simd.load(tile), largest);
+        }
+        let largest = simd.largest(largest);
+        let mut total = simd.splat(0.0);
+        for tile in tiles {
+            let weights = exp_lanes(simd, simd.sub(simd.load(tile), simd.splat(largest)));
+            simd.store(weights, tile);
+            total = simd.add(total, weights);
         }
         let before = self.largest;
-        let largest = simd.largest(scores);
         self.largest = if largest > before { largest } else { before };
-        let decay = if self.largest == before { 1.0 } else { exp(before - self.largest) };
-        let lanes = exp_lanes(simd, simd.sub(scores, simd.splat(self.largest)));
-        simd.store(lanes, weights);
-        simd.store(simd.fma(simd.load(&self.total), simd.splat(decay), lanes), &mut self.total);
-        decay
+        let factor = |largest: f32| if self.largest == largest { 1.0 } else { exp(largest - self.largest) };
+        let merge = Merge { before: factor(before), split: factor(largest) };
+        let split = simd.mul(total, simd.splat(merge.split));
+        simd.store(simd.fma(simd.load(&self.total), simd.splat(merge.before), split), &mut self.total);
+        merge
     }
 
     #[inline(always)]
