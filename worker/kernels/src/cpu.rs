@@ -35,11 +35,15 @@ use crate::{KernelError, KvCache, RopeTable};
 const ELEMENTS_PER_TASK: usize = 16 * 1024;
 
 /// Bytes of weights that a product's task should have at least, for the same reason.
-const WEIGHT_BYTES_PER_TASK: usize = 32 * 1024;
+const WEIGHT_BYTES_PER_TASK: usize = 8 * 1024;
 
 /// Rows of a product that are taken through all panels together: their quantized inputs stay in the second-level cache
 /// while the weights stream by.
 const ACTIVATION_BYTES_PER_PASS: usize = 512 * 1024;
+
+/// Rows of a prompt that go through attention together, at most: with them, the queries of any number of heads fill the
+/// kernel's width.
+const ROWS_PER_RUN: usize = 8;
 
 /// Products that may share an input in one call: query, key and value, or gate and up.
 pub const MAX_PRODUCTS: usize = 4;

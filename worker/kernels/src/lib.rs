@@ -23,6 +23,7 @@ mod encoded;
 mod error;
 mod exp;
 mod kv_cache;
+mod memory;
 mod packed;
 pub mod plain;
 mod quant;

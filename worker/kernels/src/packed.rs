@@ -24,7 +24,7 @@ use lockstep_checkpoint::Encoding;
 
 use crate::quant::{self, Block, Format};
 use crate::segments::SegmentPlan;
-use crate::{EncodedRows, KernelError};
+use crate::{EncodedRows, KernelError, memory};
 
 /// Outputs in a panel, and f32 lanes in a vector.
 pub(crate) const PANEL: usize = 16;
@@ -206,11 +206,11 @@ impl Integers {
         let n_lines = source.n_cols() / BLOCK * format.lines_per_block();
         let mut packed = Self {
             format,
-            codes: vec![Line([0; 64]); n_panels * n_lines],
-            scales: vec![[0; PANEL]; n_panels * n_scales],
-            minimums: vec![[0; PANEL]; n_panels * n_minimums],
-            sub_scales: vec![[0; PANEL]; n_panels * n_sub_scales],
-            sub_minimums: vec![[0; PANEL]; n_panels * n_sub_minimums],
+            codes: memory::filled(Line([0; 64]), n_panels * n_lines),
+            scales: memory::filled([0; PANEL], n_panels * n_scales),
+            minimums: memory::filled([0; PANEL], n_panels * n_minimums),
+            sub_scales: memory::filled([0; PANEL], n_panels * n_sub_scales),
+            sub_minimums: memory::filled([0; PANEL], n_panels * n_sub_minimums),
             n_groups,
             n_scales,
             groups_per_scale,
