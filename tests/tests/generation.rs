@@ -1,10 +1,13 @@
 //! Generation through the whole cluster: the real programs, started and called as users do.
 
-use anyhow::{Context, Result};
-use lockstep_proto::v1::{
-    ChatRequest, ContentPart, Conversation, Finish, FinishReason, GenerateRequest, Message, OutputOptions, RawPrompt,
-    Role, SamplingParams, StreamGenerateRequest, TokenIds, content_part::Part, raw_prompt::Prompt,
-    stream_generate_response::Event,
+use anyhow::{Context, Result, bail};
+use lockstep_proto::{
+    v1::{
+        ChatRequest, ContentPart, Conversation, Finish, FinishReason, GenerateRequest, Message, OutputOptions,
+        RawPrompt, Role, SamplingParams, StreamGenerateRequest, TokenIds, content_part::Part, raw_prompt::Prompt,
+        stream_generate_response::Event,
+    },
+    worker::v1::{self as worker, generate_response::Event as WorkerEvent},
 };
 use lockstep_tests::cluster::{Cluster, repository};
 use serde::Deserialize;
@@ -144,5 +147,50 @@ async fn a_stop_string_ends_the_text_before_it() -> Result<()> {
     let response = client.generate(request).await?.into_inner();
     assert_eq!(response.choices[0].text, "The capital of France is Pa");
     assert_eq!(response.choices[0].finish.as_ref().context("a finish")?.reason(), FinishReason::Stop);
+    cluster.stop().await
+}
+
+#[tokio::test]
+async fn a_choice_ends_in_the_worker_alone_when_it_is_told_to() -> Result<()> {
+    let cluster = Cluster::builder().start().await?;
+    let mut leader = cluster.leader(0).await?;
+    let sampling = worker::ResolvedSampling {
+        max_new_tokens: 4_000,
+        top_p: 1.0,
+        typical_p: 1.0,
+        repetition_penalty: 1.0,
+        ..worker::ResolvedSampling::default()
+    };
+    let request = worker::GenerateRequest {
+        request_id: "any".into(),
+        prompt_token_ids: (100..140).collect(),
+        sampling: Some(sampling),
+        n: 2,
+        ..worker::GenerateRequest::default()
+    };
+    let mut events = leader.generate(request).await?.into_inner();
+    let mut next = async || anyhow::Ok(events.next().await.context("an event")??.event.context("an event")?);
+    let WorkerEvent::Started(started) = next().await? else { bail!("no start") };
+    let busy = cluster.wait_for_status(0, |status| status.running_sequences == 2).await?;
+    let ending = worker::EndChoiceRequest { generation_id: started.generation_id, choice: 0 };
+    leader.end_choice(ending.clone()).await?;
+    let half = cluster.wait_for_status(0, |status| status.running_sequences == 1).await?;
+    assert!(half.free_blocks + half.cached_blocks > busy.free_blocks + busy.cached_blocks);
+    let mut finish = None;
+    let mut n_after = 0;
+    while n_after < 3 {
+        match next().await? {
+            WorkerEvent::Finish(ended) => finish = Some((ended.choice, ended.reason())),
+            WorkerEvent::Tokens(tokens) if finish.is_some() => {
+                assert_eq!(tokens.choice, 1, "nothing comes after the end");
+                n_after += 1;
+            }
+            _ => {}
+        }
+    }
+    assert_eq!(finish, Some((0, worker::FinishReason::Ended)));
+    leader.end_choice(ending).await?;
+    drop(events);
+    cluster.wait_for_status(0, |status| status.running_sequences == 0).await?;
     cluster.stop().await
 }

@@ -53,9 +53,21 @@ pub struct Job {
     pub deadline: Option<Instant>,
 }
 
+/// Names a job: 128 random bits, so that nobody ends another's choices by accident. (Request ids come from clients and
+/// may repeat.)
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct GenerationId(pub [u8; 16]);
+
 /// What happens to a job.
 #[derive(Clone, Debug)]
 pub enum Event {
+    /// The prompt is computed, and the first tokens follow. Comes first.
+    Started {
+        /// Names the job from now on.
+        generation: GenerationId,
+        /// Prompt tokens that the prefix cache held.
+        cached_tokens: u32,
+    },
     /// Log-probabilities of the prompt's tokens but the first. Comes before any token.
     PromptLogprobs(Vec<TokenLogprobs>),
     /// One token of a choice.
@@ -75,8 +87,6 @@ pub enum Event {
         choice: u32,
         /// Why.
         reason: FinishReason,
-        /// Prompt tokens that the prefix cache held.
-        cached_tokens: u32,
     },
 }
 
@@ -89,6 +99,19 @@ pub enum FinishReason {
     Length,
     /// The job's deadline.
     Deadline,
+    /// Its reader wanted no more of it.
+    Ended,
+}
+
+// === impl GenerationId ===
+
+impl GenerationId {
+    /// A new name.
+    fn random() -> Self {
+        let mut bytes = [0; 16];
+        getrandom::fill(&mut bytes).expect("the system has a source of random numbers");
+        Self(bytes)
+    }
 }
 
 /// Why a job did not start or did not end well.

@@ -7,7 +7,10 @@ use lockstep_proto::{
     worker::v1::{GenerateRequest, ResolvedSampling},
 };
 
-use crate::{engine::Job, sampler::SamplingParams};
+use crate::{
+    engine::{GenerationId, Job},
+    sampler::SamplingParams,
+};
 
 /// Choices of one request; the scheduler's queue bounds them further.
 const MAX_CHOICES: u32 = 128;
@@ -57,6 +60,16 @@ pub fn valid_job(request: GenerateRequest, limits: Limits, now: Instant) -> Resu
         prompt_logprobs: request.prompt_logprobs,
         deadline: request.budget_ms.map(|ms| now + Duration::from_millis(ms.into())),
     })
+}
+
+/// Checks the name of a generation.
+///
+/// # Errors
+/// If it cannot be one.
+pub fn valid_generation(id: &[u8]) -> Result<GenerationId, Vec<FieldViolation>> {
+    let message = || format!("has {} bytes instead of 16", id.len());
+    let violation = |_| vec![FieldViolation { path: "generation_id".to_owned(), message: message() }];
+    id.try_into().map(GenerationId).map_err(violation)
 }
 
 fn params(sampling: ResolvedSampling) -> SamplingParams {
@@ -177,6 +190,15 @@ mod tests {
     fn a_request_within_all_limits_becomes_a_job() {
         let job = valid_job(request(), LIMITS, Instant::now()).expect("valid");
         assert_eq!((job.prompt, job.n, job.max_new_tokens), (vec![1, 2, 3], 1, 4));
+    }
+
+    #[test]
+    fn a_generation_is_named_by_16_bytes() {
+        assert_eq!(valid_generation(&[7; 16]).expect("valid"), GenerationId([7; 16]));
+        for wrong in [0, 15, 17] {
+            let violations = valid_generation(&vec![7; wrong]).expect_err("no name");
+            assert_eq!(violations[0].message, format!("has {wrong} bytes instead of 16"));
+        }
     }
 
     #[test]

@@ -38,8 +38,9 @@ use crate::{
 /// The name under which health reports every rank: it belongs to a group that is together.
 const HEALTH_NAME: &str = "lockstep.worker.v1.WorkerService";
 
-/// Calls between ranks, which a drain leaves alone.
-const GROUP_CALLS: &str = "/lockstep.worker.v1.GroupService/";
+/// Calls that a drain leaves alone: those between ranks, and those by which running work ends sooner.
+const BACKGROUND_CALLS: [&str; 2] =
+    ["/lockstep.worker.v1.GroupService/", "/lockstep.worker.v1.WorkerService/EndChoice"];
 
 /// How often a leader's readiness is looked at when its engine says nothing.
 const READINESS_INTERVAL: Duration = Duration::from_millis(500);
@@ -71,7 +72,7 @@ pub async fn serve(config: WorkerConfig) -> Result<()> {
     let mut registry = telemetry::registry("worker");
     let metrics = Metrics::register(&mut registry);
     let server =
-        Server::bind(config.server(), Arc::new(registry))?.health_names(&[HEALTH_NAME]).background(&[GROUP_CALLS]);
+        Server::bind(config.server(), Arc::new(registry))?.health_names(&[HEALTH_NAME]).background(&BACKGROUND_CALLS);
     let config = Arc::new(config);
     let loading = Arc::clone(&config);
     let shard = tokio::task::spawn_blocking(move || load(&loading)).await.context("loading panicked")??;

@@ -6,9 +6,10 @@ use std::{
 };
 
 use lockstep_proto::worker::v1::{
-    ChoiceFinish, DrainRequest, DrainResponse, FinishReason as WireReason, GenerateRequest, GenerateResponse,
-    GetStatusRequest, GetStatusResponse, Logprob, PromptLogprobs, Status as WireStatus, TokenLogprobs as WireLogprobs,
-    Tokens, WatchStatusRequest, WatchStatusResponse, generate_response, worker_service_server::WorkerService,
+    ChoiceFinish, DrainRequest, DrainResponse, EndChoiceRequest, EndChoiceResponse, FinishReason as WireReason,
+    GenerateRequest, GenerateResponse, GetStatusRequest, GetStatusResponse, Logprob, PromptLogprobs, Started,
+    Status as WireStatus, TokenLogprobs as WireLogprobs, Tokens, WatchStatusRequest, WatchStatusResponse,
+    generate_response, worker_service_server::WorkerService,
 };
 use tokio::sync::watch;
 use tokio_stream::{Stream, StreamExt};
@@ -71,6 +72,13 @@ impl WorkerService for Service {
         let events = self.engine.submit(job).await.map_err(|error| status::engine(&error))?;
         let responses = events.map(|event| event.map(response).map_err(|error| status::engine(&error)));
         Ok(Response::new(Box::pin(responses)))
+    }
+
+    async fn end_choice(&self, request: Request<EndChoiceRequest>) -> Result<Response<EndChoiceResponse>, Status> {
+        let EndChoiceRequest { generation_id, choice } = request.into_inner();
+        let generation = request::valid_generation(&generation_id).map_err(status::invalid)?;
+        self.engine.end_choice(generation, choice).map_err(|error| status::engine(&error))?;
+        Ok(Response::new(EndChoiceResponse {}))
     }
 
     async fn get_status(&self, _: Request<GetStatusRequest>) -> Result<Response<GetStatusResponse>, Status> {
@@ -145,6 +153,9 @@ fn wire_status(status: &EngineStatus, identity: &Identity) -> WireStatus {
 fn response(event: Event) -> GenerateResponse {
     use generate_response::Event as Wire;
     let event = match event {
+        Event::Started { generation, cached_tokens } => {
+            Wire::Started(Started { generation_id: generation.0.to_vec(), cached_tokens })
+        }
         Event::PromptLogprobs(tokens) => {
             Wire::PromptLogprobs(PromptLogprobs { tokens: tokens.into_iter().map(wire_logprobs).collect() })
         }
@@ -154,13 +165,14 @@ fn response(event: Event) -> GenerateResponse {
             token_ids: vec![token_id],
             logprobs: logprobs.into_iter().map(wire_logprobs).collect(),
         }),
-        Event::Finish { choice, reason, cached_tokens } => {
+        Event::Finish { choice, reason } => {
             let (reason, stop_token_id) = match reason {
                 FinishReason::StopToken(id) => (WireReason::StopToken, Some(id)),
                 FinishReason::Length => (WireReason::Length, None),
                 FinishReason::Deadline => (WireReason::Deadline, None),
+                FinishReason::Ended => (WireReason::Ended, None),
             };
-            Wire::Finish(ChoiceFinish { choice, reason: reason.into(), stop_token_id, cached_tokens })
+            Wire::Finish(ChoiceFinish { choice, reason: reason.into(), stop_token_id })
         }
     };
     GenerateResponse { event: Some(event) }

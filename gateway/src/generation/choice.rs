@@ -21,6 +21,9 @@ use crate::stop::{StopMatcher, StopStrings};
 /// What a peer sent that its contract does not allow.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum Breach {
+    /// `Started` is not the first event of the stream, or not the only one.
+    #[error("a stream that does not begin with Started, or has another one")]
+    Start,
     /// Tokens or an end for a choice that does not exist or has ended.
     #[error("an event for choice {0}, which is not open")]
     NoSuchChoice(u32),
@@ -42,7 +45,7 @@ pub enum Breach {
         /// Log-probabilities.
         got: usize,
     },
-    /// A finish without a reason.
+    /// A finish without a reason, or because of an `EndChoice` that nobody sent.
     #[error("choice {0} ended without a reason")]
     NoReason(u32),
     /// The tokenizer's answer does not fit what it was asked.
@@ -180,7 +183,11 @@ impl Choice {
             worker::FinishReason::StopToken => (v1::FinishReason::Stop, finish.stop_token_id.map(MatchedStop::TokenId)),
             worker::FinishReason::Length => (v1::FinishReason::Length, None),
             worker::FinishReason::Deadline => (v1::FinishReason::Deadline, None),
-            worker::FinishReason::Unspecified => return Err(Breach::NoReason(self.index)),
+            // It was ended by a stop string, which keeps its word as the end.
+            worker::FinishReason::Ended if self.ended() => (v1::FinishReason::Stop, None),
+            worker::FinishReason::Ended | worker::FinishReason::Unspecified => {
+                return Err(Breach::NoReason(self.index));
+            }
         };
         Ok(self.end_reading(End { reason, matched_stop }))
     }

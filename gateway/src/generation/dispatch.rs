@@ -8,7 +8,7 @@ use std::{sync::Arc, time::Instant};
 
 use lockstep_proto::{
     error::{Error, Reason},
-    worker::v1::{GenerateRequest, GenerateResponse},
+    worker::v1::{GenerateRequest, GenerateResponse, Started, generate_response::Event},
 };
 use tonic::{Code, Status, Streaming};
 
@@ -19,14 +19,15 @@ use crate::{
     tokenizer::Caller,
 };
 
-use super::deadline::Deadline;
+use super::{choice::Breach, deadline::Deadline};
 
 /// A request that a group works on.
 #[derive(Debug)]
 pub(super) struct Running {
     pub(super) placement: Placement,
+    pub(super) started: Started,
+    /// What follows the start.
     pub(super) events: Streaming<GenerateResponse>,
-    pub(super) first: GenerateResponse,
 }
 
 /// What a request is dispatched by.
@@ -82,9 +83,13 @@ async fn begin(mut placement: Placement, order: &Order<'_>) -> Result<Result<Run
         Ok((events, first))
     };
     match first_event.await {
-        Ok((events, first)) => {
+        Ok((events, GenerateResponse { event: Some(Event::Started(started)) })) => {
             placement.worked();
-            Ok(Ok(Running { placement, events, first }))
+            Ok(Ok(Running { placement, started, events }))
+        }
+        Ok(_) => {
+            placement.failed();
+            Err(Failure::Breach { peer: format!("group {}", placement.address()), breach: Breach::Start })
         }
         Err(status) => Ok(Err(judge(&mut placement, &status))),
     }

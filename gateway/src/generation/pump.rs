@@ -11,11 +11,13 @@ use lockstep_proto::{
     tokenizer::v1::{DecodeIds, StreamDecodeResponse},
     v1,
     worker::v1::{
-        ChoiceFinish, GenerateResponse, PromptLogprobs, TokenLogprobs, Tokens, generate_response::Event as WorkerEvent,
+        ChoiceFinish, EndChoiceRequest, GenerateResponse, PromptLogprobs, Started, TokenLogprobs, Tokens,
+        generate_response::Event as WorkerEvent,
     },
 };
-use tokio::time::sleep_until;
+use tokio::{task::JoinSet, time::sleep_until};
 use tonic::{Status, Streaming};
+use tracing::Instrument as _;
 
 use super::{
     Plan, Prompt,
@@ -45,14 +47,15 @@ pub(super) struct Pump<'a> {
     prompt: &'a Prompt,
     placement: Placement,
     worker: Streaming<GenerateResponse>,
-    first: Option<GenerateResponse>,
+    started: Started,
     /// Whether the worker has said all that it will say.
     worker_ended: bool,
     choices: Vec<Choice>,
     /// Ids that the tokenizer was asked about, in order.
     pending: VecDeque<Pending>,
-    cached_tokens: u32,
     prompt_logprobs_due: bool,
+    /// Calls that end choices in the worker, at most one for each. Dropping them ends them.
+    endings: JoinSet<()>,
 }
 
 /// How all choices ended.
@@ -76,7 +79,7 @@ enum Turn {
 
 impl<'a> Pump<'a> {
     pub(super) fn new(decoding: Decoding<'a>, emitter: Emitter<'a>, running: Running, prompt: &'a Prompt) -> Self {
-        let Running { placement, events, first } = running;
+        let Running { placement, started, events } = running;
         let choices = (0..decoding.plan.sampling.n()).map(|index| Choice::new(index, decoding.rules)).collect();
         let prompt_logprobs_due = decoding.plan.output.prompt_logprobs().is_some();
         Self {
@@ -85,20 +88,17 @@ impl<'a> Pump<'a> {
             prompt,
             placement,
             worker: events,
-            first: Some(first),
+            started,
             worker_ended: false,
             choices,
             pending: VecDeque::new(),
-            cached_tokens: 0,
             prompt_logprobs_due,
+            endings: JoinSet::new(),
         }
     }
 
     /// Runs until every choice has ended. Dropping what is left of the worker's stream then cancels it.
     pub(super) async fn run(mut self) -> Result<(Emitter<'a>, End), Failure> {
-        if let Some(first) = self.first.take() {
-            self.take(first).await?;
-        }
         while !self.choices.iter().all(Choice::ended) {
             match self.turn().await? {
                 Turn::Text(answer) => self.answered(&answer).await?,
@@ -114,7 +114,7 @@ impl<'a> Pump<'a> {
         if completion_tokens == 0 && expired {
             return Err(Failure::Deadline);
         }
-        Ok((self.emitter, End { choices, completion_tokens, cached_tokens: self.cached_tokens }))
+        Ok((self.emitter, End { choices, completion_tokens, cached_tokens: self.started.cached_tokens }))
     }
 
     /// Waits for what happens next. Text goes first: it empties the line.
@@ -137,6 +137,7 @@ impl<'a> Pump<'a> {
             Some(WorkerEvent::Tokens(tokens)) => self.take_tokens(tokens),
             Some(WorkerEvent::Finish(finish)) => self.take_finish(&finish),
             Some(WorkerEvent::PromptLogprobs(logprobs)) => self.take_prompt_logprobs(logprobs).await,
+            Some(WorkerEvent::Started(_)) => Err(self.breach(Breach::Start)),
             // A later version may say more than this one understands.
             None => Ok(()),
         }
@@ -157,7 +158,6 @@ impl<'a> Pump<'a> {
     }
 
     fn take_finish(&mut self, finish: &ChoiceFinish) -> Result<(), Failure> {
-        self.cached_tokens = self.cached_tokens.max(finish.cached_tokens);
         let asked = match self.choice(finish.choice) {
             Some(choice) => choice.finish_reading(finish),
             None => Err(Breach::NoSuchChoice(finish.choice)),
@@ -190,12 +190,33 @@ impl<'a> Pump<'a> {
         let Some(pending) = self.pending.pop_front() else { return Ok(()) };
         let index = pending.choice;
         let Some(choice) = self.choice(index) else { return Ok(()) };
+        let was_open = !choice.ended();
         let decoded = choice.decoded(pending, answer);
+        let stopped = was_open && choice.ended() && !choice.worker_ended();
         let piece = decoded.map_err(|breach| {
             let peer = format!("tokenizer {}", self.decoding.decoder.address());
             Failure::Breach { peer, breach }
         })?;
+        if stopped && !self.choices.iter().all(Choice::ended) {
+            self.end_in_worker(index);
+        }
         self.emit(index, piece).await
+    }
+
+    /// Has the worker end a choice that a stop string has ended here, while others go on. Nothing waits for the call,
+    /// and nothing depends on it: if it fails, the choice ends with the stream.
+    fn end_in_worker(&mut self, choice: u32) {
+        let plan = self.decoding.plan;
+        let request = EndChoiceRequest { generation_id: self.started.generation_id.clone(), choice };
+        let left = plan.deadline.client().saturating_duration_since(Instant::now());
+        let request = plan.caller().request(request, left);
+        let mut client = self.placement.client();
+        let ending = async move {
+            if let Err(status) = client.end_choice(request).await {
+                tracing::debug!(choice, cause = status.message(), "a choice goes on in its worker");
+            }
+        };
+        self.endings.spawn(ending.in_current_span());
     }
 
     async fn emit(&mut self, choice: u32, piece: Piece) -> Result<(), Failure> {

@@ -92,7 +92,7 @@ async fn a_request_that_expires_before_its_first_token_is_a_plain_error() {
         let mut client = cluster.client();
         let request = with_deadline(stream("x"), Duration::from_millis(300));
         let call = tokio::spawn(async move { client.stream_generate(request).await });
-        let session = cluster.session().await;
+        let mut session = cluster.session().await;
         if worker_speaks {
             session.finish(0, WorkerReason::Deadline, None).await;
         }

@@ -123,11 +123,16 @@ async fn a_worker_that_breaks_its_contract_is_our_bug() {
         Tokens { choice: 0, position: 7, token_ids: vec![97], logprobs: Vec::new() },
     ] {
         let call = call(&cluster);
-        let session = cluster.session().await;
+        let mut session = cluster.session().await;
         session.send(Event::Tokens(wrong)).await;
         assert_eq!(call.await.unwrap().unwrap_err().reason(), Reason::Internal);
         in_time(session.dropped()).await;
     }
+    let call = call(&cluster);
+    let session = cluster.session().await;
+    session.send_alone(Event::Tokens(Tokens { token_ids: vec![97], ..Tokens::default() })).await;
+    let error = call.await.unwrap().unwrap_err();
+    assert_eq!(error.reason(), Reason::Internal, "tokens before the start: {error}");
 }
 
 #[tokio::test]

@@ -7,9 +7,9 @@ use std::{
 
 use futures_util::{Stream, StreamExt as _};
 use lockstep_proto::worker::v1::{
-    self as worker, ChoiceFinish, DrainRequest, DrainResponse, FinishReason, GenerateRequest, GenerateResponse,
-    GetStatusRequest, GetStatusResponse, TokenLogprobs, Tokens, WatchStatusRequest, WatchStatusResponse,
-    generate_response::Event, worker_service_server::WorkerService,
+    self as worker, ChoiceFinish, DrainRequest, DrainResponse, EndChoiceRequest, EndChoiceResponse, FinishReason,
+    GenerateRequest, GenerateResponse, GetStatusRequest, GetStatusResponse, Started, TokenLogprobs, Tokens,
+    WatchStatusRequest, WatchStatusResponse, generate_response::Event, worker_service_server::WorkerService,
 };
 use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::{ReceiverStream, WatchStream};
@@ -23,8 +23,14 @@ pub(crate) struct FakeWorker {
     pub(crate) status: watch::Sender<worker::Status>,
     /// Requests are answered so instead of being acted out.
     pub(crate) refusal: Arc<Mutex<Option<Status>>>,
+    /// What the gateway has asked to end; the answer never comes.
+    pub(crate) endings: watch::Sender<Vec<EndChoiceRequest>>,
     requests: mpsc::Sender<Session>,
 }
+
+/// How every generation is named, and what the prefix cache held of it.
+pub(crate) const GENERATION: [u8; 16] = [7; 16];
+const CACHED_TOKENS: u32 = 3;
 
 /// One request, acted out by the test.
 #[derive(Debug)]
@@ -32,6 +38,7 @@ pub(crate) struct Session {
     pub(crate) request: GenerateRequest,
     pub(crate) metadata: MetadataMap,
     events: mpsc::Sender<Result<GenerateResponse, Status>>,
+    started: bool,
     /// By choice, tokens sent.
     sent: Vec<u32>,
 }
@@ -49,12 +56,22 @@ impl FakeWorker {
             epoch: 1,
             ..worker::Status::default()
         });
-        (Self { status, refusal: Arc::default(), requests }, sessions)
+        (Self { status, refusal: Arc::default(), endings: watch::Sender::default(), requests }, sessions)
     }
 }
 
 impl Session {
-    pub(crate) async fn send(&self, event: Event) {
+    /// Sends an event, and before the first one what comes first.
+    pub(crate) async fn send(&mut self, event: Event) {
+        if !std::mem::replace(&mut self.started, true) {
+            let started = Started { generation_id: GENERATION.to_vec(), cached_tokens: CACHED_TOKENS };
+            self.send_alone(Event::Started(started)).await;
+        }
+        self.send_alone(event).await;
+    }
+
+    /// Sends an event and nothing before it.
+    pub(crate) async fn send_alone(&self, event: Event) {
         let _ = self.events.send(Ok(GenerateResponse { event: Some(event) })).await;
     }
 
@@ -73,8 +90,8 @@ impl Session {
         self.send(Event::Tokens(Tokens { choice, position, token_ids: ids.to_vec(), logprobs })).await;
     }
 
-    pub(crate) async fn finish(&self, choice: u32, reason: FinishReason, stop_token_id: Option<u32>) {
-        let finish = ChoiceFinish { choice, reason: reason.into(), stop_token_id, cached_tokens: 3 };
+    pub(crate) async fn finish(&mut self, choice: u32, reason: FinishReason, stop_token_id: Option<u32>) {
+        let finish = ChoiceFinish { choice, reason: reason.into(), stop_token_id };
         self.send(Event::Finish(finish)).await;
     }
 
@@ -103,9 +120,14 @@ impl WorkerService for FakeWorker {
         let metadata = request.metadata().clone();
         let request = request.into_inner();
         let sent = vec![0; request.n as usize];
-        let session = Session { request, metadata, events, sent };
+        let session = Session { request, metadata, events, started: false, sent };
         self.requests.send(session).await.map_err(|_| Status::internal("nobody acts"))?;
         Ok(Response::new(ReceiverStream::new(stream)))
+    }
+
+    async fn end_choice(&self, request: Request<EndChoiceRequest>) -> Result<Response<EndChoiceResponse>, Status> {
+        self.endings.send_modify(|endings| endings.push(request.into_inner()));
+        std::future::pending().await
     }
 
     async fn get_status(&self, _: Request<GetStatusRequest>) -> Result<Response<GetStatusResponse>, Status> {

@@ -8,7 +8,8 @@ use lockstep_proto::{
         raw_prompt::Prompt, stream_generate_response::Event,
     },
     worker::v1::{
-        FinishReason as WorkerReason, Logprob, PromptLogprobs, TokenLogprobs, generate_response::Event as WorkerEvent,
+        EndChoiceRequest, FinishReason as WorkerReason, Logprob, PromptLogprobs, TokenLogprobs,
+        generate_response::Event as WorkerEvent,
     },
 };
 use tonic::{Request, Streaming};
@@ -16,6 +17,7 @@ use tonic::{Request, Streaming};
 use super::{
     cluster::{Cluster, in_time, until},
     fake_tokenizer::{BOS, END},
+    fake_worker::GENERATION,
 };
 
 pub(crate) fn prompt(text: &str) -> Option<RawPrompt> {
@@ -155,6 +157,8 @@ async fn a_stop_string_across_messages_ends_the_choice_and_lets_the_worker_go() 
     }
     let streamed = Streamed::read(call.await.unwrap()).await;
     in_time(session.dropped()).await;
+    assert!(cluster.groups[0].worker.endings.borrow().is_empty(), "the end of the stream ends the only choice");
+    assert_eq!(streamed.finish.usage.unwrap().cached_tokens, 3, "although the worker has not finished the choice");
     assert_eq!((streamed.text(0), streamed.ids(0).len()), ("one ".into(), "one STOP".len()));
     let end = &streamed.finish.choices[0];
     assert_eq!((end.reason(), &end.matched_stop), (FinishReason::Stop, &Some(MatchedStop::Stop("STOP".into()))));
@@ -184,6 +188,32 @@ async fn choices_interleave_and_each_ends_by_itself() {
     let ends: Vec<_> = streamed.finish.choices.iter().map(|end| (end.choice, end.reason())).collect();
     assert_eq!(ends, [(0, FinishReason::Length), (1, FinishReason::Length), (2, FinishReason::Stop)]);
     assert_eq!(streamed.finish.usage.unwrap().completion_tokens, 6);
+}
+
+#[tokio::test]
+async fn a_choice_that_a_stop_string_ended_is_ended_in_the_worker_and_nothing_waits_for_it() {
+    let mut cluster = Cluster::start().await;
+    let mut client = cluster.client();
+    let sampling = SamplingParams { n: Some(3), stop: vec!["!".into()], ..SamplingParams::default() };
+    let request = StreamGenerateRequest { sampling: Some(sampling), ..stream("x") };
+    let call = tokio::spawn(async move { client.stream_generate(request).await.unwrap().into_inner() });
+    let mut session = cluster.session().await;
+    session.text(1, "b!").await;
+    let mut endings = cluster.groups[0].worker.endings.subscribe();
+    let asked = in_time(endings.wait_for(|endings| !endings.is_empty())).await.unwrap().clone();
+    assert_eq!(asked, [EndChoiceRequest { generation_id: GENERATION.to_vec(), choice: 1 }]);
+    session.text(1, "too late!").await;
+    session.finish(1, WorkerReason::Ended, None).await;
+    session.text(0, "a!").await;
+    in_time(endings.wait_for(|endings| endings.len() == 2)).await.unwrap();
+    // The calls have no answer, and the stream goes on.
+    session.text(2, "c").await;
+    session.finish(2, WorkerReason::Length, None).await;
+    let streamed = Streamed::read(call.await.unwrap()).await;
+    assert_eq!([0, 1, 2].map(|choice| streamed.text(choice)), ["a", "b", "c"]);
+    let ends: Vec<_> = streamed.finish.choices.iter().map(v1::ChoiceFinish::reason).collect();
+    assert_eq!(ends, [FinishReason::Stop, FinishReason::Stop, FinishReason::Length]);
+    assert_eq!(endings.borrow().len(), 2, "each is asked for once, and none that ended by itself");
 }
 
 #[tokio::test]

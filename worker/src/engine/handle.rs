@@ -13,7 +13,7 @@ use std::{
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio_stream::Stream;
 
-use super::{COMMAND_QUEUE, EVENT_QUEUE, EngineError, Event, EventSender, Job};
+use super::{COMMAND_QUEUE, EVENT_QUEUE, EngineError, Event, EventSender, GenerationId, Job};
 use crate::scheduler::Stats;
 
 /// What the engine is asked to do.
@@ -21,6 +21,8 @@ use crate::scheduler::Stats;
 pub(super) enum Command {
     /// Run a job.
     Submit(Submission),
+    /// End one choice of a job, if it is there.
+    EndChoice { generation: GenerationId, choice: u32 },
     /// Take no further jobs, and answer when none is left.
     Drain(oneshot::Sender<()>),
     /// End the step loop; what runs is lost.
@@ -93,6 +95,14 @@ impl EngineHandle {
         self.send(Command::Submit(Submission { job, accepted, outlet }))?;
         answer.await.unwrap_or_else(|_| Err(stopped()))?;
         Ok(EventStream { events: receiver, failure, choices_left })
+    }
+
+    /// Ends one choice of a job before the next step. One that is not there (it may just have ended) is no error.
+    ///
+    /// # Errors
+    /// Why the engine did not hear of it.
+    pub fn end_choice(&self, generation: GenerationId, choice: u32) -> Result<(), EngineError> {
+        self.send(Command::EndChoice { generation, choice })
     }
 
     /// The engine's state, and its changes.

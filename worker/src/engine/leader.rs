@@ -221,6 +221,7 @@ impl Leader {
     fn obey(&mut self, command: Command) -> ControlFlow<()> {
         match command {
             Command::Submit(submission) => self.submit(submission),
+            Command::EndChoice { generation, choice } => self.live.end_choice(&mut self.scheduler, generation, choice),
             Command::Drain(done) => {
                 self.draining = true;
                 self.drained.push(done);

@@ -4,7 +4,7 @@ use std::{collections::HashMap, time::Instant};
 
 use tokio::sync::mpsc::error::TrySendError;
 
-use super::{EngineError, Event, FinishReason, Job, handle::Outlet};
+use super::{EngineError, Event, FinishReason, GenerationId, Job, handle::Outlet};
 use crate::{
     sampler::{Sampler, TokenLogprobs},
     scheduler::{
@@ -20,22 +20,22 @@ struct LiveJob {
     outlet: Outlet,
     sequences: Vec<SeqId>,
     prompt_logprobs: Vec<TokenLogprobs>,
+    /// Whether its reader has its [`Event::Started`].
+    started: bool,
 }
 
 /// A choice of a job.
 #[derive(Debug)]
 struct LiveSequence {
-    job: u64,
+    generation: GenerationId,
     choice: u32,
     emitted: Vec<u32>,
-    cached_tokens: u32,
 }
 
 /// All jobs that run or wait in the scheduler.
 #[derive(Debug, Default)]
 pub(super) struct LiveJobs {
-    next_job: u64,
-    jobs: HashMap<u64, LiveJob>,
+    jobs: HashMap<GenerationId, LiveJob>,
     sequences: HashMap<SeqId, LiveSequence>,
 }
 
@@ -73,12 +73,11 @@ impl LiveJobs {
                 }
             }
         }
-        let key = self.next_job;
-        self.next_job += 1;
+        let generation = GenerationId::random();
         for (choice, &id) in (0..).zip(&sequences) {
-            self.sequences.insert(id, LiveSequence { job: key, choice, emitted: Vec::new(), cached_tokens: 0 });
+            self.sequences.insert(id, LiveSequence { generation, choice, emitted: Vec::new() });
         }
-        self.jobs.insert(key, LiveJob { job, outlet, sequences, prompt_logprobs: Vec::new() });
+        self.jobs.insert(generation, LiveJob { job, outlet, sequences, prompt_logprobs: Vec::new(), started: false });
         Ok(())
     }
 
@@ -89,17 +88,18 @@ impl LiveJobs {
 
     /// Drops the jobs whose readers have gone. Returns how many.
     pub(super) fn drop_abandoned(&mut self, scheduler: &mut Scheduler) -> usize {
-        let abandoned: Vec<u64> =
-            self.jobs.iter().filter(|(_, live)| live.outlet.events.is_closed()).map(|(key, _)| *key).collect();
-        for &key in &abandoned {
-            self.drop_job(scheduler, key);
+        let abandoned: Vec<GenerationId> =
+            self.jobs.iter().filter(|(_, live)| live.outlet.events.is_closed()).map(|(id, _)| *id).collect();
+        for &generation in &abandoned {
+            self.drop_job(scheduler, generation);
         }
         abandoned.len()
     }
 
     /// Keeps the log-probabilities of the prompt's tokens that a chunk's logits, `[n, vocab_size]`, predict.
     pub(super) fn keep_prompt_logprobs(&mut self, step: &SequenceStep, logits: &[f32], sampler: &mut Sampler) {
-        let Some(live) = self.sequences.get(&step.id).and_then(|sequence| self.jobs.get_mut(&sequence.job)) else {
+        let Some(live) = self.sequences.get(&step.id).and_then(|sequence| self.jobs.get_mut(&sequence.generation))
+        else {
             return;
         };
         let (prompt, n_top) = (&live.job.prompt, live.job.prompt_logprobs.unwrap_or(0) as usize);
@@ -120,15 +120,16 @@ impl LiveJobs {
         sampler: &mut Sampler,
     ) -> Option<Outcome> {
         let sequence = self.sequences.get_mut(&id)?;
-        let live = self.jobs.get_mut(&sequence.job)?;
+        let live = self.jobs.get_mut(&sequence.generation)?;
         let job = &live.job;
-        sequence.cached_tokens = cached_tokens;
         let token = sampler.sample(logits, &job.params, &job.prompt, &sequence.emitted, sequence.choice);
         let logprobs = job.logprobs.map(|n_top| sampler.logprobs(logits, token, n_top as usize));
         let mut delivered = true;
-        if sequence.choice == 0 && sequence.emitted.is_empty() && job.prompt_logprobs.is_some() {
-            let event = Event::PromptLogprobs(std::mem::take(&mut live.prompt_logprobs));
-            delivered &= live.outlet.send(event);
+        if !std::mem::replace(&mut live.started, true) {
+            delivered &= live.outlet.send(Event::Started { generation: sequence.generation, cached_tokens });
+            if job.prompt_logprobs.is_some() {
+                delivered &= live.outlet.send(Event::PromptLogprobs(std::mem::take(&mut live.prompt_logprobs)));
+            }
         }
         let position = sequence.emitted.len() as u32;
         delivered &= live.outlet.send(Event::Token { choice: sequence.choice, position, token_id: token, logprobs });
@@ -137,32 +138,42 @@ impl LiveJobs {
         Some(Outcome { sampled: Sampled { id, token, stop }, cut_off: !delivered })
     }
 
-    /// Ends one choice.
+    /// Ends one choice, which the scheduler has ended.
     pub(super) fn finish(&mut self, id: SeqId, reason: Reason) {
         let Some(sequence) = self.sequences.remove(&id) else { return };
-        let Some(live) = self.jobs.get_mut(&sequence.job) else { return };
+        let Some(live) = self.jobs.get_mut(&sequence.generation) else { return };
         let reason = match reason {
             Reason::Stop => sequence.emitted.last().map_or(FinishReason::Length, |id| FinishReason::StopToken(*id)),
             Reason::Length => FinishReason::Length,
             Reason::Deadline => FinishReason::Deadline,
+            Reason::Ended => FinishReason::Ended,
         };
-        live.sequences.retain(|other| *other != id);
-        let never_started = reason == FinishReason::Deadline && sequence.emitted.is_empty();
-        if never_started && live.job.n == 1 {
-            live.outlet.fail(EngineError::Expired);
+        if live.started {
+            live.outlet.send(Event::Finish { choice: sequence.choice, reason });
         } else {
-            let LiveSequence { choice, cached_tokens, .. } = sequence;
-            live.outlet.send(Event::Finish { choice, reason, cached_tokens });
+            // Its other choices have the same deadline, so that all of them end here.
+            live.outlet.fail(EngineError::Expired);
         }
+        live.sequences.retain(|other| *other != id);
         if live.sequences.is_empty() {
-            self.jobs.remove(&sequence.job);
+            self.jobs.remove(&sequence.generation);
+        }
+    }
+
+    /// Ends one choice because its reader wants no more of it.
+    pub(super) fn end_choice(&mut self, scheduler: &mut Scheduler, generation: GenerationId, choice: u32) {
+        let sequences = self.jobs.get(&generation).map(|live| live.sequences.as_slice()).unwrap_or_default();
+        let is_meant = |id: &&SeqId| self.sequences.get(id).is_some_and(|sequence| sequence.choice == choice);
+        if let Some(&id) = sequences.iter().find(is_meant) {
+            scheduler.abort(id);
+            self.finish(id, Reason::Ended);
         }
     }
 
     /// Drops the job that a sequence belongs to; its reader was told why, or is gone.
     pub(super) fn drop_job_of(&mut self, scheduler: &mut Scheduler, id: SeqId) {
-        if let Some(key) = self.sequences.get(&id).map(|sequence| sequence.job) {
-            self.drop_job(scheduler, key);
+        if let Some(generation) = self.sequences.get(&id).map(|sequence| sequence.generation) {
+            self.drop_job(scheduler, generation);
         }
     }
 
@@ -174,15 +185,15 @@ impl LiveJobs {
         self.sequences.clear();
     }
 
-    fn drop_job(&mut self, scheduler: &mut Scheduler, key: u64) {
-        for id in self.jobs.remove(&key).into_iter().flat_map(|live| live.sequences) {
+    fn drop_job(&mut self, scheduler: &mut Scheduler, generation: GenerationId) {
+        for id in self.jobs.remove(&generation).into_iter().flat_map(|live| live.sequences) {
             self.sequences.remove(&id);
             scheduler.abort(id);
         }
     }
 }
 
-/// Why a choice ends, as the scheduler sees it.
+/// Why a choice ends.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Reason {
     /// A stop token was sampled.
@@ -191,6 +202,8 @@ pub(super) enum Reason {
     Length,
     /// Out of time.
     Deadline,
+    /// Its reader wants no more of it.
+    Ended,
 }
 
 impl Outlet {
@@ -209,5 +222,168 @@ impl Outlet {
     /// The error that the reader finds when its stream ends; the first one counts.
     fn fail(&self, error: EngineError) {
         let _ = self.failure.set(error);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        sync::{Arc, OnceLock},
+        time::Duration,
+    };
+
+    use tokio::sync::mpsc;
+
+    use super::*;
+    use crate::{
+        sampler::SamplingParams,
+        scheduler::{SchedulerConfig, plan::LogitsRows},
+    };
+
+    const VOCAB_SIZE: usize = 8;
+
+    /// An engine without a model: every row of logits is the same.
+    struct Engine {
+        live: LiveJobs,
+        scheduler: Scheduler,
+        sampler: Sampler,
+    }
+
+    /// The reader of a job.
+    struct Reader {
+        events: mpsc::Receiver<Event>,
+        failure: Arc<OnceLock<EngineError>>,
+    }
+
+    impl Engine {
+        fn new() -> Self {
+            let config = SchedulerConfig {
+                max_step_tokens: 16,
+                max_prefill_chunk: 8,
+                max_running: 8,
+                max_waiting: 8,
+                n_blocks: 64,
+                block_size: 2,
+                context_length: 64,
+            };
+            let scheduler = Scheduler::new(config).unwrap();
+            Self { live: LiveJobs::default(), scheduler, sampler: Sampler::new(VOCAB_SIZE) }
+        }
+
+        fn admit(&mut self, job: Job) -> Reader {
+            let (sender, events) = mpsc::channel(64);
+            let failure = Arc::new(OnceLock::new());
+            let outlet = Outlet { events: sender, failure: Arc::clone(&failure) };
+            self.live.admit(&mut self.scheduler, job, outlet, Instant::now()).unwrap();
+            Reader { events, failure }
+        }
+
+        fn step(&mut self) {
+            let now = Instant::now();
+            let scheduled = self.scheduler.schedule(now);
+            scheduled.expired.into_iter().for_each(|id| self.live.finish(id, Reason::Deadline));
+            let Some(plan) = scheduled.plan else { return };
+            for step in plan.sequences.iter().filter(|step| step.logits == LogitsRows::All) {
+                let rows = vec![0.0; step.token_ids.len() * VOCAB_SIZE];
+                self.live.keep_prompt_logprobs(step, &rows, &mut self.sampler);
+            }
+            let due: Vec<SeqId> = self.scheduler.due().collect();
+            let mut sample = |id| {
+                let cached_tokens = self.scheduler.cached_tokens(id);
+                self.live.advance(id, &[0.0; VOCAB_SIZE], cached_tokens, &mut self.sampler)
+            };
+            let sampled: Vec<Sampled> =
+                due.into_iter().filter_map(&mut sample).map(|outcome| outcome.sampled).collect();
+            for (id, _) in self.scheduler.commit(&sampled) {
+                self.live.finish(id, Reason::Length);
+            }
+            self.scheduler.check_integrity();
+        }
+    }
+
+    impl Reader {
+        /// What has come since the last call.
+        fn read(&mut self) -> Vec<Event> {
+            std::iter::from_fn(|| self.events.try_recv().ok()).collect()
+        }
+
+        fn started(&mut self) -> GenerationId {
+            match self.read().first() {
+                Some(Event::Started { generation, .. }) => *generation,
+                other => panic!("{other:?} comes first"),
+            }
+        }
+    }
+
+    /// Its choices share the prompt's first block: all run from the second step on.
+    fn job(n: u32) -> Job {
+        Job {
+            request_id: "the same for all".into(),
+            prompt: vec![1, 2, 3],
+            params: SamplingParams::default(),
+            max_new_tokens: 40,
+            n,
+            logprobs: None,
+            prompt_logprobs: None,
+            deadline: None,
+        }
+    }
+
+    fn choices(events: &[Event]) -> Vec<u32> {
+        let choice = |event: &Event| match event {
+            Event::Token { choice, .. } => Some(*choice),
+            _ => None,
+        };
+        events.iter().filter_map(choice).collect()
+    }
+
+    #[test]
+    fn an_ended_choice_is_in_no_further_step_and_its_blocks_are_free() {
+        let mut engine = Engine::new();
+        let mut reader = engine.admit(job(3));
+        engine.step();
+        engine.step();
+        let generation = reader.started();
+        let before = engine.scheduler.stats();
+        engine.live.end_choice(&mut engine.scheduler, generation, 1);
+        let after = engine.scheduler.stats();
+        assert_eq!((before.running, after.running), (3, 2));
+        assert!(after.blocks.referenced < before.blocks.referenced, "{before:?} {after:?}");
+        let told = reader.read();
+        assert!(matches!(told[..], [Event::Finish { choice: 1, reason: FinishReason::Ended }]), "{told:?}");
+        engine.step();
+        assert_eq!(choices(&reader.read()), [0, 2]);
+    }
+
+    #[test]
+    fn who_is_not_there_is_not_ended() {
+        let mut engine = Engine::new();
+        let (mut reader, mut other) = (engine.admit(job(2)), engine.admit(job(2)));
+        engine.step();
+        engine.step();
+        let (generation, others) = (reader.started(), other.started());
+        assert_ne!(generation, others, "although both requests have one id");
+        for (generation, choice) in [(generation, 0), (generation, 0), (generation, 2), (GenerationId([0; 16]), 1)] {
+            engine.live.end_choice(&mut engine.scheduler, generation, choice);
+        }
+        assert_eq!(engine.scheduler.stats().running, 3);
+        assert_eq!((reader.read().len(), other.read().len()), (1, 0), "one Finish, once");
+        engine.live.end_choice(&mut engine.scheduler, generation, 1);
+        engine.live.end_choice(&mut engine.scheduler, others, 0);
+        engine.live.end_choice(&mut engine.scheduler, others, 1);
+        assert!(engine.live.is_empty());
+        assert_eq!(engine.scheduler.stats().blocks.referenced, 0);
+    }
+
+    #[test]
+    fn a_job_that_never_started_has_no_events_but_expires() {
+        let mut engine = Engine::new();
+        let mut reader = engine.admit(Job { deadline: Some(Instant::now() + Duration::from_millis(1)), ..job(2) });
+        while !engine.live.is_empty() {
+            let expired = engine.scheduler.schedule(Instant::now() + Duration::from_secs(1)).expired;
+            expired.into_iter().for_each(|id| engine.live.finish(id, Reason::Deadline));
+        }
+        assert!(reader.read().is_empty());
+        assert!(matches!(reader.failure.get(), Some(EngineError::Expired)));
     }
 }

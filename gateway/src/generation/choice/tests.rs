@@ -25,7 +25,7 @@ fn answer(text: &str, ends: &[u32]) -> StreamDecodeResponse {
 }
 
 fn worker_finish(reason: worker::FinishReason, stop_token_id: Option<u32>) -> worker::ChoiceFinish {
-    worker::ChoiceFinish { choice: 0, reason: reason.into(), stop_token_id, cached_tokens: 0 }
+    worker::ChoiceFinish { choice: 0, reason: reason.into(), stop_token_id }
 }
 
 /// Drives a choice with ids whose texts are given, then with the worker's end; answers ids, text and how it ended.
@@ -109,6 +109,15 @@ fn a_stop_string_in_the_text_that_was_held_back_beats_the_workers_reason() {
     let piece = choice.decoded(pending, &answer("aé", &[])).unwrap();
     assert_eq!(piece.text, "a");
     assert_eq!(choice.finish().unwrap().matched_stop, Some(MatchedStop::Stop("é".into())));
+}
+
+#[test]
+fn only_a_choice_that_has_ended_may_be_ended_by_request() {
+    let ended = worker_finish(worker::FinishReason::Ended, None);
+    let (_, text, finish) = drive(&rules(&["b"]), &[&[(1, "ab")]], &ended);
+    assert_eq!((text.as_str(), finish.matched_stop), ("a", Some(MatchedStop::Stop("b".into()))));
+    let mut choice = Choice::new(0, &rules(&["b"]));
+    assert_eq!(choice.finish_reading(&ended).unwrap_err(), Breach::NoReason(0));
 }
 
 #[test]
