@@ -8,8 +8,8 @@
 //! 2. [`Server::serve`] answers. `grpc.health.v1` says SERVING for `""` from the first moment (the process is alive) and
 //!    for the service's own names while [`Readiness`] says so.
 //! 3. When [`Shutdown`] starts, the names turn NOT_SERVING, new calls are refused with `DRAINING`, and calls that run
-//!    end in their own time, at most `limits.drain_timeout_ms`; what still runs then ends with `DRAINING`. Then
-//!    connections close with a GOAWAY.
+//!    end in their own time, at most `limits.drain_timeout_ms`; so does [`Work`] that is no call. What still runs then
+//!    ends with `DRAINING`, and connections close with a GOAWAY.
 //!
 //! # Limits
 //!
@@ -46,6 +46,7 @@ use crate::{
 
 pub use self::{
     health::Readiness,
+    requests::Work,
     shutdown::{Phase, Shutdown},
 };
 
@@ -179,6 +180,8 @@ pub struct Server {
     names: Vec<&'static str>,
     background: Vec<&'static str>,
     quiet: Vec<&'static str>,
+    /// Calls and other work that a drain waits for.
+    running: watch::Sender<usize>,
 }
 
 // === impl Limits ===
@@ -265,6 +268,7 @@ impl Server {
             names: Vec::new(),
             background: Vec::new(),
             quiet: Vec::new(),
+            running: watch::Sender::new(0),
         })
     }
 
@@ -290,6 +294,12 @@ impl Server {
     pub fn quiet(mut self, paths: &[&'static str]) -> Self {
         self.quiet.extend(paths);
         self
+    }
+
+    /// Work that is no call of this server, for as long as the result lives: a drain waits for it as for calls.
+    #[must_use]
+    pub fn work(&self) -> Work {
+        Work::new(&self.running)
     }
 
     /// Where gRPC is answered.
@@ -331,7 +341,8 @@ impl Server {
             .add_service(reflection(&self.names).with_service_name(REFLECTION_V1ALPHA).build_v1alpha()?)
             .prepare();
         let closing = watch::Sender::new(false);
-        let calls = requests::Calls::new(self.background, self.quiet, shutdown.clone(), closing.subscribe());
+        let calls =
+            requests::Calls::new(self.background, self.quiet, shutdown.clone(), closing.subscribe(), self.running);
 
         let rpcs =
             connections::serve(self.grpc, connections::grpc(limits), limits, closing.subscribe(), |connection| {

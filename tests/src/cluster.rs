@@ -338,9 +338,26 @@ impl Process {
     /// # Errors
     /// If it does not end, or with another status; the error holds its log.
     pub async fn terminate(&mut self) -> Result<()> {
+        self.ask_to_end().await?;
+        self.ended().await
+    }
+
+    /// Asks it to end (SIGTERM).
+    ///
+    /// # Errors
+    /// If it has ended already.
+    pub async fn ask_to_end(&self) -> Result<()> {
         let Some(id) = self.child.id() else { bail!("{} has ended already: {}", self.name, self.log()) };
         let killed = Command::new("kill").args(["-TERM", &id.to_string()]).status().await?;
         ensure!(killed.success(), "cannot signal {}", self.name);
+        Ok(())
+    }
+
+    /// Waits until it has ended, with status 0.
+    ///
+    /// # Errors
+    /// If it does not end, or with another status; the error holds its log.
+    pub async fn ended(&mut self) -> Result<()> {
         let status = tokio::time::timeout(PATIENCE, self.child.wait())
             .await
             .with_context(|| format!("{} did not end: {}", self.name, self.log()))??;

@@ -12,7 +12,13 @@ use tonic::Code;
 
 /// A request that runs for much longer than a test.
 fn endless() -> StreamGenerateRequest {
-    let sampling = SamplingParams { max_new_tokens: Some(4_000), ignore_eos: Some(true), ..SamplingParams::default() };
+    of_length(4_000)
+}
+
+/// A request for exactly so many tokens.
+fn of_length(n_tokens: u32) -> StreamGenerateRequest {
+    let sampling =
+        SamplingParams { max_new_tokens: Some(n_tokens), ignore_eos: Some(true), ..SamplingParams::default() };
     StreamGenerateRequest {
         prompt: Some(RawPrompt { prompt: Some(Prompt::TokenIds(TokenIds { ids: (100..140).collect() })) }),
         sampling: Some(sampling),
@@ -65,5 +71,59 @@ async fn a_killed_follower_is_unavailable_within_two_seconds_and_may_return() ->
     let mut again = client.stream_generate(endless()).await?.into_inner();
     again.next().await.context("a start")??;
     drop(again);
+    cluster.stop().await
+}
+
+/// Streams 200 tokens at world size 2, asks the given ranks to end once the first has come, and expects all of it.
+/// Returns the cluster, whose asked ranks have ended.
+async fn drained_by_ending(ranks: &[usize]) -> Result<Cluster> {
+    let mut cluster = Cluster::builder().world_size(2).start().await?;
+    let mut client = cluster.inference().await?;
+    let mut stream = client.stream_generate(of_length(200)).await?.into_inner();
+    let (mut n_tokens, mut finished, mut asked) = (0, false, false);
+    while let Some(response) = stream.next().await {
+        match response?.event {
+            Some(Event::Chunk(chunk)) => n_tokens += chunk.token_ids.len(),
+            Some(Event::Finish(_)) => finished = true,
+            _ => {}
+        }
+        if n_tokens > 0 && !asked {
+            asked = true;
+            for rank in ranks {
+                cluster.groups[0][*rank].ask_to_end().await?;
+            }
+            // The group takes nothing new from now on, and says so before anybody is refused.
+            if ranks == [1] {
+                cluster.wait_for_status(0, |status| status.draining).await?;
+            }
+        }
+    }
+    assert_eq!((n_tokens, finished), (200, true), "the stream was cut");
+    for rank in ranks {
+        cluster.groups[0][*rank].ended().await?;
+    }
+    Ok(cluster)
+}
+
+#[tokio::test]
+async fn a_stream_outlives_the_end_of_all_ranks() -> Result<()> {
+    let mut cluster = drained_by_ending(&[0, 1]).await?;
+    cluster.gateway.terminate().await?;
+    cluster.tokenizer.terminate().await
+}
+
+#[tokio::test]
+async fn a_stream_outlives_the_end_of_a_follower_and_the_group_forms_anew() -> Result<()> {
+    let mut cluster = drained_by_ending(&[1]).await?;
+    let log = cluster.groups[0][0].log();
+    assert!(log.contains("rank 1 shuts down"), "{log}");
+    cluster.restart_follower(0, 1).await?;
+    cluster.wait_for_status(0, |status| status.ready && !status.draining).await?;
+    cluster.gateway.wait_ready("lockstep.v1.InferenceService").await?;
+    let mut client = cluster.inference().await?;
+    let mut again = client.stream_generate(of_length(4)).await?.into_inner();
+    while let Some(response) = again.next().await {
+        response?;
+    }
     cluster.stop().await
 }

@@ -11,7 +11,9 @@ const PROMPT: &str = "Marmalade xylophones";
 
 #[tokio::test]
 async fn a_request_is_logged_by_its_id_and_without_its_text() -> Result<()> {
-    let cluster = Cluster::builder().start().await?;
+    // Followers name requests at level debug.
+    let cluster =
+        Cluster::builder().world_size(2).worker_arg("--log.filter=info,lockstep_worker=debug").start().await?;
     let part = ContentPart { part: Some(Part::Text(PROMPT.into())) };
     let message = Message { role: Role::User.into(), content: vec![part], ..Message::default() };
     let request = ChatRequest {
@@ -26,7 +28,7 @@ async fn a_request_is_logged_by_its_id_and_without_its_text() -> Result<()> {
         anyhow::bail!("no text");
     };
 
-    let services = [&cluster.gateway, &cluster.tokenizer, &cluster.groups[0][0]];
+    let services = [&cluster.gateway, &cluster.tokenizer, &cluster.groups[0][0], &cluster.groups[0][1]];
     let deadline = Instant::now() + PATIENCE;
     while !services.iter().all(|service| service.log().contains(&id)) {
         let logs: String = services.iter().map(|service| service.log()).collect();

@@ -43,7 +43,8 @@ pub struct Epoch {
     pub collective: Box<dyn Collective>,
 }
 
-/// Ends a rank's part in its group from any thread: what waits returns [`GroupError::Stopped`], now and later.
+/// Ends a rank's part in its group from any thread, at once or with the epoch, as whoever made it says: what waits
+/// returns [`GroupError::Stopped`] then, and ever after.
 #[derive(Clone)]
 pub struct StopHandle(Arc<dyn Fn() + Send + Sync>);
 

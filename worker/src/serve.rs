@@ -9,7 +9,7 @@ use std::{
 use anyhow::{Context, Result, anyhow};
 use lockstep_checkpoint::Checkpoint;
 use lockstep_proto::{
-    server::{Readiness, Server, Shutdown},
+    server::{Readiness, Server, Shutdown, Work},
     telemetry,
     worker::v1::{group_service_server::GroupServiceServer, worker_service_server::WorkerServiceServer},
 };
@@ -38,9 +38,14 @@ use crate::{
 /// The name under which health reports every rank: it belongs to a group that is together.
 const HEALTH_NAME: &str = "lockstep.worker.v1.WorkerService";
 
-/// Calls that a drain leaves alone: those between ranks, and those by which running work ends sooner.
-const BACKGROUND_CALLS: [&str; 2] =
-    ["/lockstep.worker.v1.GroupService/", "/lockstep.worker.v1.WorkerService/EndChoice"];
+/// Calls that a drain leaves alone: those between ranks, those by which running work ends sooner, and questions about the
+/// state.
+const BACKGROUND_CALLS: [&str; 4] = [
+    "/lockstep.worker.v1.GroupService/",
+    "/lockstep.worker.v1.WorkerService/EndChoice",
+    "/lockstep.worker.v1.WorkerService/GetStatus",
+    "/lockstep.worker.v1.WorkerService/WatchStatus",
+];
 
 /// How often a leader's readiness is looked at when its engine says nothing.
 const READINESS_INTERVAL: Duration = Duration::from_millis(500);
@@ -53,13 +58,19 @@ struct Shard {
     attestation: Attestation,
 }
 
+/// What an engine and its server tell each other.
+struct Switches {
+    readiness: Readiness,
+    shutdown: Shutdown,
+}
+
 /// A running engine.
 struct Engine {
     routes: Routes,
     thread: JoinHandle<Result<(), GroupError>>,
     stop: StopHandle,
     handle: Option<EngineHandle>,
-    _readiness: Option<AbortOnDropHandle<()>>,
+    _tasks: Vec<AbortOnDropHandle<()>>,
 }
 
 /// Serves one rank until it is told to end.
@@ -76,18 +87,18 @@ pub async fn serve(config: WorkerConfig) -> Result<()> {
     let config = Arc::new(config);
     let loading = Arc::clone(&config);
     let shard = tokio::task::spawn_blocking(move || load(&loading)).await.context("loading panicked")??;
-    let readiness = Readiness::new();
+    let switches = Switches { readiness: Readiness::new(), shutdown };
     let engine = if config.group.rank == 0 {
-        start_leader(&config, shard, metrics, &readiness)?
+        start_leader(&config, shard, metrics, &switches)?
     } else {
-        start_follower(&config, shard, metrics, &readiness, &shutdown)?
+        start_follower(&config, shard, metrics, &switches, server.work())?
     };
     server.announce()?;
-    server.serve(engine.routes, &readiness, &shutdown).await?;
+    server.serve(engine.routes, &switches.readiness, &switches.shutdown).await?;
+    engine.stop.stop();
     if let Some(handle) = &engine.handle {
         handle.stop();
     }
-    engine.stop.stop();
     let ended = tokio::task::spawn_blocking(|| engine.thread.join()).await?;
     ended.map_err(|_| anyhow!("the engine panicked"))??;
     Ok(())
@@ -135,7 +146,7 @@ fn attest(digest: &str, settings: &RunnerSettings, world_size: usize) -> Attesta
     entries.into_iter().collect()
 }
 
-fn start_leader(config: &WorkerConfig, shard: Shard, metrics: Metrics, readiness: &Readiness) -> Result<Engine> {
+fn start_leader(config: &WorkerConfig, shard: Shard, metrics: Metrics, switches: &Switches) -> Result<Engine> {
     let Shard { runner, settings, identity, attestation } = shard;
     let (group, rpc) = LeaderGroup::new(config.group.clone(), attestation, &Handle::current())?;
     let stop = group.stop_handle();
@@ -147,43 +158,58 @@ fn start_leader(config: &WorkerConfig, shard: Shard, metrics: Metrics, readiness
         Ok(())
     })?;
     let stall_after = Duration::from_millis(config.engine.stall_after_ms);
-    let watch = watch_readiness(handle.clone(), readiness.clone(), stall_after);
+    let watch = watch_readiness(handle.clone(), switches.readiness.clone(), stall_after);
+    let drain = drain_at_shutdown(handle.clone(), switches.shutdown.clone());
     let max_bytes = config.limits.max_message_bytes();
     let service = Service::new(handle.clone(), identity);
     let routes = Routes::new(WorkerServiceServer::new(service).max_decoding_message_size(max_bytes))
         .add_service(GroupServiceServer::new(rpc).max_decoding_message_size(max_bytes));
-    let watch = AbortOnDropHandle::new(tokio::spawn(watch));
-    Ok(Engine { routes, thread, stop, handle: Some(handle), _readiness: Some(watch) })
+    let tasks = vec![AbortOnDropHandle::new(tokio::spawn(watch)), AbortOnDropHandle::new(tokio::spawn(drain))];
+    Ok(Engine { routes, thread, stop, handle: Some(handle), _tasks: tasks })
 }
 
+/// `work` lasts as long as the engine: the server's drain is then the follower's, too.
 fn start_follower(
     config: &WorkerConfig,
     shard: Shard,
     metrics: Metrics,
-    readiness: &Readiness,
-    shutdown: &Shutdown,
+    switches: &Switches,
+    work: Work,
 ) -> Result<Engine> {
     let limits = config.limits.client();
     let group = FollowerGroup::new(config.group.clone(), shard.attestation, &limits, &Handle::current())?;
-    let stop = group.stop_handle();
-    let follower = Follower::new(group, shard.runner, metrics, readiness.clone());
-    let shutdown = shutdown.clone();
+    let (stop, leave) = (group.stop_handle(), group.leave_handle());
+    let follower = Follower::new(group, shard.runner, metrics, switches.readiness.clone());
+    let refused = switches.shutdown.clone();
     let thread = std::thread::Builder::new().name("engine".into()).spawn(move || {
         let result = follower.run();
         // A rank that was refused has nothing left to do.
-        shutdown.start();
+        refused.start();
+        drop(work);
         result
     })?;
-    Ok(Engine { routes: Routes::default(), thread, stop, handle: None, _readiness: None })
+    let shutdown = switches.shutdown.clone();
+    let leaving = AbortOnDropHandle::new(tokio::spawn(async move {
+        shutdown.started().await;
+        leave.stop();
+    }));
+    Ok(Engine { routes: Routes::default(), thread, stop, handle: None, _tasks: vec![leaving] })
 }
 
-/// Keeps a leader's readiness true to its engine: together, warm, and going round.
+/// Has the leader's engine say, too, that it takes nothing more, so that gateways look elsewhere before they are
+/// refused.
+async fn drain_at_shutdown(engine: EngineHandle, shutdown: Shutdown) {
+    shutdown.started().await;
+    engine.drain().await;
+}
+
+/// Keeps a leader's readiness true to its engine: together, warm, going round, and taking work.
 async fn watch_readiness(engine: EngineHandle, readiness: Readiness, stall_after: Duration) {
     let mut status = engine.status();
     loop {
         let ready = {
             let status = status.borrow_and_update();
-            status.ready && status.last_turn.elapsed() < stall_after
+            status.ready && !status.draining && status.last_turn.elapsed() < stall_after
         };
         readiness.set_ready(ready);
         let changed = tokio::time::timeout(READINESS_INTERVAL, status.changed()).await;

@@ -52,6 +52,12 @@ pub(super) struct Calls {
 #[derive(Debug)]
 struct Counted(watch::Sender<usize>);
 
+/// A piece of work that a drain waits for, until it is dropped; see [`Server::work`](super::Server::work).
+#[derive(Debug)]
+pub struct Work {
+    _counted: Counted,
+}
+
 /// The service of one connection.
 #[derive(Debug)]
 pub(super) struct CallService {
@@ -97,9 +103,9 @@ impl Calls {
         quiet: Vec<&'static str>,
         shutdown: Shutdown,
         closing: watch::Receiver<bool>,
+        running: watch::Sender<usize>,
     ) -> Self {
         background.extend(BACKGROUND);
-        let running = watch::Sender::new(0);
         Self { background: background.into(), quiet: quiet.into(), shutdown, closing, running }
     }
 
@@ -107,7 +113,7 @@ impl Calls {
         CallService { calls: self.clone(), routes, connection }
     }
 
-    /// Calls with a client's work that run now.
+    /// Calls with a client's work, and other work, that run now.
     pub(super) fn running(&self) -> usize {
         *self.running.borrow()
     }
@@ -138,6 +144,14 @@ impl Calls {
             return Err(Error::new(Reason::Draining, "the server is shutting down").retry_after(DRAIN_RETRY));
         }
         Ok(Some(counted))
+    }
+}
+
+// === impl Work ===
+
+impl Work {
+    pub(super) fn new(running: &watch::Sender<usize>) -> Self {
+        Self { _counted: Counted::new(running) }
     }
 }
 

@@ -382,6 +382,21 @@ async fn drain_lets_running_calls_end_and_refuses_new_ones() {
 }
 
 #[tokio::test]
+async fn drain_waits_for_work_that_is_no_call() {
+    let free: SocketAddr = "127.0.0.1:0".parse().unwrap();
+    let settings = ServerSettings { service: "worker", listen: free, metrics_listen: None, limits: Limits::default() };
+    let server = Server::bind(settings, Arc::new(telemetry::registry("worker"))).unwrap();
+    let (work, shutdown, readiness) = (server.work(), Shutdown::new(), Readiness::new());
+    let (routes, switch) = (Routes::default(), shutdown.clone());
+    let mut served = tokio::spawn(async move { server.serve(routes, &readiness, &switch).await });
+    shutdown.start();
+    // The end, if it came, would take the time in which connections close.
+    assert!(timeout(2 * CLOSE_GRACE, &mut served).await.is_err(), "the drain did not wait");
+    drop(work);
+    timeout(HANG, served).await.expect("the server ends").unwrap().unwrap();
+}
+
+#[tokio::test]
 async fn drain_cuts_what_outlives_its_limit() {
     let server = Running::start(Limits { drain_timeout_ms: 0, ..Limits::default() });
     check_cut(server, Shutdown::start).await;

@@ -34,8 +34,8 @@ impl Follower {
         Self { group, runner, metrics, readiness }
     }
 
-    /// Follows until the process is told to end, or until the leader refuses this rank for good. Blocks: the thread is
-    /// the engine's own.
+    /// Follows until this rank's part in the group has ended, or until the leader refuses the rank for good. Blocks: the
+    /// thread is the engine's own.
     ///
     /// # Errors
     /// The leader's refusal.

@@ -132,6 +132,9 @@ impl Leader {
         if self.receive().is_break() {
             return Ok(ControlFlow::Break(()));
         }
+        if self.live.is_empty() && self.group.leaving().is_some() {
+            self.group.idle();
+        }
         if let Some(broken) = self.group.is_broken() {
             return Err(broken.into());
         }
@@ -151,7 +154,7 @@ impl Leader {
 
     /// Runs one plan on every rank and hands its tokens out.
     fn step(&mut self, plan: &StepPlan, collective: &mut dyn Collective) -> Result<(), EpochEnd> {
-        self.group.send_plan(plan)?;
+        self.group.send_plan(plan, &self.live.announce(plan))?;
         let runner = self.runner.as_mut();
         let logits = self.metrics.time_step(collective, |collective| runner.run(plan, collective))?;
 
@@ -171,8 +174,8 @@ impl Leader {
         Ok(())
     }
 
-    /// Samples where tokens are due and tells the readers. Returns the tokens, and the sequences whose readers are gone
-    /// or too slow.
+    /// Samples where tokens are due and tells the readers. Returns the tokens, and the sequences whose readers are too
+    /// slow.
     fn hand_out(&mut self, plan: &StepPlan, logits: &[f32]) -> (Vec<Sampled>, Vec<SeqId>) {
         let due: HashSet<SeqId> = self.scheduler.due().collect();
         let vocab_size = self.sampler.vocab_size();
@@ -235,7 +238,7 @@ impl Leader {
         let Submission { job, accepted, outlet } = submission;
         let n_prompt = job.prompt.len() as u64;
         let request_id = job.request_id.clone();
-        let answer = if self.draining {
+        let answer = if self.is_draining() {
             Err(EngineError::Draining)
         } else {
             self.live.admit(&mut self.scheduler, job, outlet, Instant::now()).map_err(EngineError::from)
@@ -265,6 +268,11 @@ impl Leader {
         ControlFlow::Continue(())
     }
 
+    /// Whether nothing new is taken, because this rank or another one is to end.
+    fn is_draining(&self) -> bool {
+        self.draining || self.group.leaving().is_some()
+    }
+
     fn answer_drains(&mut self) {
         if self.live.is_empty() {
             for done in self.drained.drain(..) {
@@ -278,7 +286,7 @@ impl Leader {
         self.metrics.observe_stats(&stats);
         self.port.status.send_replace(EngineStatus {
             ready: self.ready,
-            draining: self.draining,
+            draining: self.is_draining(),
             epoch: self.epoch,
             stats,
             last_turn: Instant::now(),

@@ -9,7 +9,7 @@ use crate::{
     sampler::{Sampler, TokenLogprobs},
     scheduler::{
         NewSequence, Refusal, Sampled, Scheduler,
-        plan::{SeqId, SequenceStep},
+        plan::{SeqId, SequenceStep, StepPlan},
     },
 };
 
@@ -30,6 +30,8 @@ struct LiveSequence {
     generation: GenerationId,
     choice: u32,
     emitted: Vec<u32>,
+    /// Whether the followers know whose it is.
+    announced: bool,
 }
 
 /// All jobs that run or wait in the scheduler.
@@ -43,7 +45,7 @@ pub(super) struct LiveJobs {
 #[derive(Debug)]
 pub(super) struct Outcome {
     pub(super) sampled: Sampled,
-    /// The reader is gone or too slow: the job is to be dropped.
+    /// The reader is too slow: the job is to be dropped.
     pub(super) cut_off: bool,
 }
 
@@ -75,7 +77,7 @@ impl LiveJobs {
         }
         let generation = GenerationId::random();
         for (choice, &id) in (0..).zip(&sequences) {
-            self.sequences.insert(id, LiveSequence { generation, choice, emitted: Vec::new() });
+            self.sequences.insert(id, LiveSequence { generation, choice, emitted: Vec::new(), announced: false });
         }
         self.jobs.insert(generation, LiveJob { job, outlet, sequences, prompt_logprobs: Vec::new(), started: false });
         Ok(())
@@ -84,6 +86,19 @@ impl LiveJobs {
     /// Whether nothing runs or waits.
     pub(super) fn is_empty(&self) -> bool {
         self.jobs.is_empty()
+    }
+
+    /// The request ids of the sequences whose first rows are in `plan`: followers write them to their logs.
+    pub(super) fn announce(&mut self, plan: &StepPlan) -> Vec<(SeqId, String)> {
+        let mut announced = Vec::new();
+        for id in plan.sequences.iter().map(|step| step.id) {
+            let Some(sequence) = self.sequences.get_mut(&id).filter(|sequence| !sequence.announced) else { continue };
+            sequence.announced = true;
+            if let Some(live) = self.jobs.get(&sequence.generation) {
+                announced.push((id, live.job.request_id.clone()));
+            }
+        }
+        announced
     }
 
     /// Drops the jobs whose readers have gone. Returns how many.
@@ -207,11 +222,11 @@ pub(super) enum Reason {
 }
 
 impl Outlet {
-    /// Never waits. False if the reader is gone, or so slow that it is cut off.
+    /// Never waits. False if the reader is so slow that it is cut off. One that has gone is found before the next step
+    /// ([`LiveJobs::drop_abandoned`]).
     fn send(&self, event: Event) -> bool {
         match self.events.try_send(event) {
-            Ok(()) => true,
-            Err(TrySendError::Closed(_)) => false,
+            Ok(()) | Err(TrySendError::Closed(_)) => true,
             Err(TrySendError::Full(_)) => {
                 self.fail(EngineError::SlowReader);
                 false

@@ -3,6 +3,9 @@
 //! [`FollowerGroup`] is for the engine's thread. While the rank is in an epoch, one task of the runtime takes its plans
 //! and another says that it lives; when either finds that the epoch has ended, it aborts the collective, so that an
 //! engine that waits there returns, and the next plan that the engine asks for is the reason.
+//!
+//! A rank that is to [leave](FollowerGroup::leave_handle) tells the leader at once and follows until the epoch ends; it
+//! joins no further one.
 
 use std::{
     hash::{BuildHasher, RandomState},
@@ -18,7 +21,8 @@ use lockstep_proto::{
     client::{self, ClientLimits},
     error::{Error, Reason},
     worker::v1::{
-        HeartbeatRequest, JoinResponse, StepsRequest, StepsResponse, group_service_client::GroupServiceClient,
+        HeartbeatRequest, JoinResponse, SequenceRequest, StepsRequest, StepsResponse,
+        group_service_client::GroupServiceClient,
     },
 };
 use tokio::{runtime::Handle, sync::mpsc, time::MissedTickBehavior};
@@ -43,7 +47,10 @@ pub struct FollowerGroup {
     rendezvous: Rendezvous,
     client: GroupServiceClient<Channel>,
     runtime: Handle,
+    /// Ends the rank's part at once.
     stop: CancellationToken,
+    /// Ends it with the epoch; a child of `stop`.
+    leave: CancellationToken,
     enrolled: Option<Enrolled>,
     /// When the newest epoch began.
     began: Option<Instant>,
@@ -72,6 +79,7 @@ struct Heart {
     config: GroupConfig,
     epoch: u64,
     finished_steps: Arc<AtomicU64>,
+    leave: CancellationToken,
 }
 
 /// Why an attempt to join failed.
@@ -110,6 +118,7 @@ impl FollowerGroup {
         let _context = runtime.enter();
         let channel = client::connect_lazy(&leader, limits)
             .map_err(|error| GroupError::NotJoined { leader: leader.clone(), reason: error.to_string() })?;
+        let stop = CancellationToken::new();
         Ok(Self {
             rendezvous: Rendezvous::new(&config)?,
             client: GroupServiceClient::new(channel).max_decoding_message_size(limits.max_message_bytes()),
@@ -117,7 +126,8 @@ impl FollowerGroup {
             leader,
             attestation,
             runtime: runtime.clone(),
-            stop: CancellationToken::new(),
+            leave: stop.child_token(),
+            stop,
             enrolled: None,
             began: None,
         })
@@ -129,7 +139,7 @@ impl FollowerGroup {
     ///
     /// [`GroupError::Refused`]; [`GroupError::NotJoined`] if the group has not formed within `join_timeout_ms`;
     /// [`GroupError::Ended`] if the epoch ended as it began. After the latter two the rank may try again.
-    /// [`GroupError::Stopped`].
+    /// [`GroupError::Stopped`], also if the rank is to leave.
     ///
     /// # Panics
     ///
@@ -153,7 +163,13 @@ impl FollowerGroup {
         let enrolled = self.enrolled.insert(Enrolled::spawn(
             &self.runtime,
             stream,
-            Heart { client: self.client.clone(), config: self.config.clone(), epoch, finished_steps: Arc::default() },
+            Heart {
+                client: self.client.clone(),
+                config: self.config.clone(),
+                epoch,
+                finished_steps: Arc::default(),
+                leave: self.leave.clone(),
+            },
             member.abort.clone(),
             self.stop.clone(),
         ));
@@ -203,12 +219,19 @@ impl FollowerGroup {
         StopHandle::new(move || stop.cancel())
     }
 
+    /// Ends this rank's part with the epoch, from another thread: the leader is told at once, and ends the epoch when
+    /// nothing runs any more.
+    pub fn leave_handle(&self) -> StopHandle {
+        let leave = self.leave.clone();
+        StopHandle::new(move || leave.cancel())
+    }
+
     fn is_alive(&self) -> bool {
         self.enrolled.as_ref().is_some_and(|enrolled| enrolled.end.reason.get().is_none())
     }
 
     fn ended(&self) -> GroupError {
-        if self.stop.is_cancelled() {
+        if self.leave.is_cancelled() {
             return GroupError::Stopped;
         }
         let end = |enrolled: &Enrolled| (enrolled.epoch, enrolled.end.reason.get().cloned());
@@ -221,7 +244,7 @@ impl FollowerGroup {
         let deadline = Instant::now() + self.config.join_timeout();
         let mut pause = BACKOFF.0;
         loop {
-            let attempt = self.stop.run_until_cancelled(self.attempt(deadline)).await.ok_or(GroupError::Stopped)?;
+            let attempt = self.leave.run_until_cancelled(self.attempt(deadline)).await.ok_or(GroupError::Stopped)?;
             let reason = match attempt {
                 Ok(enrolled) => return Ok(enrolled),
                 Err(Attempt::Refused(reason)) => return Err(GroupError::Refused { reason }),
@@ -241,7 +264,7 @@ impl FollowerGroup {
     async fn pause(&self, limit: Duration) -> Result<(), GroupError> {
         let random = RandomState::new().hash_one(Instant::now()) as u32;
         let pause = limit.mul_f64(0.5 + 0.5 * f64::from(random) / f64::from(u32::MAX));
-        self.stop.run_until_cancelled(tokio::time::sleep(pause)).await.ok_or(GroupError::Stopped)
+        self.leave.run_until_cancelled(tokio::time::sleep(pause)).await.ok_or(GroupError::Stopped)
     }
 
     /// One attempt to join.
@@ -311,12 +334,16 @@ async fn take_plans(mut stream: Streaming<StepsResponse>, plans: &mpsc::Sender<S
             Ok(None) => break,
             Err(status) => return why_ended(&status),
         };
-        let plan = message.plan.ok_or(WireError::Missing { what: "plan" }).and_then(wire::plan_from_proto);
-        let plan = match plan {
+        let StepsResponse { plan, requests } = message;
+        let plan = plan.ok_or(WireError::Missing { what: "plan" }).and_then(wire::plan_from_proto);
+        let plan = match plan.and_then(|plan| wire::check_requests(&requests).map(|()| plan)) {
             Ok(plan) if plan.step_id == step_id => plan,
             Ok(plan) => return format!("the leader sent step {} where step {step_id} was due", plan.step_id),
             Err(error) => return format!("the leader sent a broken plan: {error}"),
         };
+        for SequenceRequest { sequence_id, request_id } in requests {
+            tracing::debug!(request_id, sequence_id, step_id, "computes its shard of a request");
+        }
         if plans.send(plan).await.is_err() {
             return "this rank's engine has left it".to_owned();
         }
@@ -352,12 +379,17 @@ impl Heart {
     async fn send(&self, detector: &Mutex<FailureDetector>) {
         let mut client = self.client.clone();
         let mut turns = turns(self.config.heartbeat_interval());
+        let mut leaving = false;
         loop {
-            turns.tick().await;
+            tokio::select! {
+                _ = turns.tick() => {}
+                () = self.leave.cancelled(), if !leaving => leaving = true,
+            }
             let beat = HeartbeatRequest {
                 rank: self.config.rank as u32,
                 epoch: self.epoch,
                 finished_steps: self.finished_steps.load(Ordering::Relaxed),
+                leaving,
             };
             // One that fails is a silence, which the detector judges.
             let Ok(answer) = client.heartbeat(client::with_deadline(beat, self.config.suspect_after())).await else {

@@ -29,11 +29,11 @@ pub use self::rpc::GroupRpc;
 use super::{
     Epoch, GroupConfig, GroupError, StopHandle,
     failure_detector::FailureDetector,
-    membership::{Action, Attestation, Join, Joiner, Membership, Phase, Refusal, Ticket},
+    membership::{Action, Attestation, Beat, Join, Joiner, Membership, Phase, Refusal, Ticket},
     rendezvous::{Place, Rendezvous},
     wire,
 };
-use crate::scheduler::plan::StepPlan;
+use crate::scheduler::plan::{SeqId, StepPlan};
 
 /// Rank 0's end of the group, for the engine's thread.
 #[derive(Debug)]
@@ -134,20 +134,35 @@ impl LeaderGroup {
         Ok(Epoch { number: epoch, collective })
     }
 
-    /// Sends a plan to all followers. Never blocks: a follower that has not taken [`PLAN_QUEUE`](super::PLAN_QUEUE)
+    /// Sends a plan to all followers, with the request ids of the sequences that are new to them. Never blocks: a follower that has not taken [`PLAN_QUEUE`](super::PLAN_QUEUE)
     /// plans ends the epoch.
     ///
     /// # Errors
     ///
     /// [`GroupError::Ended`] if the epoch has; [`GroupError::Stopped`].
-    pub fn send_plan(&mut self, plan: &StepPlan) -> Result<(), GroupError> {
-        let message = StepsResponse { plan: Some(wire::plan_to_proto(plan)) };
+    pub fn send_plan(&mut self, plan: &StepPlan, requests: &[(SeqId, String)]) -> Result<(), GroupError> {
+        let message =
+            StepsResponse { plan: Some(wire::plan_to_proto(plan)), requests: wire::requests_to_proto(requests) };
         self.shared.broadcast(&message)
     }
 
     /// Why no epoch lives; `None` while one does.
     pub fn is_broken(&self) -> Option<GroupError> {
         self.shared.lock().ended().err()
+    }
+
+    /// The first rank that shuts down and waits for the epoch's end: the engine is to begin nothing new, and to call
+    /// [`idle`](Self::idle) once nothing is left.
+    pub fn leaving(&self) -> Option<usize> {
+        self.shared.lock().membership.leaving()
+    }
+
+    /// Nothing runs: lets go of the ranks that shut down, which ends the epoch.
+    pub fn idle(&mut self) {
+        self.shared.update(|state| {
+            let ended = state.membership.idle(Instant::now());
+            state.apply(ended);
+        });
     }
 
     /// Gives the epoch up, if one lives: the engine has failed, for the reason `cause`. Followers learn it at once.
@@ -350,8 +365,8 @@ impl Shared {
         });
     }
 
-    fn heartbeat(&self, rank: usize, epoch: u64, finished_steps: u64) -> bool {
-        self.lock().membership.heartbeat(rank, epoch, finished_steps, Instant::now())
+    fn heartbeat(&self, rank: usize, epoch: u64, beat: Beat) -> bool {
+        self.lock().membership.heartbeat(rank, epoch, beat, Instant::now())
     }
 }
 

@@ -12,6 +12,9 @@
 //! next one, and break the epoch, for they have evidently started anew. A rank whose [`Attestation`] differs from the
 //! leader's is refused.
 //!
+//! A rank that shuts down says so and goes on: from then on the group is [draining](Membership::leaving), and the epoch
+//! ends with [`BreakReason::Left`] once the leader says that [nothing runs](Membership::idle).
+//!
 //! It is pure: it is told what happens and when, and says what to do.
 
 mod attestation;
@@ -38,6 +41,15 @@ pub struct Join {
     pub attestation: Attestation,
     /// Where its collective transport listens; empty if that needs no address.
     pub address: String,
+}
+
+/// What a rank says of itself with each sign of life.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Beat {
+    /// Steps that it has finished in the epoch.
+    pub finished_steps: u64,
+    /// It was told to shut down, and waits for the epoch's end.
+    pub leaving: bool,
 }
 
 /// A rank of a new epoch.
@@ -121,6 +133,11 @@ pub enum BreakReason {
         /// Steps that it said to have finished before.
         finished_steps: u64,
     },
+    /// The rank shuts down, and nothing ran any more.
+    Left {
+        /// The rank.
+        rank: usize,
+    },
     /// The rank asked to join although it was in the epoch.
     Restarted {
         /// The rank.
@@ -156,6 +173,8 @@ pub struct Membership {
     waiting: BTreeMap<usize, Joiner>,
     /// Steps that each rank has finished in this epoch.
     finished_steps: BTreeMap<usize, u64>,
+    /// Ranks of this epoch that shut down.
+    leaving: BTreeSet<usize>,
     phase: Phase,
 }
 
@@ -204,6 +223,7 @@ impl Membership {
             epoch: 0,
             waiting: BTreeMap::new(),
             finished_steps: BTreeMap::new(),
+            leaving: BTreeSet::new(),
             phase: Phase::Forming { leader_ready: false },
         }
     }
@@ -221,6 +241,12 @@ impl Membership {
     /// Ranks that the next epoch waits for, the leader not among them.
     pub fn missing(&self) -> Vec<usize> {
         self.followers().filter(|rank| !self.waiting.contains_key(rank)).collect()
+    }
+
+    /// The first rank of the living epoch that shuts down: no new work is to begin, and [`idle`](Self::idle) is to be
+    /// called when none is left.
+    pub fn leaving(&self) -> Option<usize> {
+        self.leaving.first().copied()
     }
 
     /// The leader is ready for a new epoch; the one that lives, if any, ends.
@@ -282,13 +308,16 @@ impl Membership {
     }
 
     /// A rank says that it lives. Returns whether its epoch does.
-    pub fn heartbeat(&mut self, rank: usize, epoch: u64, finished_steps: u64, now: Instant) -> bool {
-        if !self.is_alive(epoch) {
+    pub fn heartbeat(&mut self, rank: usize, epoch: u64, beat: Beat, now: Instant) -> bool {
+        if !self.is_alive(epoch) || !self.followers().contains(&rank) {
             return false;
         }
         self.detector.heard(rank, now);
         if let Some(known) = self.finished_steps.get_mut(&rank) {
-            *known = finished_steps.max(*known);
+            *known = beat.finished_steps.max(*known);
+        }
+        if beat.leaving {
+            self.leaving.insert(rank);
         }
         true
     }
@@ -301,6 +330,12 @@ impl Membership {
     /// A rank does not take the plans of `epoch` in time.
     pub fn behind(&mut self, rank: usize, epoch: u64, now: Instant) -> Option<Action> {
         self.is_alive(epoch).then(|| self.end_epoch(BreakReason::Behind { rank }, now))
+    }
+
+    /// Nothing runs: an epoch that a rank wants to leave ends.
+    pub fn idle(&mut self, now: Instant) -> Option<Action> {
+        let rank = self.leaving()?;
+        Some(self.end_epoch(BreakReason::Left { rank }, now))
     }
 
     /// The leader gives up the epoch that lives, if one does.
@@ -353,6 +388,7 @@ impl Membership {
 
     fn end_epoch(&mut self, reason: BreakReason, now: Instant) -> Action {
         self.detector.clear();
+        self.leaving.clear();
         self.phase = Phase::Broken { reason: reason.clone(), since: now };
         Action::Break { epoch: self.epoch, reason }
     }
@@ -384,6 +420,7 @@ impl fmt::Display for BreakReason {
             Self::Silent { rank, silence, finished_steps } => {
                 write!(f, "rank {rank} is silent for {} ms, after {finished_steps} steps", silence.as_millis())
             }
+            Self::Left { rank } => write!(f, "rank {rank} shuts down"),
             Self::Restarted { rank } => write!(f, "rank {rank} has restarted"),
             Self::NotAttached { rank } => write!(f, "rank {rank} joined but did not ask for the plans"),
             Self::Behind { rank } => write!(f, "rank {rank} does not take its plans"),

@@ -21,6 +21,9 @@ const ATTESTATION_ENTRIES_MAX: usize = 64;
 /// Longest name or value in an attestation, and longest address, in bytes.
 const TEXT_BYTES_MAX: usize = 256;
 
+/// Longest request id, as the contract has it.
+const REQUEST_ID_BYTES_MAX: usize = 64;
+
 /// What is wrong with a peer's message.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
 pub enum WireError {
@@ -128,6 +131,25 @@ fn sequence_from_proto(step: u64, sequence: pb::SequenceStep) -> Result<Sequence
     })
 }
 
+/// Request ids of sequences as they travel.
+pub fn requests_to_proto(requests: &[(SeqId, String)]) -> Vec<pb::SequenceRequest> {
+    let request =
+        |(id, request_id): &(SeqId, String)| pb::SequenceRequest { sequence_id: id.0, request_id: request_id.clone() };
+    requests.iter().map(request).collect()
+}
+
+/// Checks request ids that have travelled.
+///
+/// # Errors
+///
+/// If they break a limit.
+pub fn check_requests(requests: &[pb::SequenceRequest]) -> Result<(), WireError> {
+    at_most(SEQUENCES_MAX, requests.len(), "request ids in a step")?;
+    requests
+        .iter()
+        .try_for_each(|request| at_most(REQUEST_ID_BYTES_MAX, request.request_id.len(), "bytes in a request id"))
+}
+
 /// A request to join as it travels.
 pub fn join_to_proto(join: &Join) -> pb::JoinRequest {
     pb::JoinRequest {
@@ -185,6 +207,15 @@ mod tests {
         let mut plan = plan_to_proto(&plan());
         break_it(&mut plan);
         assert_eq!(plan_from_proto(plan).unwrap_err().to_string(), reason);
+    }
+
+    #[test]
+    fn request_ids_arrive_within_their_limit() {
+        let sent = requests_to_proto(&[(SeqId(7), "a".repeat(64))]);
+        assert_eq!((sent[0].sequence_id, sent[0].request_id.len()), (7, 64));
+        assert_eq!(check_requests(&sent), Ok(()));
+        let error = check_requests(&requests_to_proto(&[(SeqId(7), "a".repeat(65))])).unwrap_err();
+        assert_eq!(error.to_string(), "65 bytes in a request id, at most 64 are allowed");
     }
 
     #[test]

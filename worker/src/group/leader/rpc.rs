@@ -18,7 +18,10 @@ use tokio_stream::Stream;
 use tonic::{Request, Response, Status};
 
 use super::Shared;
-use crate::group::{membership::Ticket, wire};
+use crate::group::{
+    membership::{Beat, Ticket},
+    wire,
+};
 
 /// Answers the followers: the leader's `GroupService`.
 #[derive(Clone, Debug)]
@@ -77,8 +80,8 @@ impl GroupService for GroupRpc {
     }
 
     async fn heartbeat(&self, request: Request<HeartbeatRequest>) -> Result<Response<HeartbeatResponse>, Status> {
-        let HeartbeatRequest { rank, epoch, finished_steps } = request.into_inner();
-        let epoch_alive = self.shared.heartbeat(rank as usize, epoch, finished_steps);
+        let HeartbeatRequest { rank, epoch, finished_steps, leaving } = request.into_inner();
+        let epoch_alive = self.shared.heartbeat(rank as usize, epoch, Beat { finished_steps, leaving });
         Ok(Response::new(HeartbeatResponse { epoch_alive }))
     }
 }

@@ -22,6 +22,10 @@ fn join(rank: usize) -> Join {
     Join { rank, attestation: attestation("ab12"), address: format!("host-{rank}:1") }
 }
 
+fn beat(finished_steps: u64) -> Beat {
+    Beat { finished_steps, leaving: false }
+}
+
 /// A group of `world_size` in its first epoch, which runs.
 fn running(world_size: usize, now: Instant) -> Membership {
     let mut group = membership(world_size);
@@ -93,7 +97,7 @@ fn a_silent_rank_breaks_the_epoch_and_a_dead_epoch_says_so() {
     let mut broken = None;
     for _ in 0..20 {
         now += TURN;
-        assert_eq!(group.heartbeat(1, 1, 9, now), broken.is_none());
+        assert_eq!(group.heartbeat(1, 1, beat(9), now), broken.is_none());
         broken = broken.or(group.tick(now));
     }
     let silent = BreakReason::Silent { rank: 2, silence: SUSPECT_AFTER, finished_steps: 0 };
@@ -110,10 +114,28 @@ fn a_rank_that_never_asks_for_plans_breaks_the_epoch() {
     group.join(Ticket(1), join(1), now);
     let broken = (0..100).find_map(|_| {
         now += TURN;
-        group.heartbeat(1, 1, 0, now);
+        group.heartbeat(1, 1, beat(0), now);
         group.tick(now)
     });
     assert_eq!(broken, Some(Action::Break { epoch: 1, reason: BreakReason::NotAttached { rank: 1 } }));
+}
+
+#[test]
+fn a_rank_that_leaves_ends_the_epoch_once_nothing_runs() {
+    let now = Instant::now();
+    let mut group = running(3, now);
+    assert_eq!(group.idle(now), None, "nobody leaves");
+    let leaving = Beat { leaving: true, ..beat(1) };
+    assert!(!group.heartbeat(2, 2, leaving, now), "an epoch that is not");
+    assert!(!group.heartbeat(3, 1, leaving, now), "a rank that is not");
+    assert_eq!(group.leaving(), None);
+    assert!(group.heartbeat(2, 1, leaving, now));
+    assert!(group.heartbeat(2, 1, beat(2), now), "a beat that was overtaken");
+    assert_eq!((group.leaving(), group.phase()), (Some(2), &Phase::Running));
+    let left = BreakReason::Left { rank: 2 };
+    assert_eq!(left.to_string(), "rank 2 shuts down");
+    assert_eq!(group.idle(now), Some(Action::Break { epoch: 1, reason: left }));
+    assert_eq!((group.leaving(), group.idle(now)), (None, None), "an epoch ends once");
 }
 
 /// What the simulation knows of the group from its actions alone.
@@ -125,6 +147,7 @@ struct Observer {
     alive: bool,
     running: bool,
     attached: BTreeSet<usize>,
+    leaving: BTreeSet<usize>,
     epochs_run: u64,
 }
 
@@ -156,6 +179,7 @@ impl Observer {
                 Action::Break { epoch, .. } => {
                     assert!(self.alive && epoch == self.epoch, "an epoch broken twice");
                     (self.alive, self.running) = (false, false);
+                    self.leaving.clear();
                 }
             }
         }
@@ -164,6 +188,7 @@ impl Observer {
         assert_eq!(waiting.len(), self.open.len(), "a request forgotten");
         assert_eq!(self.alive, matches!(group.phase(), Phase::Attaching { .. } | Phase::Running));
         assert_eq!(self.running, *group.phase() == Phase::Running);
+        assert_eq!(self.leaving.first().copied(), group.leaving());
     }
 }
 
@@ -203,12 +228,22 @@ fn step(group: &mut Membership, seen: &mut Observer, now: &mut Instant, ticket: 
         }
         55..75 => {
             for rank in (0..=group.world_size).filter(|_| random.random_ratio(3, 4)) {
-                let alive = group.heartbeat(rank, epoch, ticket, *now);
-                assert_eq!(alive, seen.alive && epoch == seen.epoch);
+                let leaving = random.random_ratio(1, 50);
+                let alive = group.heartbeat(rank, epoch, Beat { finished_steps: ticket, leaving }, *now);
+                let is_follower = (1..group.world_size).contains(&rank);
+                assert_eq!(alive, seen.alive && epoch == seen.epoch && is_follower);
+                if alive && leaving {
+                    seen.leaving.insert(rank);
+                }
             }
             Vec::new()
         }
-        75..90 => group.tick(*now).into_iter().collect(),
+        75..88 => group.tick(*now).into_iter().collect(),
+        88..90 => {
+            let ended = group.idle(*now);
+            assert_eq!(ended.is_some(), !seen.leaving.is_empty());
+            ended.into_iter().collect()
+        }
         90..92 => group.lost(rank, epoch, *now).into_iter().collect(),
         92 => group.behind(rank, epoch, *now).into_iter().collect(),
         93 => group.end("the engine failed", *now),
