@@ -62,22 +62,42 @@ pub(crate) fn show(params: &SamplingParams) -> String {
     fn line<T: Display>(name: &str, value: Option<T>) -> Option<String> {
         value.map(|value| format!("{name} = {value}"))
     }
+    // Every field is named, so that a new one is not forgotten; the last three have no form `NAME=VALUE`.
+    let SamplingParams {
+        max_new_tokens,
+        min_new_tokens,
+        do_sample,
+        temperature,
+        top_k,
+        top_p,
+        min_p,
+        typical_p,
+        repetition_penalty,
+        presence_penalty,
+        frequency_penalty,
+        seed,
+        ignore_eos,
+        stop,
+        logit_bias: _,
+        stop_token_ids: _,
+        n: _,
+    } = params;
     let set = [
-        line("max_new_tokens", params.max_new_tokens),
-        line("min_new_tokens", params.min_new_tokens),
-        line("do_sample", params.do_sample),
-        line("temperature", params.temperature),
-        line("top_k", params.top_k),
-        line("top_p", params.top_p),
-        line("min_p", params.min_p),
-        line("typical_p", params.typical_p),
-        line("repetition_penalty", params.repetition_penalty),
-        line("presence_penalty", params.presence_penalty),
-        line("frequency_penalty", params.frequency_penalty),
-        line("seed", params.seed),
-        line("ignore_eos", params.ignore_eos),
+        line("max_new_tokens", *max_new_tokens),
+        line("min_new_tokens", *min_new_tokens),
+        line("do_sample", *do_sample),
+        line("temperature", *temperature),
+        line("top_k", *top_k),
+        line("top_p", *top_p),
+        line("min_p", *min_p),
+        line("typical_p", *typical_p),
+        line("repetition_penalty", *repetition_penalty),
+        line("presence_penalty", *presence_penalty),
+        line("frequency_penalty", *frequency_penalty),
+        line("seed", *seed),
+        line("ignore_eos", *ignore_eos),
     ];
-    let stop = params.stop.iter().filter_map(|text| line("stop", Some(text)));
+    let stop = stop.iter().filter_map(|text| line("stop", Some(text)));
     let lines: Vec<String> = set.into_iter().flatten().chain(stop).collect();
     if lines.is_empty() { "nothing is set: the model's defaults hold".into() } else { lines.join("\n") }
 }

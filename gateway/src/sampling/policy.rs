@@ -311,26 +311,46 @@ fn count(length: usize) -> Option<u32> {
     Some(u32::try_from(length).unwrap_or(u32::MAX))
 }
 
-/// The parameters that a request sets, with their names in the contract.
+/// The parameters that a request sets, with their names in the contract. The contract's fields are all named, so that a
+/// new one cannot be forgotten and escape the policy.
 fn set_parameters(asked: &SamplingParams) -> impl Iterator<Item = (Parameter, &'static str)> {
+    let SamplingParams {
+        max_new_tokens,
+        min_new_tokens,
+        do_sample,
+        temperature,
+        top_k,
+        top_p,
+        min_p,
+        typical_p,
+        repetition_penalty,
+        presence_penalty,
+        frequency_penalty,
+        logit_bias,
+        stop,
+        stop_token_ids,
+        ignore_eos,
+        seed,
+        n,
+    } = asked;
     let all = [
-        (asked.max_new_tokens.is_some(), Parameter::MaxNewTokens, "max_new_tokens"),
-        (asked.min_new_tokens.is_some(), Parameter::MinNewTokens, "min_new_tokens"),
-        (asked.do_sample.is_some(), Parameter::DoSample, "do_sample"),
-        (asked.temperature.is_some(), Parameter::Temperature, "temperature"),
-        (asked.top_k.is_some(), Parameter::TopK, "top_k"),
-        (asked.top_p.is_some(), Parameter::TopP, "top_p"),
-        (asked.min_p.is_some(), Parameter::MinP, "min_p"),
-        (asked.typical_p.is_some(), Parameter::TypicalP, "typical_p"),
-        (asked.repetition_penalty.is_some(), Parameter::RepetitionPenalty, "repetition_penalty"),
-        (asked.presence_penalty.is_some(), Parameter::PresencePenalty, "presence_penalty"),
-        (asked.frequency_penalty.is_some(), Parameter::FrequencyPenalty, "frequency_penalty"),
-        (!asked.logit_bias.is_empty(), Parameter::LogitBias, "logit_bias"),
-        (!asked.stop.is_empty(), Parameter::Stop, "stop"),
-        (!asked.stop_token_ids.is_empty(), Parameter::StopTokenIds, "stop_token_ids"),
-        (asked.ignore_eos.is_some(), Parameter::IgnoreEos, "ignore_eos"),
-        (asked.seed.is_some(), Parameter::Seed, "seed"),
-        (asked.n.is_some(), Parameter::N, "n"),
+        (max_new_tokens.is_some(), Parameter::MaxNewTokens, "max_new_tokens"),
+        (min_new_tokens.is_some(), Parameter::MinNewTokens, "min_new_tokens"),
+        (do_sample.is_some(), Parameter::DoSample, "do_sample"),
+        (temperature.is_some(), Parameter::Temperature, "temperature"),
+        (top_k.is_some(), Parameter::TopK, "top_k"),
+        (top_p.is_some(), Parameter::TopP, "top_p"),
+        (min_p.is_some(), Parameter::MinP, "min_p"),
+        (typical_p.is_some(), Parameter::TypicalP, "typical_p"),
+        (repetition_penalty.is_some(), Parameter::RepetitionPenalty, "repetition_penalty"),
+        (presence_penalty.is_some(), Parameter::PresencePenalty, "presence_penalty"),
+        (frequency_penalty.is_some(), Parameter::FrequencyPenalty, "frequency_penalty"),
+        (!logit_bias.is_empty(), Parameter::LogitBias, "logit_bias"),
+        (!stop.is_empty(), Parameter::Stop, "stop"),
+        (!stop_token_ids.is_empty(), Parameter::StopTokenIds, "stop_token_ids"),
+        (ignore_eos.is_some(), Parameter::IgnoreEos, "ignore_eos"),
+        (seed.is_some(), Parameter::Seed, "seed"),
+        (n.is_some(), Parameter::N, "n"),
     ];
     all.into_iter().filter_map(|(is_set, parameter, name)| is_set.then_some((parameter, name)))
 }

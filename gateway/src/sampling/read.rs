@@ -129,7 +129,9 @@ fn shape(wire: &SamplingParams, rules: Rules<'_>) -> ResolvedSampling {
         frequency_penalty: first([wire.frequency_penalty, policy.frequency_penalty], 0.0),
         logit_bias: wire.logit_bias.clone(),
         stop_token_ids: stop_token_ids(wire, rules.facts),
-        ..ResolvedSampling::default()
+        // `ValidSampling::resolve` settles these. Every field is named, so that a new one cannot be forgotten.
+        max_new_tokens: 0,
+        seed: 0,
     };
     // Greedy decoding leaves the values that shape sampling at "off", so that equal outcomes have equal parameters.
     if samples(wire, rules) {
