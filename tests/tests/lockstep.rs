@@ -50,6 +50,7 @@ fn logits(ranks: &mut Ranks, condition: Condition, prompt: &[u32], n_tokens: u32
     let mut scheduler = Scheduler::new(SchedulerConfig {
         max_step_tokens: condition.chunk.max(32),
         max_prefill_chunk: condition.chunk,
+        max_prompt_logits_rows: WHOLE,
         max_running: 32,
         max_waiting: 32,
         n_blocks: (N_TOKENS / BLOCK_SIZE) as u32,
@@ -61,7 +62,7 @@ fn logits(ranks: &mut Ranks, condition: Condition, prompt: &[u32], n_tokens: u32
     let now = Instant::now();
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     let add = |scheduler: &mut Scheduler, prompt: Vec<u32>, max_new_tokens: u32| {
-        let new = NewSequence { prompt, max_new_tokens, deadline: None, prompt_logprobs: false };
+        let new = NewSequence { prompt, max_new_tokens, ..NewSequence::default() };
         scheduler.add(new, now).expect("room")
     };
     if condition.cached {
@@ -94,6 +95,41 @@ fn run(ranks: &mut Ranks, scheduler: &mut Scheduler, target: SeqId) -> Vec<Vec<f
                 Sampled { id: step.id, token: argmax(row), stop: false }
             })
             .collect();
+        scheduler.commit(&sampled);
+    }
+    found
+}
+
+/// The logits of every position of two prompts that are computed side by side, at most so many rows of them in a step.
+fn prompt_logits(ranks: &mut Ranks, prompts: [&[u32]; 2], max_prompt_logits_rows: usize) -> [Vec<f32>; 2] {
+    let mut scheduler = Scheduler::new(SchedulerConfig {
+        max_step_tokens: WHOLE,
+        max_prefill_chunk: WHOLE,
+        max_prompt_logits_rows,
+        max_running: 2,
+        max_waiting: 2,
+        n_blocks: (N_TOKENS / BLOCK_SIZE) as u32,
+        block_size: BLOCK_SIZE as u32,
+        context_length: 256,
+    })
+    .expect("a scheduler");
+    ranks.group.reset();
+    let ids = prompts.map(|prompt| {
+        let new =
+            NewSequence { prompt: prompt.to_vec(), max_new_tokens: 1, prompt_logprobs: true, ..NewSequence::default() };
+        scheduler.add(new, Instant::now()).expect("room")
+    });
+    let mut found = [Vec::new(), Vec::new()];
+    while let Some(plan) = scheduler.schedule(Instant::now()).plan {
+        let logits = ranks.group.run(&plan).expect("the step runs");
+        assert!(logits.len() <= max_prompt_logits_rows * ranks.vocab_size, "the rows of a step are bounded");
+        let mut rest = logits.as_slice();
+        for step in &plan.sequences {
+            let (rows, after) = rest.split_at(step.n_logits_rows() * ranks.vocab_size);
+            rest = after;
+            found[usize::from(step.id == ids[1])].extend_from_slice(rows);
+        }
+        let sampled: Vec<Sampled> = scheduler.due().map(|id| Sampled { id, token: 0, stop: true }).collect();
         scheduler.commit(&sampled);
     }
     found
@@ -132,6 +168,21 @@ fn check(model: &Path, n_prompt: usize, conditions: &[Condition]) {
 fn chunks_do_not_change_a_bit() {
     let chunked = [1, 7, 64, WHOLE].map(|chunk| Condition { chunk, ..PLAIN });
     check(&demo_model(), 100, &chunked);
+}
+
+#[test]
+fn where_a_prompts_logits_are_cut_does_not_change_a_bit() {
+    let mut ranks = load(&demo_model(), PLAIN);
+    let vocab_size = ranks.vocab_size;
+    let prompts = [prompt(50, vocab_size as u32, 1), prompt(20, vocab_size as u32, 2)];
+    let prompts = [prompts[0].as_slice(), prompts[1].as_slice()];
+    let bits = |logits: [Vec<f32>; 2]| logits.map(|logits| logits.into_iter().map(f32::to_bits).collect::<Vec<_>>());
+    let whole = bits(prompt_logits(&mut ranks, prompts, WHOLE));
+    assert_eq!(whole.each_ref().map(|logits| logits.len() / vocab_size), [50, 20], "every position, once");
+    for rows in [1, 7, 64] {
+        let cut = bits(prompt_logits(&mut ranks, prompts, rows));
+        assert!(cut == whole, "at most {rows} rows in a step");
+    }
 }
 
 #[test]

@@ -161,6 +161,7 @@ impl EngineBench {
         let mut scheduler = Scheduler::new(SchedulerConfig {
             max_step_tokens: self.chunk.max(self.batch),
             max_prefill_chunk: self.chunk,
+            max_prompt_logits_rows: self.chunk,
             max_running: self.batch,
             max_waiting: self.batch,
             n_blocks: self.n_blocks() as u32,
@@ -173,7 +174,7 @@ impl EngineBench {
         for sequence in 0..self.batch {
             let prompt = random_prompt(self.prompt, vocab_size, seed * self.batch as u32 + sequence as u32);
             let max_new_tokens = self.generate as u32;
-            scheduler.add(NewSequence { prompt, max_new_tokens, deadline: None, prompt_logprobs: false }, start)?;
+            scheduler.add(NewSequence { prompt, max_new_tokens, ..NewSequence::default() }, start)?;
         }
         let mut started: HashSet<SeqId> = HashSet::new();
         let mut prefill = None;

@@ -74,6 +74,10 @@ pub struct EngineSettings {
     pub stall_after_ms: u64,
 }
 
+/// Rows of a step whose logits are asked for because they are a prompt's. With a vocabulary of 128,256 they take 31 MiB; a
+/// whole step of `max_step_tokens` rows would take 250.
+const MAX_PROMPT_LOGITS_ROWS: usize = 64;
+
 /// The keys of a worker's own settings.
 pub const KEYS: &[Key] = &[
     Key { path: "model.path", help: "GGUF file to serve. Default: none, it must be given." },
@@ -221,6 +225,7 @@ impl EngineSettings {
         SchedulerConfig {
             max_step_tokens: self.max_step_tokens,
             max_prefill_chunk: self.max_prefill_chunk,
+            max_prompt_logits_rows: MAX_PROMPT_LOGITS_ROWS,
             max_running: self.max_running,
             max_waiting: self.max_waiting,
             n_blocks: runner.n_blocks as u32,

@@ -16,6 +16,11 @@
 //! 2. Prefill chunks of running sequences, oldest first, of at most `max_prefill_chunk` rows each.
 //! 3. Chunks of sequences that are admitted now, oldest first, while there are rows, places and blocks left.
 //!
+//! Logits take much more memory than anything else that a row leaves behind. Whoever samples needs one row of them, so
+//! there are at most `max_running` of those. Prompts whose logits are asked for at every position share
+//! `max_prompt_logits_rows` beside them, oldest first: a chunk is cut at what is left of that, and a sequence that finds
+//! nothing left waits for a later step. By the lockstep rule no cut shows in the logits.
+//!
 //! A sequence gets the blocks of all its known tokens when it is admitted, so a prefill that has begun never lacks
 //! blocks; only decodes grow a table. When one of them finds no block, the youngest running sequence is preempted: it
 //! gives its blocks up, waits again, and computes its tokens anew later (what it had computed often still is in the
@@ -26,15 +31,17 @@
 //! A sequence is admitted on top of the full blocks that the prefix cache holds. If the next block is being computed by
 //! a running sequence right now, it waits until that one has got past it or is gone: equal prompts (the choices of a
 //! request, for example) are computed once. At least one token of a prompt is always computed, for its logits. A block
-//! is shared only when it is full and computed, so nothing is ever copied on write.
+//! is shared only when it is full and computed, so nothing is ever copied on write. A sequence may also be told to wait
+//! for another's prompt logits ([`NewSequence::after`]).
 //!
 //! # Nobody starves
 //!
 //! Age is the order of arrival. The oldest running sequence is in every step: it gets rows first and is never preempted.
-//! While a sequence waits for places or blocks, nobody younger is admitted; only while it waits for a prefix may younger
-//! ones pass. With M = `max_running` and C the longest that any sequence may grow, the oldest sequence thus ends within
-//! (2M + 1)·C steps (at most M running sequences end before it has a place, at most M have a prefill that it waits
-//! for, then it runs), and one that arrives behind `a` others within (a + 1)(2M + 1)·C. The simulation holds it to that.
+//! While a sequence waits for places or blocks, nobody younger is admitted; only while it waits for another's prefill (its
+//! blocks, or its share of prompt logits) may younger ones pass, and none of them takes the same share first. With M =
+//! `max_running` and C the longest that any sequence may grow, the oldest sequence thus ends within (2M + 1)·C steps (at
+//! most M running sequences end before it has a place, at most M have a prefill that it waits for, then it runs), and one
+//! that arrives behind `a` others within (a + 1)(2M + 1)·C. The simulation holds it to that.
 
 mod admission;
 mod integrity;
@@ -48,7 +55,7 @@ use std::time::Instant;
 
 pub use integrity::Stats;
 use plan::{SeqId, SequenceStep, StepPlan};
-use sequence::{Chunk, Sequence};
+use sequence::{Chunk, Room, Sequence};
 
 use crate::kv::prefix_cache::PrefixCache;
 
@@ -60,6 +67,9 @@ pub struct SchedulerConfig {
     pub max_step_tokens: usize,
     /// Rows of one sequence in a step. Lower: a long prompt shares its steps with other prompts.
     pub max_prefill_chunk: usize,
+    /// Rows of a step whose logits are asked for because they are a prompt's. Higher: prompts with log-probabilities get on
+    /// faster; each takes a vocabulary of floats.
+    pub max_prompt_logits_rows: usize,
     /// Sequences that run at a time. Higher: more throughput, slower streams.
     pub max_running: usize,
     /// Sequences that may wait; further ones are refused. (Preempted ones come on top: at most `max_running`.)
@@ -91,8 +101,8 @@ pub enum InvalidSchedulerConfig {
     },
 }
 
-/// A sequence to be generated.
-#[derive(Clone, Debug)]
+/// A sequence to be generated. The default is an empty one, which is refused.
+#[derive(Clone, Default, Debug)]
 pub struct NewSequence {
     /// At least one token.
     pub prompt: Vec<u32>,
@@ -104,6 +114,8 @@ pub struct NewSequence {
     /// Each position is delivered once, by a chunk with [`LogitsRows::All`](plan::LogitsRows): chunks that compute
     /// delivered positions again, after a preemption, do not deliver them again.
     pub prompt_logprobs: bool,
+    /// Does not start before this sequence has delivered the logits of its prompt, or is gone. It must be older.
+    pub after: Option<SeqId>,
 }
 
 /// Why a sequence was not taken.
@@ -200,6 +212,7 @@ impl Scheduler {
         let limits = [
             ("max_step_tokens", config.max_step_tokens),
             ("max_prefill_chunk", config.max_prefill_chunk),
+            ("max_prompt_logits_rows", config.max_prompt_logits_rows),
             ("max_running", config.max_running),
             ("max_waiting", config.max_waiting),
             ("n_blocks", config.n_blocks as usize),
@@ -240,6 +253,7 @@ impl Scheduler {
         }
         let mut sequence = Sequence::new(new.prompt, max_len, self.config.block_size as usize);
         sequence.deadline = new.deadline;
+        sequence.after = new.after;
         if new.prompt_logprobs {
             sequence = sequence.with_prompt_logits();
         }
@@ -270,11 +284,12 @@ impl Scheduler {
         let expired = self.expire(now);
         let has_preempted = self.grow_tables();
         let mut chunks = BTreeMap::new();
-        let mut n_rows_left = self.config.max_step_tokens;
-        self.plan_running(&mut chunks, &mut n_rows_left);
+        let mut room =
+            Room { rows: self.config.max_step_tokens, prompt_logits_rows: self.config.max_prompt_logits_rows };
+        self.plan_running(&mut chunks, &mut room);
         if !has_preempted {
             // Whoever was preempted just now would only come back to take the same blocks.
-            self.admit(&mut chunks, &mut n_rows_left);
+            self.admit(&mut chunks, &mut room);
         }
         Scheduled { plan: self.make_plan(chunks), expired }
     }
@@ -402,17 +417,15 @@ impl Scheduler {
     }
 
     /// Rows for running sequences: first those that need one, then prefills, oldest first.
-    fn plan_running(&self, chunks: &mut BTreeMap<SeqId, Chunk>, n_rows_left: &mut usize) {
-        let (decodes, prefills): (Vec<_>, Vec<_>) =
-            self.running.iter().partition(|(_, sequence)| sequence.n_remaining() == 1);
+    fn plan_running(&self, chunks: &mut BTreeMap<SeqId, Chunk>, room: &mut Room) {
+        let (decodes, prefills): (Vec<_>, Vec<_>) = self.running.iter().partition(|(_, sequence)| sequence.decodes());
         for (id, sequence) in decodes.into_iter().chain(prefills) {
-            let max_rows = self.config.max_prefill_chunk.min(*n_rows_left);
-            if max_rows == 0 {
-                break;
+            // One that finds no room for its prompt's logits leaves the rows to others.
+            let chunk = sequence.next_chunk(room.within(self.config.max_prefill_chunk));
+            if let Some(chunk) = chunk {
+                room.take(&chunk);
+                chunks.insert(*id, chunk);
             }
-            let chunk = sequence.next_chunk(max_rows);
-            *n_rows_left -= chunk.n_rows;
-            chunks.insert(*id, chunk);
         }
     }
 
@@ -476,6 +489,7 @@ mod tests {
         SchedulerConfig {
             max_step_tokens: 16,
             max_prefill_chunk: 2,
+            max_prompt_logits_rows: 16,
             max_running: 4,
             max_waiting: 100,
             n_blocks: 16,
@@ -485,7 +499,7 @@ mod tests {
     }
 
     fn add(scheduler: &mut Scheduler, prompt: &[u32]) -> SeqId {
-        let new = NewSequence { prompt: prompt.to_vec(), max_new_tokens: 4, deadline: None, prompt_logprobs: false };
+        let new = NewSequence { prompt: prompt.to_vec(), max_new_tokens: 4, ..NewSequence::default() };
         scheduler.add(new, Instant::now()).unwrap()
     }
 

@@ -5,8 +5,8 @@
 //!
 //! | command | what it does |
 //! |---|---|
-//! | `config key=value...` | a new scheduler; keys: step, chunk, running, waiting, blocks, block, context |
-//! | `add NAME prompt=1-4,9 new=N` | adds a sequence; also `deadline=T` and `logprobs` |
+//! | `config key=value...` | a new scheduler; keys: step, chunk, prompt_logits, running, waiting, blocks, block, context |
+//! | `add NAME prompt=1-4,9 new=N` | adds a sequence; also `deadline=T`, `logprobs` and `after=NAME` |
 //! | `abort NAME` | aborts it |
 //! | `schedule` | plans a step; `at=T` moves the clock |
 //! | `commit NAME=TOKEN...` | commits it; `TOKEN!` ends the sequence |
@@ -80,6 +80,7 @@ impl Player {
         let config = SchedulerConfig {
             max_step_tokens: options.number("step", 16),
             max_prefill_chunk: options.number("chunk", 16),
+            max_prompt_logits_rows: options.number("prompt_logits", 16),
             max_running: options.number("running", 4),
             max_waiting: options.number("waiting", 8),
             n_blocks: options.number("blocks", 16) as u32,
@@ -120,6 +121,7 @@ impl Player {
             max_new_tokens: options.number("new", 8) as u32,
             deadline: options.get("deadline").map(|_| self.at(options.number("deadline", 0))),
             prompt_logprobs: options.get("logprobs").is_some(),
+            after: options.get("after").map(|name| self.id(name)),
         };
         match self.scheduler.add(new, self.now) {
             Ok(id) => {

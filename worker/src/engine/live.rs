@@ -64,8 +64,9 @@ impl LiveJobs {
                 prompt: job.prompt.clone(),
                 max_new_tokens: job.max_new_tokens,
                 deadline: job.deadline,
-                // The prompt is the same for every choice, so one of them is enough.
+                // The prompt is the same for every choice, so one of them is enough, and the others' tokens come later.
                 prompt_logprobs: choice == 0 && job.prompt_logprobs.is_some(),
+                after: sequences.first().copied(),
             };
             match scheduler.add(sequence, now) {
                 Ok(id) => sequences.push(id),
@@ -275,6 +276,7 @@ mod tests {
             let config = SchedulerConfig {
                 max_step_tokens: 16,
                 max_prefill_chunk: 8,
+                max_prompt_logits_rows: 2,
                 max_running: 8,
                 max_waiting: 8,
                 n_blocks: 64,
@@ -388,6 +390,26 @@ mod tests {
         engine.live.end_choice(&mut engine.scheduler, others, 1);
         assert!(engine.live.is_empty());
         assert_eq!(engine.scheduler.stats().blocks.referenced, 0);
+    }
+
+    #[test]
+    fn the_prompts_logprobs_come_whole_and_before_the_tokens_of_any_choice() {
+        let mut engine = Engine::new();
+        let long = Job { prompt: vec![1, 2, 3, 4, 5, 6, 7], max_new_tokens: 2, ..job(1) };
+        let mut before = engine.admit(long);
+        (0..3).for_each(|_| engine.step());
+        assert!(!before.read().is_empty() && engine.live.is_empty(), "now the prompt is cached");
+        let prompt = vec![1, 2, 3, 4, 5, 6, 7];
+        let mut reader = engine.admit(Job { prompt, max_new_tokens: 2, prompt_logprobs: Some(1), ..job(3) });
+        while !engine.live.is_empty() {
+            engine.step();
+        }
+        let events = reader.read();
+        assert!(matches!(events[0], Event::Started { cached_tokens: 0, .. }), "{events:?}");
+        assert!(matches!(&events[1], Event::PromptLogprobs(tokens) if tokens.len() == 6), "{events:?}");
+        let mut got = choices(&events[2..]);
+        got.sort_unstable();
+        assert_eq!(got, [0, 0, 1, 1, 2, 2]);
     }
 
     #[test]

@@ -4,9 +4,9 @@ use std::collections::BTreeMap;
 
 use super::Scheduler;
 use super::plan::SeqId;
-use super::sequence::{Chunk, Sequence};
+use super::sequence::{Chunk, Room, Sequence};
 
-/// Sequences that wait for a prefix and are passed in one step, at most. Each costs a look at every running sequence;
+/// Sequences that wait for another's prefill and are passed in one step, at most. Each costs a look at every running sequence;
 /// more would hardly find one to admit, as each of those passed takes up blocks soon.
 pub(super) const MAX_PASSED: usize = 64;
 
@@ -14,29 +14,30 @@ pub(super) const MAX_PASSED: usize = 64;
 enum Verdict {
     /// Nothing: it has its blocks.
     Admitted,
-    /// A running sequence is computing a block that it can share.
-    PrefixUnderWay,
+    /// Another's prefill: a block of it that it can share, its logits, or the room that they take.
+    PrefillUnderWay,
     /// Too few blocks are available.
     NoBlocks,
 }
 
 impl Scheduler {
     /// Admits waiting sequences, oldest first, while a step has rows and the group has places and blocks.
-    pub(super) fn admit(&mut self, chunks: &mut BTreeMap<SeqId, Chunk>, n_rows_left: &mut usize) {
+    pub(super) fn admit(&mut self, chunks: &mut BTreeMap<SeqId, Chunk>, room: &mut Room) {
         let mut n_passed = 0;
         let mut after = None;
-        while *n_rows_left > 0 && self.running.len() < self.config.max_running && n_passed < MAX_PASSED {
+        while room.rows > 0 && self.running.len() < self.config.max_running && n_passed < MAX_PASSED {
             let Some(id) = self.next_waiting(after) else { break };
             after = Some(id);
             let mut sequence = self.waiting.remove(&id).expect("it waits");
-            match self.try_start(&mut sequence) {
+            match self.try_start(&mut sequence, room) {
                 Verdict::Admitted => {
-                    let chunk = sequence.next_chunk(self.config.max_prefill_chunk.min(*n_rows_left));
-                    *n_rows_left -= chunk.n_rows;
+                    let chunk = sequence.next_chunk(room.within(self.config.max_prefill_chunk));
+                    let chunk = chunk.expect("there is room for one row of each kind that it needs");
+                    room.take(&chunk);
                     chunks.insert(id, chunk);
                     self.running.insert(id, sequence);
                 }
-                Verdict::PrefixUnderWay => {
+                Verdict::PrefillUnderWay => {
                     n_passed += 1;
                     self.waiting.insert(id, sequence);
                 }
@@ -60,9 +61,10 @@ impl Scheduler {
 
     /// Gives a sequence the blocks of all its known tokens, if that leaves one for every running sequence: with less,
     /// the next decodes would preempt it again.
-    fn try_start(&mut self, sequence: &mut Sequence) -> Verdict {
-        if self.prefix_is_under_way(sequence) {
-            return Verdict::PrefixUnderWay;
+    fn try_start(&mut self, sequence: &mut Sequence, room: &Room) -> Verdict {
+        let lacks_room = sequence.owes_prompt_logits() && room.prompt_logits_rows == 0;
+        if lacks_room || self.is_told_to_wait(sequence) || self.prefix_is_under_way(sequence) {
+            return Verdict::PrefillUnderWay;
         }
         let shared = self.kv.acquire(sequence.shareable_keys());
         let n_missing = sequence.n_missing_blocks() - shared.len();
@@ -75,6 +77,12 @@ impl Scheduler {
             sequence.push_block(self.kv.allocate().expect("as many are available"));
         }
         Verdict::Admitted
+    }
+
+    /// Whether it is to start after one that still owes the logits of its prompt.
+    fn is_told_to_wait(&self, sequence: &Sequence) -> bool {
+        let before = sequence.after.and_then(|id| self.running.get(&id).or_else(|| self.waiting.get(&id)));
+        before.is_some_and(Sequence::owes_prompt_logits)
     }
 
     /// Whether the first block that the prefix cache lacks is being computed.

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 
 use super::Scheduler;
-use super::plan::BlockId;
+use super::plan::{BlockId, LogitsRows};
 use crate::kv::prefix_cache::BlockCounts;
 
 /// A scheduler's load.
@@ -46,9 +46,12 @@ impl Scheduler {
         assert!(self.running.len() <= self.config.max_running);
         assert!(self.waiting.len() <= self.config.max_waiting + self.config.max_running);
         assert!(self.running.keys().all(|id| !self.waiting.contains_key(id)), "nobody both waits and runs");
-        let in_flight = self.in_flight.iter().flatten();
-        let n_rows: usize = in_flight.map(|(_, chunk)| chunk.n_rows).sum();
+        let in_flight = || self.in_flight.iter().flatten().map(|(_, chunk)| chunk);
+        let n_rows: usize = in_flight().map(|chunk| chunk.n_rows).sum();
         assert!(n_rows <= self.config.max_step_tokens, "{n_rows} rows");
+        let prompts = in_flight().filter(|chunk| chunk.logits == LogitsRows::All);
+        let n_rows: usize = prompts.map(|chunk| chunk.n_rows).sum();
+        assert!(n_rows <= self.config.max_prompt_logits_rows, "{n_rows} rows of prompt logits");
     }
 
     fn check_sequences(&self) {

@@ -13,7 +13,7 @@
 
 use std::time::Instant;
 
-use super::plan::{BlockId, LogitsRows};
+use super::plan::{BlockId, LogitsRows, SeqId};
 use crate::kv::prefix_cache::BlockKey;
 
 /// See the module's documentation.
@@ -27,6 +27,8 @@ pub(super) struct Sequence {
     max_len: usize,
     /// When it ends with what it has.
     pub(super) deadline: Option<Instant>,
+    /// Whose prompt logits it waits for.
+    pub(super) after: Option<SeqId>,
     /// Of every full block of `token_ids`, computed or not.
     keys: Vec<BlockKey>,
     /// Positions of the prompt whose logits have been delivered, or are not asked for.
@@ -50,6 +52,32 @@ pub(super) struct Chunk {
     pub(super) samples: bool,
 }
 
+/// What is left of a step.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Room {
+    pub(super) rows: usize,
+    /// Rows of [`LogitsRows::All`].
+    pub(super) prompt_logits_rows: usize,
+}
+
+// === impl Room ===
+
+impl Room {
+    /// The part of it that one sequence may take.
+    pub(super) fn within(self, max_rows: usize) -> Self {
+        Self { rows: self.rows.min(max_rows), ..self }
+    }
+
+    pub(super) fn take(&mut self, chunk: &Chunk) {
+        self.rows -= chunk.n_rows;
+        if chunk.logits == LogitsRows::All {
+            self.prompt_logits_rows -= chunk.n_rows;
+        }
+    }
+}
+
+// === impl Sequence ===
+
 impl Sequence {
     /// A waiting sequence. `max_len` must be above the prompt's length.
     pub(super) fn new(prompt: Vec<u32>, max_len: usize, block_size: usize) -> Self {
@@ -60,6 +88,7 @@ impl Sequence {
             token_ids: prompt,
             max_len,
             deadline: None,
+            after: None,
             keys: Vec::new(),
             n_cached: None,
             blocks: Vec::new(),
@@ -90,6 +119,16 @@ impl Sequence {
     /// Rows to compute before the next token can be sampled. Never 0.
     pub(super) fn n_remaining(&self) -> usize {
         self.token_ids.len() - self.n_computed
+    }
+
+    /// Whether logits of its prompt were asked for and have not all been delivered.
+    pub(super) fn owes_prompt_logits(&self) -> bool {
+        self.n_prompt_rows_delivered < self.n_prompt
+    }
+
+    /// Whether it needs one row, to sample from.
+    pub(super) fn decodes(&self) -> bool {
+        self.n_remaining() == 1 && !self.owes_prompt_logits()
     }
 
     /// Tokens to compute or to sample, at most, until it ends.
@@ -133,11 +172,7 @@ impl Sequence {
     /// The keys of the blocks that may come from the prefix cache: full ones before the last known token, whose logits
     /// are needed, and before every prompt position whose logits were asked for and have not been delivered.
     pub(super) fn shareable_keys(&self) -> &[BlockKey] {
-        let n_positions = if self.n_prompt_rows_delivered < self.n_prompt {
-            self.n_prompt_rows_delivered
-        } else {
-            self.n_known() - 1
-        };
+        let n_positions = if self.owes_prompt_logits() { self.n_prompt_rows_delivered } else { self.n_known() - 1 };
         &self.keys[..n_positions / self.block_size]
     }
 
@@ -169,22 +204,23 @@ impl Sequence {
 
     // === steps ===
 
-    /// What a step with room for `max_rows` rows, at least 1, computes of it.
-    pub(super) fn next_chunk(&self, max_rows: usize) -> Chunk {
-        let mut n_rows = self.n_remaining().min(max_rows);
+    /// What a step computes of it. None: there is no room.
+    pub(super) fn next_chunk(&self, room: Room) -> Option<Chunk> {
         let n_repeated = self.n_prompt_rows_delivered.saturating_sub(self.n_computed);
-        let owes_prompt_rows = self.n_prompt_rows_delivered < self.n_prompt;
-        if owes_prompt_rows && n_repeated > 0 {
+        let (max_rows, gives_prompt_logits) = match (self.owes_prompt_logits(), n_repeated) {
+            (false, _) => (room.rows, false),
+            (true, 0) => (room.rows.min(room.prompt_logits_rows), true),
             // Computed again after a preemption: their logits were delivered, so they are no part of an `All` chunk.
-            n_rows = n_rows.min(n_repeated);
-        }
+            (true, n_repeated) => (room.rows.min(n_repeated), false),
+        };
+        let n_rows = self.n_remaining().min(max_rows);
         let samples = n_rows == self.n_remaining();
-        let logits = match (owes_prompt_rows && n_repeated == 0, samples) {
+        let logits = match (gives_prompt_logits, samples) {
             (true, _) => LogitsRows::All,
             (false, true) => LogitsRows::Last,
             (false, false) => LogitsRows::None,
         };
-        Chunk { n_rows, logits, samples }
+        (n_rows > 0).then_some(Chunk { n_rows, logits, samples })
     }
 
     /// The tokens of a chunk.

@@ -50,6 +50,9 @@ struct Seen {
     expired_running: u64,
     preempted: u64,
     preempted_owing_prompt_logits: u64,
+    prompt_logits_cut: u64,
+    skipped_for_prompt_logits: u64,
+    started_after: u64,
     prefix_hits: u64,
     resets: u64,
     queue_full: u64,
@@ -67,6 +70,9 @@ impl Seen {
             self.expired_running,
             self.preempted,
             self.preempted_owing_prompt_logits,
+            self.prompt_logits_cut,
+            self.skipped_for_prompt_logits,
+            self.started_after,
             self.prefix_hits,
             self.resets,
             self.queue_full,
@@ -84,6 +90,7 @@ struct Client {
     max_len: usize,
     deadline: Option<Instant>,
     prompt_logprobs: bool,
+    after: Option<SeqId>,
     /// Prompt positions whose logits have come.
     n_delivered: usize,
     has_run: bool,
@@ -164,6 +171,7 @@ impl World {
         let config = SchedulerConfig {
             max_step_tokens: max_running + rng.random_range(0..20),
             max_prefill_chunk: *[1, 2, 5, 20].choose(rng).unwrap(),
+            max_prompt_logits_rows: *[1, 2, 3, 50].choose(rng).unwrap(),
             max_running,
             max_waiting: rng.random_range(1..12),
             n_blocks: rng.random_range(4..24),
@@ -213,7 +221,9 @@ impl World {
         let prompt = [&document[..n_common], &any_tokens(rng, n_own)].concat();
         let deadline = rng.random_bool(0.2).then(|| self.now + Duration::from_millis(rng.random_range(1..60)));
         let (max_new_tokens, prompt_logprobs) = (rng.random_range(1..40), rng.random_bool(0.3));
-        let new = NewSequence { prompt: prompt.clone(), max_new_tokens, deadline, prompt_logprobs };
+        let living: Vec<_> = self.clients.keys().copied().collect();
+        let after = living.choose(rng).copied().filter(|_| rng.random_bool(0.2));
+        let new = NewSequence { prompt: prompt.clone(), max_new_tokens, deadline, prompt_logprobs, after };
         let before = self.scheduler.stats();
         match self.scheduler.add(new, self.now) {
             Ok(id) => {
@@ -225,6 +235,7 @@ impl World {
                     token_ids: prompt,
                     deadline,
                     prompt_logprobs,
+                    after,
                     n_delivered: 0,
                     has_run: false,
                     must_end_by,
@@ -308,11 +319,12 @@ impl World {
         assert_eq!(plan.step_id, self.next_step_id);
         self.next_step_id += 1;
         assert!((1..=self.config.max_step_tokens).contains(&plan.n_rows()));
+        self.check_logits_rows(plan, seen);
         assert!(plan.sequences.is_sorted_by(|a, b| a.id < b.id), "one part each, by age");
         let oldest = self.scheduler.running.keys().next();
         assert_eq!(plan.sequences.first().map(|step| &step.id), oldest, "the oldest is in every step");
         for (id, sequence) in &self.scheduler.running {
-            assert!(sequence.n_remaining() > 1 || plan.sequences.iter().any(|step| step.id == *id), "{id:?} decodes");
+            assert!(!sequence.decodes() || plan.sequences.iter().any(|step| step.id == *id), "{id:?} decodes");
         }
         for id in &plan.released {
             if let Some(client) = self.clients.get(id) {
@@ -326,7 +338,29 @@ impl World {
         }
     }
 
+    /// The logits of a step are bounded, whatever the prompts are.
+    fn check_logits_rows(&self, plan: &StepPlan, seen: &mut Seen) {
+        let SchedulerConfig { max_prompt_logits_rows, max_running, .. } = self.config;
+        let rows_of = |kind| plan.sequences.iter().filter(move |step| step.logits == kind);
+        let n_prompt_rows: usize = rows_of(LogitsRows::All).map(SequenceStep::n_logits_rows).sum();
+        assert!(n_prompt_rows <= max_prompt_logits_rows, "{plan:?}");
+        assert!(rows_of(LogitsRows::Last).count() <= max_running);
+        seen.prompt_logits_cut += u64::from(n_prompt_rows == max_prompt_logits_rows);
+        let skipped = self.scheduler.running.keys().filter(|id| plan.sequences.iter().all(|step| step.id != **id));
+        seen.skipped_for_prompt_logits += skipped.filter(|id| self.clients[*id].owes_prompt_logits()).count() as u64;
+    }
+
+    /// Whoever was told to wait for another's prompt logits has waited.
+    fn check_start(&self, id: SeqId, seen: &mut Seen) {
+        let before = self.clients[&id].after.and_then(|id| self.clients.get(&id));
+        assert!(!before.is_some_and(Client::owes_prompt_logits), "{id:?} did not wait");
+        seen.started_after += u64::from(before.is_some_and(|client| client.prompt_logprobs));
+    }
+
     fn check_part(&mut self, step: &SequenceStep, seen: &mut Seen) {
+        if !self.clients[&step.id].has_run {
+            self.check_start(step.id, seen);
+        }
         let client = self.clients.get_mut(&step.id).expect("only the living are in plans");
         let (start, end) = (step.start_position as usize, step.start_position as usize + step.token_ids.len());
         assert!((1..=self.config.max_prefill_chunk).contains(&step.token_ids.len()));
