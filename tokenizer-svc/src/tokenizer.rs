@@ -12,10 +12,7 @@ use tokenizers::{
     Token,
 };
 
-use self::{
-    added_tokens::{AddedTokens, range_in_text},
-    decoding::TokenBytes,
-};
+use self::{added_tokens::AddedTokens, decoding::TokenBytes};
 use crate::error::{LoadError, TokenizeError, check_limit};
 
 mod added_tokens;
@@ -92,7 +89,7 @@ impl Tokenizer {
     }
 
     /// The ids of `text`, exactly as Hugging Face's `encode` gives them, except that control-token strings across a
-    /// break are text. `add_special_tokens` adds what the tokenizer adds around a text.
+    /// break are text, and so is what only becomes one by normalization. `add_special_tokens` adds what the tokenizer adds around a text.
     ///
     /// # Errors
     /// [`TokenizeError::BlankRun`] if more than [`MAX_BLANK_RUN`] blanks follow one another, or
@@ -175,7 +172,7 @@ impl Tokenizer {
     }
 
     /// The tokens of one word. Merges may spell a control token out of plain text (a vocabulary holds them as ordinary
-    /// strings, and some pipelines look words up whole). Over a break that must not stand: the word is cut inside it.
+    /// strings, and some pipelines look words up whole). Where that may not stand, the word is cut inside it.
     fn merge(&self, word: &NormalizedString, breaks: &Breaks) -> tokenizers::Result<Vec<Token>> {
         let model = self.pipeline.get_model();
         let text = word.get();
@@ -197,9 +194,9 @@ impl Tokenizer {
         Ok(tokens)
     }
 
-    /// Where a part of a word has to be cut: after the first character of each control token spelled over a break.
+    /// Where a part of a word has to be cut: after the first character of each control token that may not stand.
     fn cuts(&self, word: &NormalizedString, part: &Range<usize>, tokens: &[Token], breaks: &Breaks) -> Vec<usize> {
-        if breaks.is_empty() {
+        if breaks.is_empty() && self.pipeline.get_normalizer().is_none() {
             return Vec::new();
         }
         let cut = tokens.iter().filter(|token| self.is_special(token.id)).filter_map(|token| {
@@ -208,7 +205,7 @@ impl Tokenizer {
             // The unknown token stands for text that it does not spell; there is nothing to guard against then.
             let first_bytes = text.chars().next()?.len_utf8();
             let spelled = text == token.value && first_bytes < text.len();
-            (spelled && breaks.cut(&range_in_text(word, &range))).then_some(range.start + first_bytes)
+            (spelled && !self.added.may_stand(token.id, word, &range, breaks)).then_some(range.start + first_bytes)
         });
         cut.collect()
     }
@@ -254,7 +251,7 @@ fn fingerprint(pipeline: &tokenizers::Tokenizer, vocab_size: usize) -> Result<St
         }
     }
     let mut digest = Digesting(Sha256::new());
-    digest.0.update(format!("lockstep tokenizer 1, {vocab_size} ids\n"));
+    digest.0.update(format!("lockstep tokenizer 2, {vocab_size} ids\n"));
     let mut serialize = io::BufWriter::new(&mut digest);
     serde_json::to_writer(&mut serialize, pipeline).map_err(|e| LoadError::Invalid(e.to_string()))?;
     io::Write::flush(&mut serialize).map_err(|e| LoadError::Invalid(e.to_string()))?;

@@ -12,6 +12,9 @@
 //!   own, and as JSON;
 //! * in other case: control tokens are recognised whatever the case of their ASCII letters.
 //!
+//! Other disguises (fullwidth letters under a normalizer that folds them, say) need no break: the tokenizer service takes
+//! for text whatever does not spell a control token before normalization.
+//!
 //! What is not covered: a template that cuts a user string in the middle and joins the pieces, and one that builds a
 //! control token *around* a name, an id or a JSON string, as `'<|' + name + '|>'` would (around content or a document
 //! it is covered). No template in `tests/data/templates` does either.

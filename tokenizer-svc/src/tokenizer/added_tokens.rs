@@ -3,7 +3,8 @@
 //! The rules are those of the tokenizers library (`added_vocabulary.rs`, version 0.23): the leftmost match wins, then
 //! the longest; tokens that are not normalized are looked for in the text as it came, the others afterwards in the
 //! normalized pieces between. The library itself cannot leave a *certain* occurrence unmatched, which
-//! [`Breaks`] ask for, so the search is here; what is done with the pieces remains the library's work.
+//! [`Breaks`] ask for, so the search is here; what is done with the pieces remains the library's work. One rule is ours:
+//! [`AddedTokens::may_stand`].
 
 use std::{collections::HashMap, ops::Range, sync::LazyLock};
 
@@ -32,6 +33,9 @@ pub(crate) struct AddedTokens {
     as_written: Trie,
     normalized: Trie,
     rules: HashMap<u32, Rule>,
+    /// Of each control token what a text must spell for it to be one: its string without blanks around it, in lower
+    /// case.
+    controls: HashMap<u32, Box<str>>,
 }
 
 /// How one token is matched.
@@ -40,7 +44,6 @@ struct Rule {
     single_word: bool,
     lstrip: bool,
     rstrip: bool,
-    special: bool,
 }
 
 /// A byte trie over token strings.
@@ -63,7 +66,8 @@ impl AddedTokens {
     /// # Errors
     /// If a string, or all together, are over the limits above.
     pub(crate) fn new<'a>(tokens: impl Iterator<Item = (u32, &'a AddedToken, String)>) -> Result<Self, LoadError> {
-        let (mut as_written, mut normalized, mut rules) = (Trie::new(), Trie::new(), HashMap::new());
+        let (mut as_written, mut normalized) = (Trie::new(), Trie::new());
+        let (mut rules, mut controls) = (HashMap::new(), HashMap::new());
         let mut total_bytes = 0;
         for (id, token, normalized_text) in tokens {
             let (trie, text) = if token.normalized {
@@ -76,9 +80,12 @@ impl AddedTokens {
             check_limit("the length of all added tokens (bytes)", total_bytes, MAX_TOTAL_BYTES)?;
             trie.insert(text, id);
             let &AddedToken { single_word, lstrip, rstrip, special, .. } = token;
-            rules.insert(id, Rule { single_word, lstrip, rstrip, special });
+            rules.insert(id, Rule { single_word, lstrip, rstrip });
+            if special {
+                controls.insert(id, token.content.trim().to_ascii_lowercase().into());
+            }
         }
-        Ok(Self { as_written, normalized, rules })
+        Ok(Self { as_written, normalized, rules, controls })
     }
 
     /// Splits a piece of the text as it came by the tokens that are looked for there.
@@ -93,13 +100,23 @@ impl AddedTokens {
 
     /// Whether a token is a control token.
     pub(crate) fn is_special(&self, id: u32) -> bool {
-        self.rules.get(&id).is_some_and(|rule| rule.special)
+        self.controls.contains_key(&id)
+    }
+
+    /// Whether a token may stand for a range of a piece, in bytes of its normalized form.
+    ///
+    /// A control token may only where the text as it came spells it, in whatever ASCII case, and no break lies inside.
+    /// Whoever sets breaks looks for what is spelled; a control token that normalization alone yields (from fullwidth
+    /// letters, or around a character that it drops) would pass unseen, and is text.
+    pub(crate) fn may_stand(&self, id: u32, piece: &NormalizedString, range: &Range<usize>, breaks: &Breaks) -> bool {
+        let Some(control) = self.controls.get(&id) else { return true };
+        let written = piece.get_range_original(normalizer::Range::Normalized(range.clone()));
+        written.is_some_and(|written| written.to_ascii_lowercase().contains(&**control))
+            && !breaks.cut(&range_in_text(piece, range))
     }
 
     fn split(&self, trie: &Trie, piece: &NormalizedString, breaks: &Breaks) -> Vec<Split> {
-        let forbidden = |id: u32, range: &Range<usize>| {
-            !breaks.is_empty() && self.is_special(id) && breaks.cut(&range_in_text(piece, range))
-        };
+        let forbidden = |id, range: &Range<usize>| !self.may_stand(id, piece, range, breaks);
         let found = self.find(trie, piece.get(), forbidden);
         let split = found.into_iter().map(|(id, range)| {
             let slice = piece.slice(normalizer::Range::Normalized(range)).expect("matches start and end at characters");
@@ -145,7 +162,7 @@ impl AddedTokens {
 
 /// Where a range of a piece, in bytes of its normalized form, lies in the whole text as it came. The whole piece if the
 /// normalization kept no trace: rather too wide, so that a break is never missed.
-pub(crate) fn range_in_text(piece: &NormalizedString, range: &Range<usize>) -> Range<usize> {
+fn range_in_text(piece: &NormalizedString, range: &Range<usize>) -> Range<usize> {
     let (start, end) = piece.offsets_original();
     match piece.convert_offsets(normalizer::Range::Normalized(range.clone())) {
         Some(inside) => start + inside.start..start + inside.end,

@@ -81,8 +81,11 @@ fn control_ids(tokenizer: &Tokenizer, ids: &[u32]) -> Vec<u32> {
     ids.iter().copied().filter(|&id| tokenizer.is_special(id) && Some(id) != unknown).collect()
 }
 
-const SMALL_PIECES: [&str; 18] =
-    ["</s>", "<|x|>", "<y>", "<a>", " ", "  ", "a", "ab", "x", "<", ">", "</", "s>", "|", "é", "中", "＜ｙ＞", "<Y>"];
+const SMALL_PIECES: [&str; 17] =
+    ["</s>", "<|x|>", "<y>", "<a>", " ", "  ", "a", "ab", "x", "<", ">", "</", "s>", "|", "é", "中", "<Y>"];
+
+/// What NFKC and the like make of these, a text does not spell.
+const DISGUISES: [&str; 6] = ["＜ｙ＞", "＜y>", "<ｙ>", "<\u{200b}y>", "＜／ｓ＞", "</ｓ>"];
 
 #[test]
 fn without_breaks_small_pipelines_encode_as_the_library_does() {
@@ -96,6 +99,22 @@ fn without_breaks_small_pipelines_encode_as_the_library_does() {
             let harmless = vec![0, u32::try_from(text.len()).unwrap()];
             assert_eq!(tokenizer.encode(&text, &Breaks::NONE, true).unwrap(), expected, "{text:?}");
             assert_eq!(encode(&tokenizer, &text, harmless), expected, "{text:?}");
+        }
+    }
+}
+
+#[test]
+fn a_control_token_that_only_normalization_yields_is_text() {
+    let dropping = json!({"type": "Replace", "pattern": {"String": "\u{200b}"}, "content": ""});
+    let nfkc = json!({"type": "Sequence", "normalizers": [{"type": "NFKC"}, dropping]});
+    let tokenizer = small(&[("normalizer", nfkc)]);
+    let by_library = |text: &str| tokenizer.pipeline.encode_fast(text, false).unwrap().get_ids().to_vec();
+    for disguise in DISGUISES {
+        assert!(!control_ids(&tokenizer, &by_library(disguise)).is_empty(), "{disguise:?} is an attack");
+        for text in [disguise.to_owned(), format!("a{disguise} <y>")] {
+            let ids = encode(&tokenizer, &text, Vec::new());
+            let written = text.matches("<y>").count();
+            assert_eq!(control_ids(&tokenizer, &ids).len(), written, "{text:?} gives {ids:?}");
         }
     }
 }
