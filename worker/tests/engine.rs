@@ -89,6 +89,7 @@ impl Engine {
         let (group, _rpc) = LeaderGroup::new(GroupConfig::default(), attestation, runtime.handle()).unwrap();
         let scheduler = Scheduler::new(SchedulerConfig {
             max_step_tokens: 64,
+            max_prompt_logits_rows: 64,
             max_prefill_chunk: 64,
             max_running: 8,
             max_waiting: 8,

@@ -66,6 +66,10 @@ impl WorkerService for Arc<Fake> {
         Ok(Response::new(ReceiverStream::new(stream)))
     }
 
+    async fn end_choice(&self, _: Request<pb::EndChoiceRequest>) -> Result<Response<pb::EndChoiceResponse>, Status> {
+        Ok(Response::new(pb::EndChoiceResponse {}))
+    }
+
     /// The request id as the model's name.
     async fn get_status(
         &self,

@@ -50,6 +50,11 @@ impl Follower {
                 Err(refusal @ GroupError::Refused { .. }) => return Err(refusal),
                 Err(error) => error.into(),
             };
+            let end = match end {
+                // A collective that was aborted does not know why; the group does.
+                EpochEnd::Step(_) => self.group.is_broken().map_or(end, EpochEnd::Group),
+                other => other,
+            };
             self.readiness.set_ready(false);
             if matches!(end, EpochEnd::Group(GroupError::Stopped)) {
                 return Ok(());

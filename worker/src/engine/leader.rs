@@ -90,6 +90,11 @@ impl Leader {
                 Ok(epoch) => self.serve(epoch),
                 Err(failure) => EpochEnd::Group(failure),
             };
+            let end = match end {
+                // A collective that was aborted does not know why; the group does.
+                EpochEnd::Step(_) => self.group.is_broken().map_or(end, EpochEnd::Group),
+                other => other,
+            };
             self.ready = false;
             let reason = end.to_string();
             self.group.give_up(&reason);

@@ -227,7 +227,10 @@ fn step(group: &mut Membership, seen: &mut Observer, now: &mut Instant, ticket: 
             actions.unwrap_or_default()
         }
         55..75 => {
-            for rank in (0..=group.world_size).filter(|_| random.random_ratio(3, 4)) {
+            for rank in 0..=group.world_size {
+                if random.random_ratio(1, 4) {
+                    continue;
+                }
                 let leaving = random.random_ratio(1, 50);
                 let alive = group.heartbeat(rank, epoch, Beat { finished_steps: ticket, leaving }, *now);
                 let is_follower = (1..group.world_size).contains(&rank);
