@@ -35,7 +35,7 @@ impl Backends {
         let limits = settings.limits.client();
         let groups = Groups::new(settings.router.settings(), channels(&settings.groups, &limits)?, &limits);
         let timeout = Duration::from_millis(settings.tokenizer_timeout_ms);
-        let tokenizers = Tokenizers::new(channels(&settings.tokenizers, &limits)?, &limits, timeout);
+        let tokenizers = Tokenizers::new(channels(&settings.tokenizers, &limits)?, timeout);
         Ok(Self {
             groups: Arc::new(groups),
             tokenizers: Arc::new(tokenizers),

@@ -179,14 +179,15 @@ pub(crate) fn reason_of_absence(reason: Reason) -> bool {
     )
 }
 
-/// A text that the tokenizer refuses is the client's; that it is full or stopping is a matter of time.
+/// A text that the tokenizer refuses, or that becomes a message over a limit, is the client's; that it is full or stopping is a matter of time.
 fn tokenizer_error(error: &Error, message: String) -> Error {
     match error.reason() {
         Reason::Overloaded => {
             Error::new(Reason::Overloaded, message).retry_after(error.retry_delay().unwrap_or(RETRY_AFTER))
         }
-        Reason::PromptTooLong => Error::new(Reason::PromptTooLong, message),
-        Reason::InvalidArgument => Error::new(Reason::InvalidArgument, message),
+        reason @ (Reason::PromptTooLong | Reason::InvalidArgument | Reason::MessageTooLarge) => {
+            Error::new(reason, message)
+        }
         _ => Error::new(Reason::Internal, message),
     }
 }

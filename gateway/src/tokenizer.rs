@@ -17,7 +17,7 @@ use std::{
 };
 
 use lockstep_proto::{
-    client::{ClientLimits, with_deadline},
+    client::with_deadline,
     error::Error,
     tokenizer::v1::{
         DecodeOpen, DecodeRequest, DecodedText, EncodeInput, EncodeRequest, GetTokenizerRequest, GetTokenizerResponse,
@@ -36,6 +36,12 @@ pub use decode_stream::DecodeStream;
 pub use facts::{Facts, NoTemplate, TokenText};
 
 type Client = TokenizerServiceClient<Channel>;
+
+/// Largest answer that is read, whatever is read from clients: a text that they may send can have many more bytes as ids.
+/// `Decode` answers with 32 MiB at most, and with their text, which has three bytes for each that is no UTF-8. `Encode`
+/// answers to 4 MiB with one id of three bytes for each of them at most, unless a normalizer makes more of the text.
+/// Unit: bytes.
+const MAX_ANSWER_BYTES: usize = 4 * (32 << 20) + (1 << 20);
 
 /// Lists of ids that one `Decode` may carry, by its contract.
 const MAX_DECODE_INPUTS: usize = 4_096;
@@ -116,10 +122,10 @@ pub enum TokenizerError {
 
 impl Tokenizers {
     /// Instances by address and channel, of which nothing is known yet. A unary call to one takes at most `timeout`.
-    pub fn new(instances: Vec<(String, Channel)>, limits: &ClientLimits, timeout: Duration) -> Self {
+    pub fn new(instances: Vec<(String, Channel)>, timeout: Duration) -> Self {
         let instances = instances.into_iter().map(|(address, channel)| Instance {
             address,
-            client: Client::new(channel).max_decoding_message_size(limits.max_message_bytes()),
+            client: Client::new(channel).max_decoding_message_size(MAX_ANSWER_BYTES),
             state: Mutex::default(),
             failed: Notify::new(),
         });

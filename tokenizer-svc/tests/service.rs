@@ -185,3 +185,25 @@ async fn a_text_as_long_as_allowed_is_encoded() {
     assert_eq!(ids.len(), 1 << 20, "`aaaa` is one token");
     service.stop().await;
 }
+
+#[tokio::test]
+async fn ids_may_stand_for_so_many_bytes_and_no_more() {
+    const MAX_DECODED_BYTES: usize = 32 << 20;
+    let mut service = Running::start(&["a"]).await;
+    // The bytes, and text of as many.
+    service.client = service.client.clone().max_decoding_message_size(2 * MAX_DECODED_BYTES + (1 << 20));
+    let decode = |inputs: Vec<Vec<u32>>| {
+        let inputs = inputs.into_iter().map(|ids| TokenIds { ids }).collect();
+        DecodeRequest { inputs, ..DecodeRequest::default() }
+    };
+    let singles = (0..4096).map(|id| vec![id]).collect();
+    let singles = service.client.decode(decode(singles)).await.unwrap().into_inner().outputs;
+    let (longest, n_bytes) = (0..).zip(singles.iter().map(|each| each.raw.len())).max_by_key(|each| each.1).unwrap();
+    let one_byte = (0..).zip(&singles).find(|(_, each)| each.raw.len() == 1).unwrap().0;
+    let mut ids = vec![longest; MAX_DECODED_BYTES / n_bytes];
+    ids.extend(vec![one_byte; MAX_DECODED_BYTES % n_bytes]);
+    let outputs = service.client.decode(decode(vec![ids.clone()])).await.unwrap().into_inner().outputs;
+    assert_eq!(outputs[0].raw.len(), MAX_DECODED_BYTES);
+    check(service.client.decode(decode(vec![ids, vec![one_byte]])).await, Reason::InvalidArgument, "inputs");
+    service.stop().await;
+}

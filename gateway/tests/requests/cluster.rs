@@ -97,7 +97,9 @@ impl Cluster {
         let (mut tokenizers, mut tokenizer_addresses) = (Vec::new(), Vec::new());
         for _ in 0..setup.n_tokenizers {
             let tokenizer = FakeTokenizer::default();
-            let (address, server) = serve(Routes::new(TokenizerServiceServer::new(tokenizer.clone())));
+            let max_bytes = Limits::default().max_message_bytes();
+            let service = TokenizerServiceServer::new(tokenizer.clone()).max_decoding_message_size(max_bytes);
+            let (address, server) = serve(Routes::new(service));
             tokenizer_addresses.push(address.to_string());
             tokenizers.push(tokenizer);
             servers.push(server);

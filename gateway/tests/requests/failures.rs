@@ -136,6 +136,16 @@ async fn a_worker_that_breaks_its_contract_is_our_bug() {
 }
 
 #[tokio::test]
+async fn what_is_too_large_for_the_tokenizer_is_said_to_be() {
+    let cluster = Cluster::start().await;
+    let refusal = Error::new(Reason::MessageTooLarge, "decoded message length too large");
+    *cluster.tokenizers[0].refusal.lock().unwrap() = Some(refusal.into());
+    let error = call(&cluster).await.unwrap().unwrap_err();
+    assert_eq!(error.reason(), Reason::MessageTooLarge, "{error}");
+    assert!(error.message().starts_with("tokenizer 127.0.0.1:"), "{error}");
+}
+
+#[tokio::test]
 async fn calls_go_on_with_the_tokenizers_that_answer() {
     let mut cluster = Cluster::with(Setup { n_tokenizers: 2, ..Setup::default() }).await;
     cluster.tokenizers[0].is_down.store(true, Ordering::SeqCst);

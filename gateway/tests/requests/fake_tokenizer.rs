@@ -30,6 +30,8 @@ pub(crate) const TEMPLATE: &str = "{% for message in messages %}<|user|>{{ messa
 pub(crate) struct FakeTokenizer {
     /// Every call is answered UNAVAILABLE.
     pub(crate) is_down: Arc<AtomicBool>,
+    /// Texts are refused so.
+    pub(crate) refusal: Arc<Mutex<Option<Status>>>,
     /// Calls of `StreamDecode` that are under way.
     pub(crate) open_streams: Arc<AtomicUsize>,
     /// Calls of `Decode` that were answered.
@@ -38,6 +40,8 @@ pub(crate) struct FakeTokenizer {
     pub(crate) fingerprint: Arc<Mutex<String>>,
     /// The traces of its calls.
     pub(crate) request_ids: Arc<Mutex<Vec<String>>>,
+    /// What this byte stands for in answers of `Decode`, instead of itself.
+    pub(crate) stands_for: Arc<Mutex<Option<(u8, String)>>>,
     /// Has no chat template.
     pub(crate) has_no_template: Arc<AtomicBool>,
 }
@@ -133,6 +137,9 @@ impl TokenizerService for FakeTokenizer {
 
     async fn encode(&self, request: Request<EncodeRequest>) -> Result<Response<EncodeResponse>, Status> {
         self.answer(&request)?;
+        if let Some(refusal) = self.refusal.lock().unwrap().clone() {
+            return Err(refusal);
+        }
         let outputs = request.into_inner().inputs.iter().map(|input| TokenIds { ids: encode(input) }).collect();
         Ok(Response::new(EncodeResponse { outputs }))
     }
@@ -141,8 +148,12 @@ impl TokenizerService for FakeTokenizer {
         self.answer(&request)?;
         self.decodes.fetch_add(1, Ordering::SeqCst);
         let request = request.into_inner();
+        let stands_for = self.stands_for.lock().unwrap().clone();
         let outputs = request.inputs.iter().map(|list| {
-            let raw = bytes(&list.ids, request.skip_special_tokens);
+            let raw = match &stands_for {
+                Some((byte, text)) if list.ids == [u32::from(*byte)] => text.clone().into_bytes(),
+                _ => bytes(&list.ids, request.skip_special_tokens),
+            };
             DecodedText { text: String::from_utf8_lossy(&raw).into_owned(), raw }
         });
         Ok(Response::new(DecodeResponse { outputs: outputs.collect() }))

@@ -234,6 +234,32 @@ async fn the_full_text_begins_with_the_prompt_of_either_kind() {
 }
 
 #[tokio::test]
+async fn answers_of_the_tokenizer_may_be_larger_than_what_clients_may_send() {
+    const MIB: usize = 1 << 20;
+    let mut cluster = Cluster::start().await;
+    let mut client = cluster.client().max_decoding_message_size(64 * MIB);
+    // As much text as is allowed. An id of two bytes for each byte, and framing, make 8 MiB and a little.
+    let count = v1::CountTokensRequest {
+        input: Some(v1::count_tokens_request::Input::Prompt(prompt(&"\u{e9}".repeat(2 * MIB)).unwrap())),
+        ..v1::CountTokensRequest::default()
+    };
+    assert_eq!(client.count_tokens(count).await.unwrap().into_inner().token_count as usize, 4 * MIB + 1);
+    // As many bytes as `Decode` may answer with, and their text.
+    let text = "x".repeat(32 * MIB);
+    *cluster.tokenizers[0].stands_for.lock().unwrap() = Some((b'x', text.clone()));
+    let request = GenerateRequest {
+        prompt: Some(RawPrompt { prompt: Some(Prompt::TokenIds(TokenIds { ids: vec![u32::from(b'x')] })) }),
+        output: Some(OutputOptions { return_full_text: Some(true), ..OutputOptions::default() }),
+        ..GenerateRequest::default()
+    };
+    let call = tokio::spawn(async move { client.generate(request).await.unwrap().into_inner() });
+    let mut session = cluster.session().await;
+    session.text(0, "!").await;
+    session.finish(0, WorkerReason::Length, None).await;
+    assert!(call.await.unwrap().choices[0].text == text + "!");
+}
+
+#[tokio::test]
 async fn control_tokens_show_only_if_asked_for() {
     let mut cluster = Cluster::start().await;
     for (skip, expected) in [(true, "a"), (false, "a<|user|><|end|>")] {
