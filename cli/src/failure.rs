@@ -62,10 +62,9 @@ pub(crate) fn line(error: &Error) -> String {
     let mut line = format!("{}: {}", error.reason(), error.message());
     for field in error.field_violations() {
         let separator = if field.path.is_empty() { "" } else { ": " };
-        let violation = format!("{}{separator}{}", field.path, field.message);
-        // The gateway's messages name the fields already; other servers' need not.
-        if !error.message().contains(&violation) {
-            let _ = write!(line, "; {violation}");
+        // The gateway's messages say what is wrong with which field already; other servers' need not.
+        if !error.message().contains(&field.message) {
+            let _ = write!(line, "; {}{separator}{}", field.path, field.message);
         }
     }
     if let Some(delay) = error.retry_delay() {

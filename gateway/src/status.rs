@@ -106,7 +106,20 @@ impl Failure {
                 Error::new(Reason::Overloaded, message).retry_after(RETRY_AFTER)
             }
             Self::NoGroup(NoGroup::NoneReady) => Error::new(Reason::GroupUnavailable, message).retry_after(RETRY_AFTER),
-            _ => Error::new(self.plain_reason(), message),
+            _ => match self.field() {
+                Some(path) => Error::new(self.plain_reason(), message.clone()).violation(path, message),
+                None => Error::new(self.plain_reason(), message),
+            },
+        }
+    }
+
+    /// The field that is at fault, where only later work than the request's check could find it.
+    fn field(&self) -> Option<&'static str> {
+        match self {
+            Self::Resolve(ResolveError::PromptTooLong { .. }) => Some("prompt"),
+            Self::Template(TemplateError::Entropy(_)) => None,
+            Self::Template(_) => Some("conversation"),
+            _ => None,
         }
     }
 

@@ -43,7 +43,7 @@ async fn a_prompt_must_leave_room_for_what_is_asked() {
     let cluster = Cluster::start().await;
     let full = "x".repeat(999);
     let error = refused(cluster.client().generate(generate(&full)).await);
-    assert_eq!(error.reason(), Reason::PromptTooLong, "{error}");
+    assert_eq!((error.reason(), paths(&error)), (Reason::PromptTooLong, vec!["prompt"]), "{error}");
     let sampling = SamplingParams { max_new_tokens: Some(990), ..SamplingParams::default() };
     let request = GenerateRequest { sampling: Some(sampling), ..generate("twelve bytes") };
     let error = refused(cluster.client().generate(request).await);
