@@ -12,6 +12,7 @@ use lockstep_proto::{
 use lockstep_tests::cluster::{Cluster, repository};
 use serde::Deserialize;
 use tokio_stream::StreamExt;
+use tonic::Streaming;
 
 #[derive(Deserialize)]
 struct Reference {
@@ -150,10 +151,8 @@ async fn a_stop_string_ends_the_text_before_it() -> Result<()> {
     cluster.stop().await
 }
 
-#[tokio::test]
-async fn a_choice_ends_in_the_worker_alone_when_it_is_told_to() -> Result<()> {
-    let cluster = Cluster::builder().start().await?;
-    let mut leader = cluster.leader(0).await?;
+/// Asks a worker for two choices that go on for much longer than a test.
+fn two_choices() -> worker::GenerateRequest {
     let sampling = worker::ResolvedSampling {
         max_new_tokens: 4_000,
         top_p: 1.0,
@@ -161,25 +160,41 @@ async fn a_choice_ends_in_the_worker_alone_when_it_is_told_to() -> Result<()> {
         repetition_penalty: 1.0,
         ..worker::ResolvedSampling::default()
     };
-    let request = worker::GenerateRequest {
+    worker::GenerateRequest {
         request_id: "any".into(),
         prompt_token_ids: (100..140).collect(),
         sampling: Some(sampling),
         n: 2,
         ..worker::GenerateRequest::default()
-    };
-    let mut events = leader.generate(request).await?.into_inner();
-    let mut next = async || anyhow::Ok(events.next().await.context("an event")??.event.context("an event")?);
-    let WorkerEvent::Started(started) = next().await? else { bail!("no start") };
+    }
+}
+
+async fn next(events: &mut Streaming<worker::GenerateResponse>) -> Result<WorkerEvent> {
+    events.next().await.context("an event")??.event.context("an event")
+}
+
+async fn generation_id(events: &mut Streaming<worker::GenerateResponse>) -> Result<Vec<u8>> {
+    match next(events).await? {
+        WorkerEvent::Started(started) => Ok(started.generation_id),
+        other => bail!("{other:?} comes first"),
+    }
+}
+
+#[tokio::test]
+async fn a_choice_ends_in_the_worker_alone_when_it_is_told_to() -> Result<()> {
+    let cluster = Cluster::builder().start().await?;
+    let mut leader = cluster.leader(0).await?;
+    let mut events = leader.generate(two_choices()).await?.into_inner();
+    let generation_id = generation_id(&mut events).await?;
     let busy = cluster.wait_for_status(0, |status| status.running_sequences == 2).await?;
-    let ending = worker::EndChoiceRequest { generation_id: started.generation_id, choice: 0 };
+    let ending = worker::EndChoiceRequest { generation_id, choice: 0 };
     leader.end_choice(ending.clone()).await?;
     let half = cluster.wait_for_status(0, |status| status.running_sequences == 1).await?;
     assert!(half.free_blocks + half.cached_blocks > busy.free_blocks + busy.cached_blocks);
     let mut finish = None;
     let mut n_after = 0;
     while n_after < 3 {
-        match next().await? {
+        match next(&mut events).await? {
             WorkerEvent::Finish(ended) => finish = Some((ended.choice, ended.reason())),
             WorkerEvent::Tokens(tokens) if finish.is_some() => {
                 assert_eq!(tokens.choice, 1, "nothing comes after the end");
@@ -193,4 +208,26 @@ async fn a_choice_ends_in_the_worker_alone_when_it_is_told_to() -> Result<()> {
     drop(events);
     cluster.wait_for_status(0, |status| status.running_sequences == 0).await?;
     cluster.stop().await
+}
+
+#[tokio::test]
+async fn a_worker_that_drains_still_lets_choices_be_ended() -> Result<()> {
+    let mut cluster = Cluster::builder().start().await?;
+    let mut leader = cluster.leader(0).await?;
+    let mut events = leader.generate(two_choices()).await?.into_inner();
+    let generation_id = generation_id(&mut events).await?;
+    let end_all = async {
+        let mut draining = false;
+        while !draining {
+            let status = leader.get_status(worker::GetStatusRequest {}).await?.into_inner().status;
+            draining = status.context("a status")?.draining;
+        }
+        for choice in [0, 1] {
+            leader.end_choice(worker::EndChoiceRequest { generation_id: generation_id.clone(), choice }).await?;
+        }
+        while events.next().await.transpose()?.is_some() {}
+        Ok(())
+    };
+    tokio::try_join!(cluster.groups[0][0].terminate(), end_all)?;
+    Ok(())
 }
