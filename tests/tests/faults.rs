@@ -1,12 +1,32 @@
 //! Faults: what happens to requests when clients and ranks go away.
 
-use std::time::{Duration, Instant};
-
-use anyhow::{Context, Result};
-use lockstep_proto::v1::{
-    RawPrompt, SamplingParams, StreamGenerateRequest, TokenIds, raw_prompt::Prompt, stream_generate_response::Event,
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+        mpsc,
+    },
+    time::{Duration, Instant},
 };
-use lockstep_tests::cluster::Cluster;
+
+use anyhow::{Context, Result, ensure};
+use lockstep_checkpoint::Checkpoint;
+use lockstep_proto::{
+    client::ClientLimits,
+    error::{Error, Reason},
+    v1::{
+        RawPrompt, SamplingParams, StreamGenerateRequest, TokenIds, raw_prompt::Prompt, stream_generate_response::Event,
+    },
+    worker::v1::{GenerateRequest, ResolvedSampling, worker_service_client::WorkerServiceClient},
+};
+use lockstep_tests::cluster::{Cluster, Process, demo_model};
+use lockstep_worker::{
+    config::EngineSettings,
+    group::{FollowerGroup, GroupConfig},
+    model::load::Source,
+    model_runner::{self, warm_up},
+    serve::attest,
+};
 use tokio_stream::StreamExt;
 use tonic::Code;
 
@@ -126,4 +146,90 @@ async fn a_stream_outlives_the_end_of_a_follower_and_the_group_forms_anew() -> R
         response?;
     }
     cluster.stop().await
+}
+
+/// Rank 1 of two as a thread of this test: the real group, transport and model, but an engine that can be made to hang.
+/// A process could only be stopped as a whole, and its heartbeats with it.
+struct StandIn {
+    hang: Arc<AtomicBool>,
+    /// When it has stopped taking part, in the middle of a step.
+    hangs: mpsc::Receiver<Instant>,
+    /// Dropped, it ends the hang.
+    _release: mpsc::Sender<()>,
+}
+
+impl StandIn {
+    /// Begins to follow, and goes on until it is to hang.
+    fn start(leader: &str) -> Self {
+        let hang = Arc::new(AtomicBool::new(false));
+        let (hanging, hangs) = mpsc::channel();
+        let (release, released) = mpsc::channel::<()>();
+        let (asked, leader) = (Arc::clone(&hang), leader.to_owned());
+        let runtime = tokio::runtime::Handle::current();
+        std::thread::spawn(move || -> Result<()> {
+            let checkpoint = Arc::new(Checkpoint::open(&demo_model())?);
+            let source = Source::open(Arc::clone(&checkpoint), 1, 2)?;
+            let settings = EngineSettings { threads: 1, ..EngineSettings::default() }.runner(source.config());
+            let mut runner = model_runner::build(&source, &settings)?;
+            let digest: String = checkpoint.digest().iter().map(|byte| format!("{byte:02x}")).collect();
+            let config = GroupConfig { rank: 1, world_size: 2, leader: Some(leader), ..GroupConfig::default() };
+            let attestation = attest(&digest, &settings, 2);
+            let mut group = FollowerGroup::new(config, attestation, &ClientLimits::default(), &runtime)?;
+            let mut epoch = group.join()?;
+            warm_up(runner.as_mut(), epoch.collective.as_mut())?;
+            loop {
+                let plan = group.next_plan()?;
+                if asked.load(Ordering::SeqCst) {
+                    break;
+                }
+                runner.run(&plan, epoch.collective.as_mut())?;
+            }
+            hanging.send(Instant::now())?;
+            // Its heartbeats go on, on the runtime, and its end of the collective stays.
+            let _dropped = released.recv();
+            Ok(())
+        });
+        Self { hang, hangs, _release: release }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_follower_that_hangs_is_named_long_before_the_collective_times_out() -> Result<()> {
+    let model = demo_model().display().to_string();
+    let args = ["--model.path", &model, "--group.world-size", "2", "--engine.threads", "1"].map(str::to_owned);
+    let mut leader = Process::start("lockstep-worker", "leader", args.to_vec()).await?;
+    let stand_in = StandIn::start(&format!("http://{}", leader.grpc()));
+    leader.wait_ready("lockstep.worker.v1.WorkerService").await?;
+    let sampling = ResolvedSampling {
+        max_new_tokens: 4_000,
+        top_p: 1.0,
+        typical_p: 1.0,
+        repetition_penalty: 1.0,
+        ..ResolvedSampling::default()
+    };
+    let request = GenerateRequest {
+        request_id: "hung".into(),
+        prompt_token_ids: (100..140).collect(),
+        sampling: Some(sampling),
+        n: 1,
+        ..GenerateRequest::default()
+    };
+    let mut stream = WorkerServiceClient::new(leader.channel().await?).generate(request).await?.into_inner();
+    stream.next().await.context("a token")??;
+
+    stand_in.hang.store(true, Ordering::SeqCst);
+    let status = loop {
+        match stream.next().await.context("an error, not an end")? {
+            Ok(_) => {}
+            Err(status) => break status,
+        }
+    };
+    let waited = stand_in.hangs.recv()?.elapsed();
+    println!("an error after {waited:?}");
+    let error = Error::from_status(&status);
+    assert_eq!(error.reason(), Reason::GroupUnavailable, "{status:?}");
+    assert!(error.message().contains("rank 1 hangs: the others wait for "), "{status:?}");
+    // Two seconds are meant. A busy machine may take longer, but not as long as a collective waits, 30 s.
+    ensure!(waited < Duration::from_secs(10), "the client waited {waited:?}");
+    leader.terminate().await
 }

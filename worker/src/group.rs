@@ -84,6 +84,12 @@ pub enum GroupError {
     /// The rank's own side of the transport cannot be set up.
     #[error(transparent)]
     Transport(#[from] CollectiveError),
+    /// This rank's own engine stands still. Nothing within the process can end that, so the process should end.
+    #[error("the engine of rank {rank} hangs")]
+    Hung {
+        /// The rank.
+        rank: usize,
+    },
     /// [`StopHandle::stop`] was called.
     #[error("stopped")]
     Stopped,

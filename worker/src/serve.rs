@@ -6,7 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result, anyhow, bail};
 use lockstep_checkpoint::Checkpoint;
 use lockstep_proto::{
     server::{Readiness, Server, Shutdown, Work},
@@ -14,7 +14,7 @@ use lockstep_proto::{
     worker::v1::{group_service_server::GroupServiceServer, worker_service_server::WorkerServiceServer},
 };
 use tokio::runtime::Handle;
-use tokio_util::task::AbortOnDropHandle;
+use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 use tonic::service::Routes;
 use tracing::info;
 
@@ -69,6 +69,8 @@ struct Engine {
     routes: Routes,
     thread: JoinHandle<Result<(), GroupError>>,
     stop: StopHandle,
+    /// Cancelled if the engine hangs.
+    hung: CancellationToken,
     handle: Option<EngineHandle>,
     _tasks: Vec<AbortOnDropHandle<()>>,
 }
@@ -76,7 +78,7 @@ struct Engine {
 /// Serves one rank until it is told to end.
 ///
 /// # Errors
-/// A port that is taken, a model that cannot be loaded, or a leader that refuses this rank.
+/// A port that is taken, a model that cannot be loaded, a leader that refuses this rank, or an engine that hangs.
 pub async fn serve(config: WorkerConfig) -> Result<()> {
     telemetry::init(&config.log)?;
     let shutdown = Shutdown::on_signals(config.exit_with_parent)?;
@@ -94,7 +96,11 @@ pub async fn serve(config: WorkerConfig) -> Result<()> {
         start_follower(&config, shard, metrics, &switches, server.work())?
     };
     server.announce()?;
-    server.serve(engine.routes, &switches.readiness, &switches.shutdown).await?;
+    tokio::select! {
+        served = server.serve(engine.routes, &switches.readiness, &switches.shutdown) => served?,
+        // Its thread cannot be joined. Whoever supervises the process starts it anew.
+        () = engine.hung.cancelled() => bail!(GroupError::Hung { rank: config.group.rank }),
+    }
     engine.stop.stop();
     if let Some(handle) = &engine.handle {
         handle.stop();
@@ -133,7 +139,7 @@ fn load(config: &WorkerConfig) -> Result<Shard> {
 }
 
 /// All that decides the result of a step.
-fn attest(digest: &str, settings: &RunnerSettings, world_size: usize) -> Attestation {
+pub fn attest(digest: &str, settings: &RunnerSettings, world_size: usize) -> Attestation {
     let entries = [
         ("weights_digest", digest.to_owned()),
         ("engine_version", VERSION.to_owned()),
@@ -149,7 +155,7 @@ fn attest(digest: &str, settings: &RunnerSettings, world_size: usize) -> Attesta
 fn start_leader(config: &WorkerConfig, shard: Shard, metrics: Metrics, switches: &Switches) -> Result<Engine> {
     let Shard { runner, settings, identity, attestation } = shard;
     let (group, rpc) = LeaderGroup::new(config.group.clone(), attestation, &Handle::current())?;
-    let stop = group.stop_handle();
+    let (stop, hung) = (group.stop_handle(), group.hung());
     let scheduler = Scheduler::new(config.engine.scheduler(&settings))?;
     let (handle, port) = handle::channel(Instant::now());
     let leader = Leader::new(group, runner, scheduler, metrics, port);
@@ -165,7 +171,7 @@ fn start_leader(config: &WorkerConfig, shard: Shard, metrics: Metrics, switches:
     let routes = Routes::new(WorkerServiceServer::new(service).max_decoding_message_size(max_bytes))
         .add_service(GroupServiceServer::new(rpc).max_decoding_message_size(max_bytes));
     let tasks = vec![AbortOnDropHandle::new(tokio::spawn(watch)), AbortOnDropHandle::new(tokio::spawn(drain))];
-    Ok(Engine { routes, thread, stop, handle: Some(handle), _tasks: tasks })
+    Ok(Engine { routes, thread, stop, hung, handle: Some(handle), _tasks: tasks })
 }
 
 /// `work` lasts as long as the engine: the server's drain is then the follower's, too.
@@ -178,7 +184,7 @@ fn start_follower(
 ) -> Result<Engine> {
     let limits = config.limits.client();
     let group = FollowerGroup::new(config.group.clone(), shard.attestation, &limits, &Handle::current())?;
-    let (stop, leave) = (group.stop_handle(), group.leave_handle());
+    let (stop, leave, hung) = (group.stop_handle(), group.leave_handle(), group.hung());
     let follower = Follower::new(group, shard.runner, metrics, switches.readiness.clone());
     let refused = switches.shutdown.clone();
     let thread = std::thread::Builder::new().name("engine".into()).spawn(move || {
@@ -193,7 +199,7 @@ fn start_follower(
         shutdown.started().await;
         leave.stop();
     }));
-    Ok(Engine { routes: Routes::default(), thread, stop, handle: None, _tasks: vec![leaving] })
+    Ok(Engine { routes: Routes::default(), thread, stop, hung, handle: None, _tasks: vec![leaving] })
 }
 
 /// Has the leader's engine say, too, that it takes nothing more, so that gateways look elsewhere before they are

@@ -69,6 +69,7 @@ impl Endpoint {
         if let Some(error) = &self.failed {
             return Err(error.clone());
         }
+        self.member.progress.count_call();
         let patience = self.member.patience();
         let exchange = Exchange { index: self.next_index, op, mine, lengths, out };
         let result = if patience.abort.is_aborted() {

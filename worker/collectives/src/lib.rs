@@ -12,7 +12,7 @@
 //! # Layout
 //!
 //! * [`collective`]: what a transport offers; [`call`] and [`error`]: the words of it; [`abort`]: ending a wait.
-//! * [`member`]: who a rank is in its group.
+//! * [`member`]: who a rank is in its group; [`progress`]: how far it is, for other threads to see.
 //! * [`endpoint`]: what every transport does alike: counts calls, checks arguments, remembers an error.
 //! * [`local`], [`shm`], [`tcp`]: the transports, for threads, processes of one host, and hosts. The first two share
 //!   `slots`, the protocol over memory that all ranks see.
@@ -24,6 +24,7 @@ pub mod endpoint;
 pub mod error;
 pub mod local;
 pub mod member;
+pub mod progress;
 pub mod shm;
 mod slots;
 pub mod tcp;
@@ -34,3 +35,4 @@ pub use collective::Collective;
 pub use endpoint::Endpoint;
 pub use error::CollectiveError;
 pub use member::Member;
+pub use progress::Progress;

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use rustix::event::Timespec;
 
-use crate::{AbortHandle, Call, CollectiveError};
+use crate::{AbortHandle, Call, CollectiveError, Progress};
 
 /// How long a call waits at most, unless a [`Member`] says otherwise. It is the last resort behind the peer's death
 /// and the abort handle; the longest honest wait is a peer's prefill step, seconds on a slow machine.
@@ -27,6 +27,8 @@ pub struct Member {
     pub timeout: Duration,
     /// Ends this rank's calls, and its set-up. Default: a new one.
     pub abort: AbortHandle,
+    /// Counts this rank's calls. Default: a new one.
+    pub progress: Progress,
 }
 
 /// How a wait may end without what was waited for.
@@ -49,7 +51,14 @@ pub(crate) struct Patience {
 
 impl Default for Member {
     fn default() -> Self {
-        Self { epoch: 0, rank: 0, world_size: 1, timeout: DEFAULT_TIMEOUT, abort: AbortHandle::new() }
+        Self {
+            epoch: 0,
+            rank: 0,
+            world_size: 1,
+            timeout: DEFAULT_TIMEOUT,
+            abort: AbortHandle::new(),
+            progress: Progress::new(),
+        }
     }
 }
 

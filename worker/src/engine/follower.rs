@@ -72,7 +72,6 @@ impl Follower {
         loop {
             let plan = self.group.next_plan()?;
             self.metrics.time_step(collective.as_mut(), |collective| runner.run(&plan, collective))?;
-            self.group.finished_step(plan.step_id);
         }
     }
 }

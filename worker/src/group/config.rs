@@ -6,6 +6,8 @@ use lockstep_collectives::member::MAX_WORLD_SIZE;
 use lockstep_proto::config::{ConfigError, Key};
 use serde::{Deserialize, Serialize};
 
+use super::failure_detector::Limits;
+
 /// The keys of [`GroupConfig`], for settings that have it as their field `group`.
 pub const KEYS: &[Key] = &[
     Key { path: "group.rank", help: "This worker's rank; 0 leads. Default: 0." },
@@ -28,7 +30,8 @@ pub const KEYS: &[Key] = &[
     },
     Key {
         path: "group.collective_timeout_ms",
-        help: "Longest wait of a rank for the others within a step. Default: 30000. Less finds a hung rank sooner and may cut a slow one.",
+        help: "Longest wait of a rank for the others within a step, and of a follower for its own engine once an epoch has \
+               ended; then it exits. Default: 30000. It is the last resort: less may cut a slow rank.",
     },
     Key {
         path: "group.heartbeat_interval_ms",
@@ -37,6 +40,11 @@ pub const KEYS: &[Key] = &[
     Key {
         path: "group.suspect_after_ms",
         help: "Silence after which a rank counts as dead. Default: 1000. Less finds a vanished host sooner and may cut a busy one.",
+    },
+    Key {
+        path: "group.hung_after_ms",
+        help: "How long a rank may keep the others waiting for its part of half a layer before it counts as hung. Default: \
+               1200. Less finds a hung rank sooner and may cut one that is much slower than the others.",
     },
     Key {
         path: "group.join_timeout_ms",
@@ -77,6 +85,8 @@ pub struct GroupConfig {
     pub heartbeat_interval_ms: u64,
     /// Silence after which a rank counts as dead.
     pub suspect_after_ms: u64,
+    /// Standstill of a rank, while others wait for it, after which it counts as hung.
+    pub hung_after_ms: u64,
     /// How long a rank waits for the group to form at a time.
     pub join_timeout_ms: u64,
 }
@@ -98,6 +108,10 @@ impl Default for GroupConfig {
             // A request must fail within two seconds of a rank's death; the other second is for the abort and the way
             // back. A killed process is seen at once anyway, by the end of its connection.
             suspect_after_ms: 1_000,
+            // The same two seconds, less three heartbeats: one until the rank is seen behind, one for its next sign of
+            // life, one for the detector's turn. Ranks that share a model evenly come to a collective within
+            // milliseconds of one another, however long the step takes.
+            hung_after_ms: 1_200,
             join_timeout_ms: 30_000,
         }
     }
@@ -130,6 +144,10 @@ impl GroupConfig {
             let rule = "nobody can call it; set group.collective_advertise to this host's name".to_owned();
             return invalid("collective_listen", &self.collective_listen, rule);
         }
+        if self.hung_after_ms < self.heartbeat_interval_ms {
+            let rule = format!("must be at least group.heartbeat_interval_ms, {}", self.heartbeat_interval_ms);
+            return invalid("hung_after_ms", &self.hung_after_ms, rule);
+        }
         let times = [
             ("collective_timeout_ms", self.collective_timeout_ms),
             ("heartbeat_interval_ms", self.heartbeat_interval_ms),
@@ -160,6 +178,15 @@ impl GroupConfig {
         Duration::from_millis(self.suspect_after_ms)
     }
 
+    /// When a rank is suspected.
+    pub fn detector_limits(&self) -> Limits {
+        Limits {
+            suspect_after: self.suspect_after(),
+            hung_after: Duration::from_millis(self.hung_after_ms),
+            turn: self.heartbeat_interval(),
+        }
+    }
+
     /// [`join_timeout_ms`](Self::join_timeout_ms).
     pub fn join_timeout(&self) -> Duration {
         Duration::from_millis(self.join_timeout_ms)
@@ -184,6 +211,7 @@ mod tests {
         check(GroupConfig { rank: 2, ..two() }, "`group.rank` = 2");
         check(GroupConfig { rank: 1, ..two() }, "`group.leader` = nothing");
         check(GroupConfig { join_timeout_ms: 0, ..two() }, "`group.join_timeout_ms` = 0");
+        check(GroupConfig { hung_after_ms: 199, ..two() }, "`group.hung_after_ms` = 199");
         check(GroupConfig { suspect_after_ms: 399, ..two() }, "`group.suspect_after_ms` = 399");
         let anywhere = SocketAddr::from(([0, 0, 0, 0], 7000));
         let tcp = GroupConfig { transport: Transport::Tcp, collective_listen: anywhere, ..two() };

@@ -9,14 +9,11 @@
 
 use std::{
     hash::{BuildHasher, RandomState},
-    sync::{
-        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
-        atomic::{AtomicU64, Ordering},
-    },
+    sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
     time::{Duration, Instant},
 };
 
-use lockstep_collectives::{AbortHandle, Member};
+use lockstep_collectives::{AbortHandle, Member, Progress};
 use lockstep_proto::{
     client::{self, ClientLimits},
     error::{Error, Reason},
@@ -51,6 +48,8 @@ pub struct FollowerGroup {
     stop: CancellationToken,
     /// Ends it with the epoch; a child of `stop`.
     leave: CancellationToken,
+    /// Cancelled once the engine was found to hang.
+    hung: CancellationToken,
     enrolled: Option<Enrolled>,
     /// When the newest epoch began.
     began: Option<Instant>,
@@ -61,7 +60,6 @@ pub struct FollowerGroup {
 struct Enrolled {
     epoch: u64,
     plans: mpsc::Receiver<StepPlan>,
-    finished_steps: Arc<AtomicU64>,
     end: Arc<End>,
     _task: AbortOnDropHandle<()>,
 }
@@ -71,6 +69,8 @@ struct Enrolled {
 struct End {
     reason: OnceLock<String>,
     abort: AbortHandle,
+    /// To be cancelled if the engine does not leave the epoch then.
+    hung: CancellationToken,
 }
 
 /// What says that the rank lives in an epoch.
@@ -78,7 +78,7 @@ struct Heart {
     client: GroupServiceClient<Channel>,
     config: GroupConfig,
     epoch: u64,
-    finished_steps: Arc<AtomicU64>,
+    progress: Progress,
     leave: CancellationToken,
 }
 
@@ -128,6 +128,7 @@ impl FollowerGroup {
             runtime: runtime.clone(),
             leave: stop.child_token(),
             stop,
+            hung: CancellationToken::new(),
             enrolled: None,
             began: None,
         })
@@ -159,6 +160,7 @@ impl FollowerGroup {
             world_size: self.config.world_size,
             timeout: self.config.collective_timeout(),
             abort: AbortHandle::new(),
+            progress: Progress::new(),
         };
         let enrolled = self.enrolled.insert(Enrolled::spawn(
             &self.runtime,
@@ -167,10 +169,10 @@ impl FollowerGroup {
                 client: self.client.clone(),
                 config: self.config.clone(),
                 epoch,
-                finished_steps: Arc::default(),
+                progress: member.progress.clone(),
                 leave: self.leave.clone(),
             },
-            member.abort.clone(),
+            End { reason: OnceLock::new(), abort: member.abort.clone(), hung: self.hung.clone() },
             self.stop.clone(),
         ));
         let place = Place { name, addresses };
@@ -201,16 +203,15 @@ impl FollowerGroup {
         plan.filter(|_| self.is_alive()).ok_or_else(|| self.ended())
     }
 
-    /// Notes that this rank has finished a step of the epoch; its next heartbeat tells the leader.
-    pub fn finished_step(&self, step_id: u64) {
-        if let Some(enrolled) = &self.enrolled {
-            enrolled.finished_steps.store(step_id.saturating_add(1), Ordering::Relaxed);
-        }
-    }
-
     /// Why no epoch lives; `None` while one does.
     pub fn is_broken(&self) -> Option<GroupError> {
         (!self.is_alive()).then(|| self.ended())
+    }
+
+    /// Is cancelled when this rank's engine is found to hang: it has not left an epoch `collective_timeout_ms` after its
+    /// end.
+    pub fn hung(&self) -> CancellationToken {
+        self.hung.clone()
     }
 
     /// Ends this rank's part in the group from another thread.
@@ -304,13 +305,12 @@ impl Enrolled {
         runtime: &Handle,
         stream: Streaming<StepsResponse>,
         heart: Heart,
-        abort: AbortHandle,
+        end: End,
         stop: CancellationToken,
     ) -> Self {
         let (sender, plans) = mpsc::channel(PLAN_QUEUE);
-        let finished_steps = Arc::clone(&heart.finished_steps);
-        let end = Arc::new(End { reason: OnceLock::new(), abort });
-        let epoch = heart.epoch;
+        let end = Arc::new(end);
+        let (epoch, patience) = (heart.epoch, heart.config.collective_timeout());
         let declared = Arc::clone(&end);
         let task = runtime.spawn(async move {
             let reason = tokio::select! {
@@ -321,8 +321,12 @@ impl Enrolled {
             tracing::warn!(epoch, %reason, "the epoch has ended");
             // Before the queue ends with its sender, so that who finds it ended finds the reason.
             declared.declare(reason);
+            drop(sender);
+            // An engine that is alive leaves long before, and ends this task with that.
+            tokio::time::sleep(patience).await;
+            declared.hung.cancel();
         });
-        Self { epoch, plans, finished_steps, end, _task: AbortOnDropHandle::new(task) }
+        Self { epoch, plans, end, _task: AbortOnDropHandle::new(task) }
     }
 }
 
@@ -365,7 +369,7 @@ impl Heart {
     /// Says that the rank lives until the leader says, or its silence does, that the epoch does not; returns which.
     async fn beat(&self) -> String {
         let interval = self.config.heartbeat_interval();
-        let detector = FailureDetector::new(self.config.suspect_after(), interval);
+        let detector = FailureDetector::new(self.config.detector_limits());
         // Shared by the two below, which run by turns; never held across an await.
         let detector = Mutex::new(detector);
         lock(&detector).watch(LEADER, Instant::now());
@@ -388,7 +392,7 @@ impl Heart {
             let beat = HeartbeatRequest {
                 rank: self.config.rank as u32,
                 epoch: self.epoch,
-                finished_steps: self.finished_steps.load(Ordering::Relaxed),
+                progress: self.progress.calls(),
                 leaving,
             };
             // One that fails is a silence, which the detector judges.
@@ -400,7 +404,8 @@ impl Heart {
                 turns.tick().await;
                 return;
             }
-            lock(detector).heard(LEADER, Instant::now());
+            // How far the leader is, it judges itself: it lives, or it would not answer.
+            lock(detector).heard(LEADER, 0, Instant::now());
         }
     }
 }
@@ -411,7 +416,7 @@ async fn listen(detector: &Mutex<FailureDetector>, interval: Duration) -> Durati
     loop {
         turns.tick().await;
         if let Some(suspicion) = lock(detector).tick(Instant::now()) {
-            return suspicion.silence;
+            return suspicion.lasted;
         }
     }
 }

@@ -12,7 +12,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use lockstep_collectives::{AbortHandle, CollectiveError, Member};
+use lockstep_collectives::{AbortHandle, CollectiveError, Member, Progress};
 use lockstep_proto::{
     error::{Error, Reason},
     worker::v1::{JoinResponse, StepsResponse},
@@ -22,14 +22,14 @@ use tokio::{
     sync::{mpsc, oneshot},
     time::MissedTickBehavior,
 };
-use tokio_util::task::AbortOnDropHandle;
+use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 use tonic::Status;
 
 pub use self::rpc::GroupRpc;
 use super::{
     Epoch, GroupConfig, GroupError, StopHandle,
-    failure_detector::FailureDetector,
-    membership::{Action, Attestation, Beat, Join, Joiner, Membership, Phase, Refusal, Ticket},
+    failure_detector::{FailureDetector, Suspicion},
+    membership::{Action, Attestation, Beat, BreakReason, Join, Joiner, Membership, Phase, Refusal, Ticket},
     rendezvous::{Place, Rendezvous},
     wire,
 };
@@ -64,6 +64,10 @@ struct State {
     streams: BTreeMap<usize, mpsc::Sender<Result<StepsResponse, Status>>>,
     /// Of the epoch that lives.
     abort: AbortHandle,
+    /// Of this rank in the epoch that lives.
+    progress: Progress,
+    /// Cancelled once this rank itself was found to hang.
+    hung: CancellationToken,
     stopped: bool,
 }
 
@@ -93,7 +97,7 @@ impl LeaderGroup {
         runtime: &Handle,
     ) -> Result<(Self, GroupRpc), GroupError> {
         let rendezvous = Rendezvous::new(&config)?;
-        let detector = FailureDetector::new(config.suspect_after(), config.heartbeat_interval());
+        let detector = FailureDetector::new(config.detector_limits());
         let membership = Membership::new(config.world_size, attestation, detector, ATTACH_TIMEOUT);
         let shared = Arc::new(Shared::new(membership));
         let task = (config.world_size > 1)
@@ -110,14 +114,15 @@ impl LeaderGroup {
     /// [`GroupError::Missing`] after `join_timeout_ms`, [`GroupError::Ended`] if the epoch ended as it began; in both
     /// cases the leader may try again. [`GroupError::Transport`], [`GroupError::Stopped`].
     pub fn form(&mut self) -> Result<Epoch, GroupError> {
-        let abort = AbortHandle::new();
-        let Started { epoch, joiners } = self.shared.begin(&abort, self.config.join_timeout())?;
+        let (abort, progress) = (AbortHandle::new(), Progress::new());
+        let Started { epoch, joiners } = self.shared.begin(&abort, &progress, self.config.join_timeout())?;
         let member = Member {
             epoch,
             rank: 0,
             world_size: self.config.world_size,
             timeout: self.config.collective_timeout(),
             abort,
+            progress,
         };
         let deadline = Instant::now() + ATTACH_TIMEOUT;
         let addresses = joiners.values().map(|joiner| joiner.address.clone()).collect();
@@ -173,6 +178,11 @@ impl LeaderGroup {
         });
     }
 
+    /// Is cancelled when this rank's own engine is found to hang.
+    pub fn hung(&self) -> CancellationToken {
+        self.shared.lock().hung.clone()
+    }
+
     /// Ends the leader's part in the group from another thread.
     pub fn stop_handle(&self) -> StopHandle {
         let shared = Arc::clone(&self.shared);
@@ -193,7 +203,7 @@ async fn detect(shared: Arc<Shared>, interval: Duration) {
     loop {
         turns.tick().await;
         shared.update(|state| {
-            let actions = state.membership.tick(Instant::now());
+            let actions = state.membership.tick(state.progress.calls(), Instant::now());
             state.apply(actions);
         });
     }
@@ -210,6 +220,8 @@ impl Shared {
             started: None,
             streams: BTreeMap::new(),
             abort: AbortHandle::new(),
+            progress: Progress::new(),
+            hung: CancellationToken::new(),
             stopped: false,
         };
         Self { state: Mutex::new(state), changed: Condvar::new() }
@@ -227,14 +239,16 @@ impl Shared {
         result
     }
 
-    /// Waits until all ranks have joined a new epoch, which `abort` will end.
-    fn begin(&self, abort: &AbortHandle, timeout: Duration) -> Result<Started, GroupError> {
+    /// Waits until all ranks have joined a new epoch, which `abort` will end and in which `progress` tells how far this
+    /// rank is.
+    fn begin(&self, abort: &AbortHandle, progress: &Progress, timeout: Duration) -> Result<Started, GroupError> {
         let deadline = Instant::now() + timeout;
         let mut state = self.lock();
         // Ends the epoch before, with its own abort handle.
         let ended = state.membership.end("the leader forms the group anew", Instant::now());
         state.apply(ended);
         state.abort = abort.clone();
+        state.progress = progress.clone();
         let begun = state.membership.form(Instant::now());
         state.apply(begun);
         loop {
@@ -413,6 +427,9 @@ impl State {
                 Action::Run { .. } => {}
                 Action::Break { epoch, reason } => {
                     tracing::warn!(epoch, %reason, "the epoch has ended");
+                    if matches!(reason, BreakReason::Suspected(Suspicion { rank: 0, .. })) {
+                        self.hung.cancel();
+                    }
                     self.end(&reason.to_string());
                 }
             }

@@ -28,6 +28,9 @@ use std::{
 pub use self::attestation::{Attestation, Difference};
 use super::failure_detector::{FailureDetector, Suspicion};
 
+/// The leader's rank.
+const LEADER: usize = 0;
+
 /// Names one request to join.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Ticket(pub u64);
@@ -46,8 +49,8 @@ pub struct Join {
 /// What a rank says of itself with each sign of life.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Beat {
-    /// Steps that it has finished in the epoch.
-    pub finished_steps: u64,
+    /// Collectives that its engine has come to in the epoch.
+    pub progress: u64,
     /// It was told to shut down, and waits for the epoch's end.
     pub leaving: bool,
 }
@@ -124,15 +127,8 @@ pub enum BreakReason {
         /// The rank.
         rank: usize,
     },
-    /// The rank has sent no heartbeat.
-    Silent {
-        /// The rank.
-        rank: usize,
-        /// For how long.
-        silence: Duration,
-        /// Steps that it said to have finished before.
-        finished_steps: u64,
-    },
+    /// The rank has sent no heartbeat, or its engine stands still while the others wait for it.
+    Suspected(Suspicion),
     /// The rank shuts down, and nothing ran any more.
     Left {
         /// The rank.
@@ -171,8 +167,6 @@ pub struct Membership {
     epoch: u64,
     /// Who waits for the next epoch.
     waiting: BTreeMap<usize, Joiner>,
-    /// Steps that each rank has finished in this epoch.
-    finished_steps: BTreeMap<usize, u64>,
     /// Ranks of this epoch that shut down.
     leaving: BTreeSet<usize>,
     phase: Phase,
@@ -222,7 +216,6 @@ impl Membership {
             detector,
             epoch: 0,
             waiting: BTreeMap::new(),
-            finished_steps: BTreeMap::new(),
             leaving: BTreeSet::new(),
             phase: Phase::Forming { leader_ready: false },
         }
@@ -312,10 +305,7 @@ impl Membership {
         if !self.is_alive(epoch) || !self.followers().contains(&rank) {
             return false;
         }
-        self.detector.heard(rank, now);
-        if let Some(known) = self.finished_steps.get_mut(&rank) {
-            *known = beat.finished_steps.max(*known);
-        }
+        self.detector.heard(rank, beat.progress, now);
         if beat.leaving {
             self.leaving.insert(rank);
         }
@@ -345,12 +335,13 @@ impl Membership {
         ended.into_iter().collect()
     }
 
-    /// Time has passed; to be called at every turn of the failure detector.
-    pub fn tick(&mut self, now: Instant) -> Option<Action> {
+    /// Time has passed; to be called at every turn of the failure detector. `progress` is the leader's own: its engine
+    /// may hang like any other.
+    pub fn tick(&mut self, progress: u64, now: Instant) -> Option<Action> {
+        self.detector.heard(LEADER, progress, now);
         let suspicion = self.detector.tick(now);
-        if let Some(Suspicion { rank, silence }) = suspicion.filter(|_| self.is_alive(self.epoch)) {
-            let finished_steps = self.finished_steps.get(&rank).copied().unwrap_or(0);
-            return Some(self.end_epoch(BreakReason::Silent { rank, silence, finished_steps }, now));
+        if let Some(suspicion) = suspicion.filter(|_| self.is_alive(self.epoch)) {
+            return Some(self.end_epoch(BreakReason::Suspected(suspicion), now));
         }
         let Phase::Attaching { attached, deadline } = &self.phase else { return None };
         if now < *deadline {
@@ -374,8 +365,7 @@ impl Membership {
         }
         self.epoch += 1;
         let epoch = self.epoch;
-        self.finished_steps = self.followers().map(|rank| (rank, 0)).collect();
-        self.followers().for_each(|rank| self.detector.watch(rank, now));
+        (0..self.world_size).for_each(|rank| self.detector.watch(rank, now));
         let mut actions = vec![Action::Start { epoch, joiners: std::mem::take(&mut self.waiting) }];
         if self.followers().is_empty() {
             self.phase = Phase::Running;
@@ -417,9 +407,7 @@ impl fmt::Display for BreakReason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Lost { rank } => write!(f, "rank {rank} is gone"),
-            Self::Silent { rank, silence, finished_steps } => {
-                write!(f, "rank {rank} is silent for {} ms, after {finished_steps} steps", silence.as_millis())
-            }
+            Self::Suspected(suspicion) => suspicion.fmt(f),
             Self::Left { rank } => write!(f, "rank {rank} shuts down"),
             Self::Restarted { rank } => write!(f, "rank {rank} has restarted"),
             Self::NotAttached { rank } => write!(f, "rank {rank} joined but did not ask for the plans"),

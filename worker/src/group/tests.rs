@@ -141,7 +141,6 @@ fn all_ranks_meet_and_get_every_plan_in_order() {
         for Follower { group, .. } in &mut followers {
             for step_id in 0..PLAN_QUEUE as u64 {
                 assert_eq!(group.next_plan().unwrap(), plan(step_id, 3));
-                group.finished_step(step_id);
             }
         }
         assert_eq!(leader.group.is_broken(), None);
@@ -203,6 +202,52 @@ fn a_leader_that_is_gone_or_silent_ends_the_epoch_of_its_followers() {
     assert!(error.starts_with("epoch 1 has ended: the connection to the leader has ended"), "{error}");
     // The leader's end of the collective is still there.
     assert_eq!(epochs[1].collective.barrier(), Err(CollectiveError::Aborted));
+}
+
+/// The engine of rank `hung` of two does not come to a collective in which the other waits; both ranks' runtimes live.
+fn check_hung(transport: Transport, hung: usize) {
+    let config = config(2, transport);
+    let mut leader = Leader::start(config.clone());
+    let mut followers = [leader.follower(1, config)];
+    let mut epochs = leader.form(&mut followers);
+    let waiting = &mut epochs[1 - hung].collective;
+    thread::scope(|scope| {
+        let waited = scope.spawn(|| waiting.barrier().unwrap_err());
+        let reason = why_ended(|| leader.group.is_broken(), LONG);
+        let expected = format!("epoch 1 has ended: rank {hung} hangs: the others wait for ");
+        assert!(reason.starts_with(&expected) && reason.ends_with(" ms, after 0 collectives"), "{reason}");
+        assert_eq!(followers[0].group.next_plan().unwrap_err().to_string(), reason);
+        let error = waited.join().unwrap();
+        assert!(matches!(error, CollectiveError::Aborted | CollectiveError::PeerGone { .. }), "{error}");
+    });
+    assert_eq!(leader.group.hung().is_cancelled(), hung == 0, "a leader that hangs knows it");
+}
+
+#[test]
+fn a_rank_whose_engine_hangs_ends_the_epoch_although_it_beats() {
+    for transport in [Transport::Shm, Transport::Tcp] {
+        check_hung(transport, 1);
+        check_hung(transport, 0);
+    }
+}
+
+#[test]
+fn a_follower_whose_engine_never_leaves_an_ended_epoch_knows_that_it_hangs() {
+    let config = GroupConfig { collective_timeout_ms: 500, ..config(2, Transport::Shm) };
+    let mut leader = Leader::start(config.clone());
+    let mut followers = [leader.follower(1, config)];
+    // One that leaves in time does not.
+    drop(leader.form(&mut followers));
+    leader.group.give_up("out of memory");
+    let _epochs = leader.form(&mut followers);
+    let hung = followers[0].group.hung();
+    leader.group.give_up("out of memory");
+    assert!(!hung.is_cancelled());
+    let deadline = Instant::now() + LONG;
+    while !hung.is_cancelled() {
+        assert!(Instant::now() < deadline, "it does not know");
+        thread::yield_now();
+    }
 }
 
 #[test]

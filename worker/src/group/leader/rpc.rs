@@ -80,8 +80,8 @@ impl GroupService for GroupRpc {
     }
 
     async fn heartbeat(&self, request: Request<HeartbeatRequest>) -> Result<Response<HeartbeatResponse>, Status> {
-        let HeartbeatRequest { rank, epoch, finished_steps, leaving } = request.into_inner();
-        let epoch_alive = self.shared.heartbeat(rank as usize, epoch, Beat { finished_steps, leaving });
+        let HeartbeatRequest { rank, epoch, progress, leaving } = request.into_inner();
+        let epoch_alive = self.shared.heartbeat(rank as usize, epoch, Beat { progress, leaving });
         Ok(Response::new(HeartbeatResponse { epoch_alive }))
     }
 }

@@ -4,6 +4,7 @@ use rand::{RngExt, SeedableRng, seq::IndexedRandom};
 use rand_chacha::ChaCha8Rng;
 
 use super::*;
+use crate::group::failure_detector::{Limits, Symptom};
 
 const TURN: Duration = Duration::from_millis(200);
 const SUSPECT_AFTER: Duration = Duration::from_secs(1);
@@ -14,7 +15,8 @@ fn attestation(digest: &str) -> Attestation {
 }
 
 fn membership(world_size: usize) -> Membership {
-    let detector = FailureDetector::new(SUSPECT_AFTER, TURN);
+    let hung_after = Duration::from_millis(1_200);
+    let detector = FailureDetector::new(Limits { suspect_after: SUSPECT_AFTER, hung_after, turn: TURN });
     Membership::new(world_size, attestation("ab12"), detector, ATTACH_TIMEOUT)
 }
 
@@ -22,8 +24,8 @@ fn join(rank: usize) -> Join {
     Join { rank, attestation: attestation("ab12"), address: format!("host-{rank}:1") }
 }
 
-fn beat(finished_steps: u64) -> Beat {
-    Beat { finished_steps, leaving: false }
+fn beat(progress: u64) -> Beat {
+    Beat { progress, leaving: false }
 }
 
 /// A group of `world_size` in its first epoch, which runs.
@@ -98,12 +100,38 @@ fn a_silent_rank_breaks_the_epoch_and_a_dead_epoch_says_so() {
     for _ in 0..20 {
         now += TURN;
         assert_eq!(group.heartbeat(1, 1, beat(9), now), broken.is_none());
-        broken = broken.or(group.tick(now));
+        broken = broken.or(group.tick(9, now));
     }
-    let silent = BreakReason::Silent { rank: 2, silence: SUSPECT_AFTER, finished_steps: 0 };
-    assert_eq!(silent.to_string(), "rank 2 is silent for 1000 ms, after 0 steps");
+    let silent = Suspicion { rank: 2, symptom: Symptom::Silent, lasted: SUSPECT_AFTER, progress: 0 };
+    let silent = BreakReason::Suspected(silent);
+    assert_eq!(silent.to_string(), "rank 2 is silent for 1000 ms, after 0 collectives");
     assert_eq!(broken, Some(Action::Break { epoch: 1, reason: silent }));
     assert_eq!(group.lost(1, 1, now), None, "an epoch ends once");
+}
+
+/// Ranks 0 to 2 come to as many collectives, again and again, until one of them is found to hang.
+fn hung(progress: [u64; 3]) -> Option<Action> {
+    let mut now = Instant::now();
+    let mut group = running(3, now);
+    (0..20).find_map(|_| {
+        now += TURN;
+        (1..3).for_each(|rank| assert!(group.heartbeat(rank, 1, beat(progress[rank]), now)));
+        group.tick(progress[0], now)
+    })
+}
+
+#[test]
+fn a_rank_that_keeps_the_others_waiting_breaks_the_epoch_the_leader_like_any_other() {
+    for (progress, expected) in [([4, 4, 4], None), ([0, 0, 0], None), ([4, 4, 3], Some(2)), ([3, 4, 4], Some(0))] {
+        let found = hung(progress).map(|action| match action {
+            Action::Break { epoch: 1, reason: BreakReason::Suspected(suspicion) } => {
+                assert_eq!(suspicion.symptom, Symptom::Hung);
+                suspicion.rank
+            }
+            other => panic!("{other:?}"),
+        });
+        assert_eq!(found, expected, "{progress:?}");
+    }
 }
 
 #[test]
@@ -115,7 +143,7 @@ fn a_rank_that_never_asks_for_plans_breaks_the_epoch() {
     let broken = (0..100).find_map(|_| {
         now += TURN;
         group.heartbeat(1, 1, beat(0), now);
-        group.tick(now)
+        group.tick(0, now)
     });
     assert_eq!(broken, Some(Action::Break { epoch: 1, reason: BreakReason::NotAttached { rank: 1 } }));
 }
@@ -232,7 +260,7 @@ fn step(group: &mut Membership, seen: &mut Observer, now: &mut Instant, ticket: 
                     continue;
                 }
                 let leaving = random.random_ratio(1, 50);
-                let alive = group.heartbeat(rank, epoch, Beat { finished_steps: ticket, leaving }, *now);
+                let alive = group.heartbeat(rank, epoch, Beat { progress: ticket, leaving }, *now);
                 let is_follower = (1..group.world_size).contains(&rank);
                 assert_eq!(alive, seen.alive && epoch == seen.epoch && is_follower);
                 if alive && leaving {
@@ -241,7 +269,7 @@ fn step(group: &mut Membership, seen: &mut Observer, now: &mut Instant, ticket: 
             }
             Vec::new()
         }
-        75..88 => group.tick(*now).into_iter().collect(),
+        75..88 => group.tick(random.random_range(0..ticket + 1), *now).into_iter().collect(),
         88..90 => {
             let ended = group.idle(*now);
             assert_eq!(ended.is_some(), !seen.leaving.is_empty());
