@@ -97,7 +97,9 @@ async fn a_killed_follower_is_unavailable_within_two_seconds_and_may_return() ->
 /// Streams 200 tokens at world size 2, asks the given ranks to end once the first has come, and expects all of it.
 /// Returns the cluster, whose asked ranks have ended.
 async fn drained_by_ending(ranks: &[usize]) -> Result<Cluster> {
-    let mut cluster = Cluster::builder().world_size(2).start().await?;
+    // On a busy machine 200 tokens may take longer than the default lets a drain last.
+    let builder = Cluster::builder().world_size(2).worker_arg("--limits.drain-timeout-ms=300000");
+    let mut cluster = builder.start().await?;
     let mut client = cluster.inference().await?;
     let mut stream = client.stream_generate(of_length(200)).await?.into_inner();
     let (mut n_tokens, mut finished, mut asked) = (0, false, false);
