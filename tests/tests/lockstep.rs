@@ -23,7 +23,7 @@ use rand_chacha::ChaCha8Rng;
 const N_TOKENS: usize = 16 * 256;
 
 /// More than any prompt has.
-const WHOLE: usize = 512;
+const WHOLE: usize = 1_024;
 
 /// Under which conditions a prompt is computed.
 #[derive(Clone, Copy, Debug)]
@@ -45,19 +45,24 @@ fn load(model: &Path, condition: Condition) -> Ranks {
     Ranks::load(model, BackendChoice::Cpu, condition.world_size, condition.threads, N_TOKENS).expect("the model loads")
 }
 
-/// The logits of every row that `prompt`'s next `n_tokens` tokens are chosen from, greedily.
-fn logits(ranks: &mut Ranks, condition: Condition, prompt: &[u32], n_tokens: u32, seed: u64) -> Vec<Vec<f32>> {
-    let mut scheduler = Scheduler::new(SchedulerConfig {
-        max_step_tokens: condition.chunk.max(32),
-        max_prefill_chunk: condition.chunk,
-        max_prompt_logits_rows: WHOLE,
+/// A scheduler for the ranks.
+fn scheduler(chunk: usize, max_prompt_logits_rows: usize) -> Scheduler {
+    Scheduler::new(SchedulerConfig {
+        max_step_tokens: chunk.max(32),
+        max_prefill_chunk: chunk,
+        max_prompt_logits_rows,
         max_running: 32,
         max_waiting: 32,
         n_blocks: (N_TOKENS / BLOCK_SIZE) as u32,
         block_size: BLOCK_SIZE as u32,
-        context_length: 256,
+        context_length: WHOLE as u32,
     })
-    .expect("a scheduler");
+    .expect("a scheduler")
+}
+
+/// The logits of every row that `prompt`'s next `n_tokens` tokens are chosen from, greedily.
+fn logits(ranks: &mut Ranks, condition: Condition, prompt: &[u32], n_tokens: u32, seed: u64) -> Vec<Vec<f32>> {
+    let mut scheduler = scheduler(condition.chunk, WHOLE);
     ranks.group.reset();
     let now = Instant::now();
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
@@ -102,17 +107,7 @@ fn run(ranks: &mut Ranks, scheduler: &mut Scheduler, target: SeqId) -> Vec<Vec<f
 
 /// The logits of every position of two prompts that are computed side by side, at most so many rows of them in a step.
 fn prompt_logits(ranks: &mut Ranks, prompts: [&[u32]; 2], max_prompt_logits_rows: usize) -> [Vec<f32>; 2] {
-    let mut scheduler = Scheduler::new(SchedulerConfig {
-        max_step_tokens: WHOLE,
-        max_prefill_chunk: WHOLE,
-        max_prompt_logits_rows,
-        max_running: 2,
-        max_waiting: 2,
-        n_blocks: (N_TOKENS / BLOCK_SIZE) as u32,
-        block_size: BLOCK_SIZE as u32,
-        context_length: 256,
-    })
-    .expect("a scheduler");
+    let mut scheduler = scheduler(WHOLE, max_prompt_logits_rows);
     ranks.group.reset();
     let ids = prompts.map(|prompt| {
         let new =
@@ -206,6 +201,19 @@ fn the_world_size_does_not_change_a_bit() {
 fn all_at_once_does_not_change_a_bit() {
     let all = [2, 3].map(|world_size| Condition { world_size, others: 15, cached: true, chunk: 7, ..PLAIN });
     check(&demo_model(), 100, &all);
+}
+
+/// Attention adds up 256 positions by themselves and then merges: shorter prompts never see that.
+#[test]
+fn nothing_changes_a_bit_of_a_prompt_of_three_splits() {
+    let conditions = [
+        Condition { chunk: 7, ..PLAIN },
+        Condition { others: 15, cached: true, chunk: 64, ..PLAIN },
+        Condition { others: 15, threads: 2, ..PLAIN },
+        Condition { world_size: 2, cached: true, chunk: 100, ..PLAIN },
+        Condition { world_size: 3, others: 15, chunk: 64, ..PLAIN },
+    ];
+    check(&demo_model(), 600, &conditions);
 }
 
 /// A random model with eight KV heads, in a file of its own.

@@ -200,8 +200,6 @@ fn attend(q: &[f32], batch: &AttentionBatch<'_>, row_idx: usize, head: usize, ou
         let factor = |other: f32| if largest == other { 1.0 } else { exp(other - largest) };
         let (a, b) = (factor(before), factor(split_largest));
         total.iter_mut().zip(split_total).for_each(|(total, split)| *total = total.mul_add(a, split * b));
-        // The first split is taken as it is.
-        let a = if first == 0 { 0.0 } else { a };
         out.iter_mut().zip(split_out).for_each(|(out, split)| *out = out.mul_add(a, split * b));
     }
     let total = sum_lanes(total);

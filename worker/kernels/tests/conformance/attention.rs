@@ -57,11 +57,13 @@ fn rows_of(table: usize, positions: impl IntoIterator<Item = usize>) -> impl Ite
 fn a_mixed_batch_has_the_bits_of_the_plain_twin() {
     for shape in SHAPES {
         let rng = &mut random::seeded(40);
-        let (cache, tables) = cache_of(rng, shape, &[1, 16, 75, 40]);
+        let (cache, tables) = cache_of(rng, shape, &[1, 16, 75, 40, 560]);
         let tables: Vec<&[u32]> = tables.iter().map(Vec::as_slice).collect();
         // Decodes, a chunk of a prompt that crosses tiles, a whole prompt, and rows of one sequence apart.
         let mut rows: Vec<AttentionRow> = rows_of(0, [0]).chain(rows_of(1, [15])).chain(rows_of(2, 30..75)).collect();
         rows.extend(rows_of(3, 0..40).chain(rows_of(2, [3])).chain(rows_of(3, [39])));
+        // In the first split, across its end, and in the second and third: apart, and as neighbours.
+        rows.extend(rows_of(4, 250..262).chain(rows_of(0, [0])).chain(rows_of(4, [255, 256, 511, 512, 559])));
         let batch = AttentionBatch { cache: &cache, layer: 1, rows: &rows, tables: &tables, n_heads: shape.n_heads };
         let q = random::floats(rng, rows.len() * shape.n_heads * shape.head_dim);
         let mut expected = vec![f32::NAN; q.len()];
@@ -115,10 +117,10 @@ fn contents(cache: &KvCache, shape: Shape, slot: usize) -> Vec<f32> {
 fn any_chunking_gives_the_same_bits() {
     let rng = &mut random::seeded(41);
     for shape in SHAPES {
-        let (cache, tables) = cache_of(rng, shape, &[70]);
-        let rows: Vec<AttentionRow> = rows_of(0, 0..70).collect();
+        let (cache, tables) = cache_of(rng, shape, &[300]);
+        let rows: Vec<AttentionRow> = rows_of(0, 0..300).collect();
         let width = shape.n_heads * shape.head_dim;
-        let q = random::floats(rng, 70 * width);
+        let q = random::floats(rng, 300 * width);
         let attend = |rows: &[AttentionRow], q: &[f32]| {
             let mut out = vec![f32::NAN; q.len()];
             let tables = [tables[0].as_slice()];
@@ -163,9 +165,9 @@ fn the_place_of_blocks_and_their_size_do_not_matter() {
 fn attention_is_near_f64() {
     let shape = SHAPES[1];
     let rng = &mut random::seeded(44);
-    let (cache, tables) = cache_of(rng, shape, &[90]);
+    let (cache, tables) = cache_of(rng, shape, &[600]);
     let q: Vec<f32> = random::floats(rng, shape.n_heads * shape.head_dim).iter().map(|q| q / 50.0).collect();
-    let rows = [AttentionRow { position: 89, table: 0 }];
+    let rows = [AttentionRow { position: 599, table: 0 }];
     let tables = [tables[0].as_slice()];
     let mut out = vec![0.0; q.len()];
     let batch = AttentionBatch { cache: &cache, layer: 1, rows: &rows, tables: &tables, n_heads: shape.n_heads };
@@ -173,7 +175,7 @@ fn attention_is_near_f64() {
     for (head, (q, out)) in q.chunks(shape.head_dim).zip(out.chunks(shape.head_dim)).enumerate() {
         let (mut k, mut v) = (vec![0.0; shape.head_dim], vec![0.0; shape.head_dim]);
         let (mut total, mut sums) = (0.0, vec![0.0; shape.head_dim]);
-        for position in 0..90 {
+        for position in 0..600 {
             let slot = tables[0][position / shape.block_size] as usize * shape.block_size + position % shape.block_size;
             cache.read(1, slot, head / (shape.n_heads / shape.n_kv_heads), &mut k, &mut v);
             let score: f64 = q.iter().zip(&k).map(|(q, k)| f64::from(*q) * f64::from(*k)).sum();
