@@ -159,7 +159,7 @@ impl Leader {
 
     /// Runs one plan on every rank and hands its tokens out.
     fn step(&mut self, plan: &StepPlan, collective: &mut dyn Collective) -> Result<(), EpochEnd> {
-        self.group.send_plan(plan, &self.live.announce(plan))?;
+        self.group.send_plan(plan, self.live.announce(plan))?;
         let runner = self.runner.as_mut();
         let logits = self.metrics.time_step(collective, |collective| runner.run(plan, collective))?;
 

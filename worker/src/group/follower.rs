@@ -29,7 +29,7 @@ use tonic::{Status, Streaming, transport::Channel};
 use super::{
     Epoch, GroupConfig, GroupError, PLAN_QUEUE, StopHandle,
     failure_detector::FailureDetector,
-    membership::{Attestation, Join},
+    membership::{Attestation, Join, LEADER},
     rendezvous::{Place, Rendezvous},
     wire::{self, WireError},
 };
@@ -94,9 +94,6 @@ const BACKOFF: (Duration, Duration) = (Duration::from_millis(50), Duration::from
 
 /// How long the leader has to begin the plan stream, and the ranks to meet.
 const ATTACH_TIMEOUT: Duration = Duration::from_secs(10);
-
-/// The leader's rank.
-const LEADER: usize = 0;
 
 // === impl FollowerGroup ===
 

@@ -29,7 +29,7 @@ pub use self::rpc::GroupRpc;
 use super::{
     Epoch, GroupConfig, GroupError, StopHandle,
     failure_detector::{FailureDetector, Suspicion},
-    membership::{Action, Attestation, Beat, BreakReason, Join, Joiner, Membership, Phase, Refusal, Ticket},
+    membership::{Action, Attestation, Beat, BreakReason, Join, Joiner, LEADER, Membership, Phase, Refusal, Ticket},
     rendezvous::{Place, Rendezvous},
     wire,
 };
@@ -118,7 +118,7 @@ impl LeaderGroup {
         let Started { epoch, joiners } = self.shared.begin(&abort, &progress, self.config.join_timeout())?;
         let member = Member {
             epoch,
-            rank: 0,
+            rank: LEADER,
             world_size: self.config.world_size,
             timeout: self.config.collective_timeout(),
             abort,
@@ -139,13 +139,13 @@ impl LeaderGroup {
         Ok(Epoch { number: epoch, collective })
     }
 
-    /// Sends a plan to all followers, with the request ids of the sequences that are new to them. Never blocks: a follower that has not taken [`PLAN_QUEUE`](super::PLAN_QUEUE)
-    /// plans ends the epoch.
+    /// Sends a plan to all followers, with the request ids of the sequences that are new to them. Never blocks: a
+    /// follower that has not taken [`PLAN_QUEUE`](super::PLAN_QUEUE) plans ends the epoch.
     ///
     /// # Errors
     ///
     /// [`GroupError::Ended`] if the epoch has; [`GroupError::Stopped`].
-    pub fn send_plan(&mut self, plan: &StepPlan, requests: &[(SeqId, String)]) -> Result<(), GroupError> {
+    pub fn send_plan(&mut self, plan: &StepPlan, requests: Vec<(SeqId, String)>) -> Result<(), GroupError> {
         let message =
             StepsResponse { plan: Some(wire::plan_to_proto(plan)), requests: wire::requests_to_proto(requests) };
         self.shared.broadcast(&message)
@@ -427,7 +427,7 @@ impl State {
                 Action::Run { .. } => {}
                 Action::Break { epoch, reason } => {
                     tracing::warn!(epoch, %reason, "the epoch has ended");
-                    if matches!(reason, BreakReason::Suspected(Suspicion { rank: 0, .. })) {
+                    if matches!(reason, BreakReason::Suspected(Suspicion { rank: LEADER, .. })) {
                         self.hung.cancel();
                     }
                     self.end(&reason.to_string());

@@ -29,7 +29,7 @@ pub use self::attestation::{Attestation, Difference};
 use super::failure_detector::{FailureDetector, Suspicion};
 
 /// The leader's rank.
-const LEADER: usize = 0;
+pub const LEADER: usize = 0;
 
 /// Names one request to join.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]

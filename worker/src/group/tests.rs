@@ -136,7 +136,7 @@ fn all_ranks_meet_and_get_every_plan_in_order() {
         });
         // No more than fit the queues, so that the leader needs not wait.
         for step_id in 0..PLAN_QUEUE as u64 {
-            leader.group.send_plan(&plan(step_id, 3), &[]).unwrap();
+            leader.group.send_plan(&plan(step_id, 3), Vec::new()).unwrap();
         }
         for Follower { group, .. } in &mut followers {
             for step_id in 0..PLAN_QUEUE as u64 {
@@ -170,7 +170,7 @@ fn a_killed_follower_ends_the_epoch_at_once_and_the_next_forms_when_it_returns()
             assert!(died, "{error}");
         }
         drop(epochs);
-        assert!(leader.group.send_plan(&plan(0, 1), &[]).is_err());
+        assert!(leader.group.send_plan(&plan(0, 1), Vec::new()).is_err());
         assert_eq!(followers[0].group.next_plan().unwrap_err().to_string(), "epoch 1 has ended: rank 2 is gone");
         followers.push(leader.follower(2, config));
         let epochs = leader.form(&mut followers);
@@ -308,7 +308,7 @@ fn a_follower_that_does_not_take_its_plans_ends_the_epoch() {
     let mut followers = [leader.follower(1, config)];
     let _epochs = leader.form(&mut followers);
     // Far more than the connection buffers.
-    let ended = (0..100_000).find_map(|step_id| leader.group.send_plan(&plan(step_id, 1_000), &[]).err());
+    let ended = (0..100_000).find_map(|step_id| leader.group.send_plan(&plan(step_id, 1_000), Vec::new()).err());
     assert_eq!(ended.unwrap().to_string(), "epoch 1 has ended: rank 1 does not take its plans");
 }
 
@@ -330,7 +330,7 @@ fn a_follower_that_leaves_says_so_at_once_and_follows_to_the_end() {
         thread::yield_now();
     }
     // What runs goes on.
-    leader.group.send_plan(&plan(0, 3), &[]).unwrap();
+    leader.group.send_plan(&plan(0, 3), Vec::new()).unwrap();
     assert_eq!(group.next_plan().unwrap(), plan(0, 3));
     leader.group.idle();
     assert_eq!(leader.group.is_broken().unwrap().to_string(), "epoch 1 has ended: rank 1 shuts down");
@@ -372,7 +372,7 @@ fn a_leader_alone_needs_nobody() {
         let mut epoch = leader.group.form().unwrap();
         assert_eq!(epoch.number, number);
         epoch.collective.barrier().unwrap();
-        leader.group.send_plan(&plan(0, 1), &[]).unwrap();
+        leader.group.send_plan(&plan(0, 1), Vec::new()).unwrap();
         assert_eq!(leader.group.is_broken(), None);
     }
 }

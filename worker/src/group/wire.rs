@@ -132,10 +132,9 @@ fn sequence_from_proto(step: u64, sequence: pb::SequenceStep) -> Result<Sequence
 }
 
 /// Request ids of sequences as they travel.
-pub fn requests_to_proto(requests: &[(SeqId, String)]) -> Vec<pb::SequenceRequest> {
-    let request =
-        |(id, request_id): &(SeqId, String)| pb::SequenceRequest { sequence_id: id.0, request_id: request_id.clone() };
-    requests.iter().map(request).collect()
+pub fn requests_to_proto(requests: Vec<(SeqId, String)>) -> Vec<pb::SequenceRequest> {
+    let request = |(id, request_id): (SeqId, String)| pb::SequenceRequest { sequence_id: id.0, request_id };
+    requests.into_iter().map(request).collect()
 }
 
 /// Checks request ids that have travelled.
@@ -211,10 +210,10 @@ mod tests {
 
     #[test]
     fn request_ids_arrive_within_their_limit() {
-        let sent = requests_to_proto(&[(SeqId(7), "a".repeat(64))]);
+        let sent = requests_to_proto(vec![(SeqId(7), "a".repeat(64))]);
         assert_eq!((sent[0].sequence_id, sent[0].request_id.len()), (7, 64));
         assert_eq!(check_requests(&sent), Ok(()));
-        let error = check_requests(&requests_to_proto(&[(SeqId(7), "a".repeat(65))])).unwrap_err();
+        let error = check_requests(&requests_to_proto(vec![(SeqId(7), "a".repeat(65))])).unwrap_err();
         assert_eq!(error.to_string(), "65 bytes in a request id, at most 64 are allowed");
     }
 

@@ -6,8 +6,8 @@ use super::Scheduler;
 use super::plan::SeqId;
 use super::sequence::{Chunk, Room, Sequence};
 
-/// Sequences that wait for another's prefill and are passed in one step, at most. Each costs a look at every running sequence;
-/// more would hardly find one to admit, as each of those passed takes up blocks soon.
+/// Sequences that wait for another's prefill and are passed in one step, at most. Each costs a look at every running
+/// sequence; more would hardly find one to admit, as each of those passed takes up blocks soon.
 pub(super) const MAX_PASSED: usize = 64;
 
 /// What stands between a waiting sequence and its first step.
