@@ -192,7 +192,8 @@ pub(crate) fn reason_of_absence(reason: Reason) -> bool {
     )
 }
 
-/// A text that the tokenizer refuses, or that becomes a message over a limit, is the client's; that it is full or stopping is a matter of time.
+/// A text that the tokenizer refuses, or that becomes a message over a limit, is the client's; that it is full or
+/// stopping is a matter of time.
 fn tokenizer_error(error: &Error, message: String) -> Error {
     match error.reason() {
         Reason::Overloaded => {

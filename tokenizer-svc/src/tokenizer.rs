@@ -89,7 +89,8 @@ impl Tokenizer {
     }
 
     /// The ids of `text`, exactly as Hugging Face's `encode` gives them, except that control-token strings across a
-    /// break are text, and so is what only becomes one by normalization. `add_special_tokens` adds what the tokenizer adds around a text.
+    /// break are text, and so is what only becomes one by normalization. `add_special_tokens` adds what the tokenizer
+    /// adds around a text.
     ///
     /// # Errors
     /// [`TokenizeError::BlankRun`] if more than [`MAX_BLANK_RUN`] blanks follow one another, or

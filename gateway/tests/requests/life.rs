@@ -165,13 +165,17 @@ async fn a_stop_string_across_messages_ends_the_choice_and_lets_the_worker_go() 
     assert_eq!(streamed.finish.usage.unwrap().completion_tokens, 8);
 }
 
+/// Three choices, each of which an exclamation mark ends.
+fn three_choices() -> StreamGenerateRequest {
+    let sampling = SamplingParams { n: Some(3), stop: vec!["!".into()], ..SamplingParams::default() };
+    StreamGenerateRequest { sampling: Some(sampling), ..stream("x") }
+}
+
 #[tokio::test]
 async fn choices_interleave_and_each_ends_by_itself() {
     let mut cluster = Cluster::start().await;
     let mut client = cluster.client();
-    let sampling = SamplingParams { n: Some(3), stop: vec!["!".into()], ..SamplingParams::default() };
-    let request = StreamGenerateRequest { sampling: Some(sampling), ..stream("x") };
-    let call = tokio::spawn(async move { client.stream_generate(request).await.unwrap().into_inner() });
+    let call = tokio::spawn(async move { client.stream_generate(three_choices()).await.unwrap().into_inner() });
     let mut session = cluster.session().await;
     assert_eq!(session.request.n, 3);
     session.text(0, "a").await;
@@ -194,9 +198,7 @@ async fn choices_interleave_and_each_ends_by_itself() {
 async fn a_choice_that_a_stop_string_ended_is_ended_in_the_worker_and_nothing_waits_for_it() {
     let mut cluster = Cluster::start().await;
     let mut client = cluster.client();
-    let sampling = SamplingParams { n: Some(3), stop: vec!["!".into()], ..SamplingParams::default() };
-    let request = StreamGenerateRequest { sampling: Some(sampling), ..stream("x") };
-    let call = tokio::spawn(async move { client.stream_generate(request).await.unwrap().into_inner() });
+    let call = tokio::spawn(async move { client.stream_generate(three_choices()).await.unwrap().into_inner() });
     let mut session = cluster.session().await;
     session.text(1, "b!").await;
     let mut endings = cluster.groups[0].worker.endings.subscribe();
