@@ -221,7 +221,7 @@ impl Cpu {
 
     fn quantize(&mut self, x: &[f32], n_rows: usize, blocks: &mut Vec<ActivationBlock>) {
         let n_blocks = x.len() / BLOCK;
-        blocks.resize(activations::n_blocks(n_rows, n_blocks / n_rows), ActivationBlock::default());
+        blocks.resize(n_blocks, ActivationBlock::default());
         let blocks = SharedSlice::new(&mut blocks[..]);
         let isa = self.isa;
         let quantize = |range| isa.run(QuantizeRows { values: x, n_rows, blocks, range });

@@ -7,10 +7,10 @@ use crate::{KernelError, SumTree, sum_tree::MAX_PENDING, sum_tree::MAX_SEGMENTS}
 
 /// One segment of a shard.
 #[derive(Clone, Debug, PartialEq, Eq)]
-struct Segment {
-    cols: Range<usize>,
+pub(crate) struct Segment {
+    pub(crate) cols: Range<usize>,
     /// Pending sums to add once this segment is summed ([`SumTree::merges`]).
-    n_merges: u8,
+    pub(crate) n_merges: u8,
 }
 
 /// The segments of one shard and the subtrees they are added up to: one partial plane each.
@@ -57,6 +57,11 @@ impl SegmentPlan {
         self.subtrees.len()
     }
 
+    /// The segments of each subtree, in order.
+    pub(crate) fn subtrees(&self) -> impl Iterator<Item = &[Segment]> {
+        self.subtrees.iter().map(|subtree| &self.segments[subtree.clone()])
+    }
+
     /// Sums every segment with `sum_segment` (given its columns), adds the sums as the tree says, and hands each
     /// subtree's sum to `store` with its plane.
     pub(crate) fn sum<T: Copy>(
@@ -66,10 +71,10 @@ impl SegmentPlan {
         add: impl Fn(T, T) -> T,
         mut store: impl FnMut(usize, T),
     ) {
-        for (plane_idx, subtree) in self.subtrees.iter().enumerate() {
+        for (plane_idx, segments) in self.subtrees().enumerate() {
             let mut pending = [zero; MAX_PENDING];
             let mut n_pending = 0;
-            for segment in &self.segments[subtree.clone()] {
+            for segment in segments {
                 let mut sum = sum_segment(segment.cols.clone());
                 for _ in 0..segment.n_merges {
                     n_pending -= 1;

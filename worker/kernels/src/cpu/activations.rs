@@ -6,14 +6,13 @@
 //! scale 0. A block with a value that is not finite has the scale NaN and zero codes, so that
 //! it poisons every output of its row, and of no other.
 //!
-//! Kernels take up to eight rows at once, so rows lie together in *strips*: eight rows each, and a last one of 1, 2, 4 or
-//! 8 places, some of which may be spare. Within a strip the blocks of its rows that cover the same inputs are
-//! neighbours: `[n_in / 32, places]`.
+//! Kernels take several rows at once, so rows lie together in *strips*: sixteen rows each, and a last one of what is left.
+//! Within a strip the blocks of its rows that cover the same inputs are neighbours: `[n_in / 32, rows of the strip]`.
 
 use std::ops::Range;
 
 use crate::cpu::shared_slice::SharedSlice;
-use crate::cpu::simd::{Kernel, Simd};
+use crate::cpu::simd::{Kernel, LANES, Simd};
 use crate::packed::BLOCK;
 
 /// Adding and subtracting this rounds a float below 2^22 to an integer, ties to even: 1.5 * 2^23 is where the spacing of
@@ -66,7 +65,11 @@ impl ActivationBlock {
     fn from_codes(codes: &[i8; BLOCK], scale: f32) -> Self {
         let quads = std::array::from_fn(|i| i32::from_le_bytes(std::array::from_fn(|k| codes[4 * i + k] as u8)));
         let half_sum = |codes: &[i8]| codes.iter().map(|code| i32::from(*code)).sum::<i32>();
-        let half_sums = [half_sum(&codes[..16]), half_sum(&codes[16..])];
+        Self::from_quads(quads, scale, [half_sum(&codes[..16]), half_sum(&codes[16..])])
+    }
+
+    #[inline(always)]
+    fn from_quads(quads: [i32; 8], scale: f32, half_sums: [i32; 2]) -> Self {
         let sum = half_sums[0] + half_sums[1];
         Self {
             quads,
@@ -84,22 +87,39 @@ impl ActivationBlock {
     }
 }
 
+/// [`ActivationBlock::quantize`] with vectors.
+#[inline(always)]
+pub(crate) fn quantize_lanes<S: Simd>(simd: S, values: &[f32; BLOCK]) -> ActivationBlock {
+    let (halves, _) = values.as_chunks::<LANES>();
+    let [low, high] = [simd.load(&halves[0]), simd.load(&halves[1])];
+    let largest = simd.largest_magnitude(low, high);
+    if !largest.is_finite() {
+        return ActivationBlock::from_codes(&[0; BLOCK], f32::NAN);
+    }
+    let steps_per_one = 127.0 / largest;
+    if !steps_per_one.is_finite() {
+        return ActivationBlock::default();
+    }
+    let (steps, rounder) = (simd.splat(steps_per_one), simd.splat(ROUNDER));
+    let [low, high] = [simd.add(simd.mul(low, steps), rounder), simd.add(simd.mul(high, steps), rounder)];
+    // Sums of 16 codes are exact as floats.
+    let half_sums = [simd.sum(simd.sub(low, rounder)) as i32, simd.sum(simd.sub(high, rounder)) as i32];
+    let mut quads = [0; 8];
+    let (four, _) = quads.as_chunks_mut::<4>();
+    four[0] = simd.low_bytes(low);
+    four[1] = simd.low_bytes(high);
+    ActivationBlock::from_quads(quads, largest / 127.0, half_sums)
+}
+
 /// The most rows in a strip.
-pub(crate) const STRIP: usize = 8;
+pub(crate) const STRIP: usize = 16;
 
-/// Places in the strip that begins at `first_row`.
-pub(crate) fn strip_places(first_row: usize, n_rows: usize) -> usize {
-    (n_rows - first_row).min(STRIP).next_power_of_two()
+/// Rows of the strip that begins at `first_row`.
+pub(crate) fn strip_rows(first_row: usize, n_rows: usize) -> usize {
+    (n_rows - first_row).min(STRIP)
 }
 
-/// Blocks that `n_rows` rows of `n_parts` blocks take, the spare ones included.
-pub(crate) fn n_blocks(n_rows: usize, n_parts: usize) -> usize {
-    let n_full = n_rows / STRIP * STRIP;
-    let n_places = if n_full < n_rows { n_full + strip_places(n_full, n_rows) } else { n_full };
-    n_places * n_parts
-}
-
-/// Quantizes some rows of `[n_rows, n_in]` to their places in the strips. Spare places keep what they had.
+/// Quantizes some rows of `[n_rows, n_in]` to their places in the strips.
 pub(crate) struct QuantizeRows<'a> {
     pub(crate) values: &'a [f32],
     pub(crate) n_rows: usize,
@@ -110,17 +130,16 @@ pub(crate) struct QuantizeRows<'a> {
 
 impl Kernel for QuantizeRows<'_> {
     #[inline(always)]
-    fn run<S: Simd>(self, _simd: S) {
+    fn run<S: Simd>(self, simd: S) {
         let (values, _) = self.values.as_chunks::<BLOCK>();
         let n_parts = values.len() / self.n_rows;
         for block_idx in self.range {
             let (row_idx, part_idx) = (block_idx / n_parts, block_idx % n_parts);
             let first_row = row_idx / STRIP * STRIP;
-            let place = part_idx * strip_places(first_row, self.n_rows) + row_idx - first_row;
-            let at = first_row * n_parts + place;
+            let at = first_row * n_parts + part_idx * strip_rows(first_row, self.n_rows) + row_idx - first_row;
             // SAFETY: every block has a place of its own, and the tasks of a job have blocks of their own
             // (`Cpu::quantize`).
-            unsafe { self.blocks.part(at..at + 1) }.fill(ActivationBlock::quantize(&values[block_idx]));
+            unsafe { self.blocks.part(at..at + 1) }.fill(quantize_lanes(simd, &values[block_idx]));
         }
     }
 }

@@ -20,15 +20,19 @@
 //! Segment sums are then added as [`SumTree`](crate::SumTree) says. Nothing here depends on how many rows there are: rows
 //! only share the loading and unpacking of weights, up to eight at a time.
 //!
-//! [`PanelsTimesRows`] goes through a task's panels and rows; the sum of one segment is a [`Kernel`] of its own for each
+//! [`PanelsTimesRows`] goes through a task's panels and rows; a panel times some rows is a [`Kernel`] of its own for each
 //! kind of weights and number of rows, so that the compiler keeps all of it in registers.
 
 use std::ops::Range;
 
-use crate::cpu::activations::{ActivationBlock, STRIP, strip_places};
+use crate::cpu::activations::{ActivationBlock, STRIP, strip_rows};
 use crate::cpu::shared_slice::SharedSlice;
 use crate::cpu::simd::{Kernel, LANES, Simd, unrolled};
 use crate::packed::{BLOCK, Integers, PANEL, PackedMatrix, Weights};
+use crate::sum_tree::MAX_PENDING;
+
+/// Rows that share the loading and unpacking of weights.
+const ABREAST: usize = 8;
 
 /// The inputs of a product, in both forms that weights may want.
 #[derive(Clone, Copy)]
@@ -60,74 +64,50 @@ impl PanelsTimesRows<'_> {
     pub(crate) fn run<S: Simd>(&self, simd: S) {
         for panel_idx in self.panels.clone() {
             for first_row in self.rows.clone().step_by(STRIP) {
-                // Spare places of a strip are computed and dropped.
-                match strip_places(first_row, self.inputs.n_rows) {
-                    1 => self.panel::<S, 1>(simd, panel_idx, first_row),
-                    2 => self.panel::<S, 2>(simd, panel_idx, first_row),
-                    4 => self.panel::<S, 4>(simd, panel_idx, first_row),
-                    _ => self.panel::<S, STRIP>(simd, panel_idx, first_row),
+                let n_rows = strip_rows(first_row, self.inputs.n_rows);
+                for place in (0..n_rows).step_by(ABREAST) {
+                    let place = Place { panel_idx, first_row, place };
+                    match (n_rows - place.place).min(ABREAST) {
+                        1 => self.panel::<S, 1>(simd, place),
+                        2 => self.panel::<S, 2>(simd, place),
+                        3 => self.panel::<S, 3>(simd, place),
+                        4 => self.panel::<S, 4>(simd, place),
+                        5 => self.panel::<S, 5>(simd, place),
+                        6 => self.panel::<S, 6>(simd, place),
+                        7 => self.panel::<S, 7>(simd, place),
+                        _ => self.panel::<S, ABREAST>(simd, place),
+                    }
                 }
             }
         }
     }
 
-    /// One panel for a strip of `N` places.
-    fn panel<S: Simd, const N: usize>(&self, simd: S, panel_idx: usize, first_row: usize) {
-        let mut store = |plane_idx: usize, sums: [[f32; PANEL]; N]| {
-            for (row_idx, sums) in (first_row..self.rows.end).zip(&sums) {
-                self.store(plane_idx, row_idx, panel_idx, sums);
-            }
-        };
+    /// One panel for `N` rows.
+    fn panel<S: Simd, const N: usize>(&self, simd: S, place: Place) {
         match self.matrix.weights() {
-            Weights::Integers(integers) => self.integers(simd, integers, panel_idx, first_row, &mut store),
-            Weights::Singles(values) => self.floats::<S, Single, N>(simd, values, panel_idx, first_row, &mut store),
-            Weights::Halves(bits) => self.floats::<S, Half, N>(simd, bits, panel_idx, first_row, &mut store),
-            Weights::Brains(bits) => self.floats::<S, Brain, N>(simd, bits, panel_idx, first_row, &mut store),
+            Weights::Integers(integers) => {
+                SumIntegers::<N> { task: self, panel: Panel { integers, panel_idx: place.panel_idx }, place }.run(simd);
+            }
+            Weights::Singles(values) => self.floats::<S, Single, N>(simd, values, place),
+            Weights::Halves(bits) => self.floats::<S, Half, N>(simd, bits, place),
+            Weights::Brains(bits) => self.floats::<S, Brain, N>(simd, bits, place),
         }
     }
 
-    fn integers<S: Simd, const N: usize>(
-        &self,
-        simd: S,
-        integers: &Integers,
-        panel_idx: usize,
-        first_row: usize,
-        store: &mut impl FnMut(usize, [[f32; PANEL]; N]),
-    ) {
-        let n_parts = integers.n_parts();
-        let strip = self.inputs.blocks[first_row * n_parts..].as_chunks::<N>().0;
-        let sum_segment = |cols: Range<usize>| {
-            let parts = cols.start / BLOCK..cols.end / BLOCK;
-            let mut sums = [[0.0; PANEL]; N];
-            let panel = Panel { integers, panel_idx };
-            SumIntegers { panel, first_part: parts.start, blocks: &strip[parts], sums: &mut sums }.run(simd);
-            sums
-        };
-        self.matrix.plan().sum([[0.0; PANEL]; N], sum_segment, add, store);
-    }
-
-    fn floats<S: Simd, F: FloatFormat, const N: usize>(
-        &self,
-        simd: S,
-        weights: &[F::Bits],
-        panel_idx: usize,
-        first_row: usize,
-        store: &mut impl FnMut(usize, [[f32; PANEL]; N]),
-    ) {
+    fn floats<S: Simd, F: FloatFormat, const N: usize>(&self, simd: S, weights: &[F::Bits], place: Place) {
         let n_in = self.matrix.n_in();
-        // Spare places repeat the last row.
         let rows: [&[f32]; N] = std::array::from_fn(|i| {
-            let row_idx = (first_row + i).min(self.inputs.n_rows - 1);
+            let row_idx = place.first_row + place.place + i;
             &self.inputs.values[row_idx * n_in..(row_idx + 1) * n_in]
         });
         let panel_len = PANEL * n_in;
-        let weights = &weights[panel_idx * panel_len..weights.len().min((panel_idx + 1) * panel_len)];
+        let weights = &weights[place.panel_idx * panel_len..weights.len().min((place.panel_idx + 1) * panel_len)];
         let n_out = weights.len() / n_in;
         let sum_segment = |cols: Range<usize>| {
             let rows = rows.map(|row| &row[cols.clone()]);
             let mut sums = [[0.0; PANEL]; N];
             // Sums of several outputs share the loading of inputs: as many as fit the registers.
-            let n_abreast = if N == STRIP { 2 } else { 4 };
+            let n_abreast = if N > 4 { 2 } else { 4 };
             let weights = |out_idx: usize| &weights[out_idx * n_in..][cols.clone()];
             let mut first_out = 0;
             while first_out < n_out {
@@ -140,17 +120,25 @@ impl PanelsTimesRows<'_> {
             }
             sums
         };
+        let store = |plane_idx: usize, sums: [[f32; PANEL]; N]| {
+            for (i, sums) in sums.iter().enumerate() {
+                let out = self.out(plane_idx, place, i);
+                out.copy_from_slice(&sums[..out.len()]);
+            }
+        };
         self.matrix.plan().sum([[0.0; PANEL]; N], sum_segment, add, store);
     }
 
-    /// Stores one row's sums of a panel.
-    fn store(&self, plane_idx: usize, row_idx: usize, panel_idx: usize, sums: &[f32; PANEL]) {
-        let n_out = self.matrix.n_out();
-        let n_lanes = (n_out - panel_idx * PANEL).min(PANEL);
-        let at = (plane_idx * self.inputs.n_rows + row_idx) * n_out + panel_idx * PANEL;
+    /// Where the sums of a panel and the `i`-th of its rows go.
+    #[inline(always)]
+    fn out(&self, plane_idx: usize, place: Place, i: usize) -> &mut [f32] {
+        let (n_out, first_out) = (self.matrix.n_out(), place.panel_idx * PANEL);
+        let n_lanes = (n_out - first_out).min(PANEL);
+        let row_idx = place.first_row + place.place + i;
+        let at = (plane_idx * self.inputs.n_rows + row_idx) * n_out + first_out;
         // SAFETY: the tasks of a job divide panels and rows among them (`Cpu::multiply`), so no other task writes these
-        // outputs; this task holds no other part.
-        unsafe { self.out.part(at..at + n_lanes) }.copy_from_slice(&sums[..n_lanes]);
+        // outputs; this task holds one part at a time.
+        unsafe { self.out.part(at..at + n_lanes) }
     }
 }
 
@@ -161,6 +149,16 @@ fn add<const N: usize>(mut left: [[f32; PANEL]; N], right: [[f32; PANEL]; N]) ->
     left
 }
 
+/// Some rows of a strip, and a panel.
+#[derive(Clone, Copy)]
+struct Place {
+    panel_idx: usize,
+    /// Where the strip begins.
+    first_row: usize,
+    /// The first row's place in the strip.
+    place: usize,
+}
+
 /// One panel of integer weights.
 #[derive(Clone, Copy)]
 struct Panel<'a> {
@@ -168,13 +166,11 @@ struct Panel<'a> {
     panel_idx: usize,
 }
 
-/// The sums of one K-segment, from the run of 32 inputs `first_part` on, for the 16 outputs of a panel and `N` rows.
+/// The products of a panel and `N` rows.
 struct SumIntegers<'a, const N: usize> {
+    task: &'a PanelsTimesRows<'a>,
     panel: Panel<'a>,
-    first_part: usize,
-    /// The segment's activations.
-    blocks: &'a [[ActivationBlock; N]],
-    sums: &'a mut [[f32; PANEL]; N],
+    place: Place,
 }
 
 /// [`SumIntegers`] for one kind of format: whether codes are nibbles, scales belong to half a run of 32 inputs, and
@@ -203,12 +199,42 @@ impl<const N: usize> SumIntegers<'_, N> {
 impl<const N: usize, const NIBBLES: bool, const HALVES: bool, const MINIMUM: bool> Kernel
     for SumFormat<'_, N, NIBBLES, HALVES, MINIMUM>
 {
+    /// As [`SegmentPlan::sum`](crate::segments::SegmentPlan::sum), written out so that sums stay in registers.
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        let SumIntegers { panel, first_part, blocks, sums: out } = self.0;
+        for (plane_idx, segments) in self.0.task.matrix.plan().subtrees().enumerate() {
+            let mut pending = [[simd.splat(0.0); N]; MAX_PENDING];
+            let mut n_pending = 0;
+            for segment in segments {
+                let mut sums = self.sum_segment(simd, &segment.cols);
+                for _ in 0..segment.n_merges {
+                    n_pending -= 1;
+                    let left = pending[n_pending];
+                    unrolled!(i in 0..N { sums[i] = simd.add(left[i], sums[i]) });
+                }
+                pending[n_pending] = sums;
+                n_pending += 1;
+            }
+            self.store(simd, plane_idx, &pending[0]);
+        }
+    }
+}
+
+impl<const N: usize, const NIBBLES: bool, const HALVES: bool, const MINIMUM: bool>
+    SumFormat<'_, N, NIBBLES, HALVES, MINIMUM>
+{
+    #[inline(always)]
+    fn sum_segment<S: Simd>(&self, simd: S, cols: &Range<usize>) -> [S::F32; N] {
+        let SumIntegers { task, panel, place } = self.0;
+        let n_parts = panel.integers.n_parts();
+        let n_rows = strip_rows(place.first_row, task.inputs.n_rows);
+        let strip = &task.inputs.blocks[place.first_row * n_parts..][..n_rows * n_parts];
+        let first_part = cols.start / BLOCK;
+        let parts = strip[first_part * n_rows..cols.end / BLOCK * n_rows].chunks_exact(n_rows);
         let mut sums = [simd.splat(0.0); N];
-        for (i, blocks) in blocks.iter().enumerate() {
+        for (i, blocks) in parts.enumerate() {
             let part_idx = first_part + i;
+            let blocks = &blocks[place.place..place.place + N];
             panel.prefetch::<S, NIBBLES>(simd, part_idx);
             let codes = panel.codes::<S, NIBBLES>(simd, part_idx);
             if HALVES {
@@ -232,15 +258,23 @@ impl<const N: usize, const NIBBLES: bool, const HALVES: bool, const MINIMUM: boo
                 });
             }
         }
-        unrolled!(row_idx in 0..N {
-            simd.store(sums[row_idx], &mut out[row_idx]);
+        sums
+    }
+
+    #[inline(always)]
+    fn store<S: Simd>(&self, simd: S, plane_idx: usize, sums: &[S::F32; N]) {
+        unrolled!(i in 0..N {
+            let out = self.0.task.out(plane_idx, self.0.place, i);
+            if let Some(out) = out.as_mut_array() {
+                simd.store(sums[i], out);
+            } else {
+                let mut lanes = [0.0; PANEL];
+                simd.store(sums[i], &mut lanes);
+                out.copy_from_slice(&lanes[..out.len()]);
+            }
         });
     }
-}
 
-impl<const N: usize, const NIBBLES: bool, const HALVES: bool, const MINIMUM: bool>
-    SumFormat<'_, N, NIBBLES, HALVES, MINIMUM>
-{
     /// The integer dot products of a group, less `correction` where the format has an offset.
     #[inline(always)]
     fn dot<S: Simd, const QUADS: usize>(

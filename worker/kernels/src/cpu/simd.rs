@@ -58,6 +58,24 @@ pub(crate) trait Simd: Copy + Send + Sync {
     fn sum(self, values: Self::F32) -> f32;
     /// The largest of the lanes; any value if one is not a number.
     fn largest(self, values: Self::F32) -> f32;
+    /// The largest magnitude among the lanes of both; not a number if one of them is not.
+    #[inline(always)]
+    fn largest_magnitude(self, a: Self::F32, b: Self::F32) -> f32 {
+        let mut lanes = [[0.0; LANES]; 2];
+        self.store(a, &mut lanes[0]);
+        self.store(b, &mut lanes[1]);
+        // As integers, magnitudes have the order of the floats, with NaN above infinity.
+        let magnitudes = lanes.as_flattened().iter().map(|lane| lane.to_bits() & 0x7fff_ffff);
+        f32::from_bits(magnitudes.fold(0, u32::max))
+    }
+    /// The lowest byte of every lane, as four little-endian words.
+    #[inline(always)]
+    fn low_bytes(self, values: Self::F32) -> [i32; 4] {
+        let mut lanes = [0.0f32; LANES];
+        self.store(values, &mut lanes);
+        let byte = |i: usize| lanes[i].to_bits() as u8;
+        std::array::from_fn(|i| i32::from_le_bytes(std::array::from_fn(|k| byte(4 * i + k))))
+    }
     /// Begins to fetch the cache line of an element.
     fn prefetch<T>(self, element: &T);
 

@@ -133,6 +133,21 @@ impl Simd for Avx512 {
             let two = _mm_max_ps(four, _mm_movehl_ps(four, four));
             _mm_cvtss_f32(_mm_max_ss(two, _mm_shuffle_ps::<1>(two, two)))
         }}
+        fn largest_magnitude(a: __m512, b: __m512) -> f32 {{
+            let mask = _mm512_set1_epi32(0x7fff_ffff);
+            let [a, b] = [_mm512_castps_si512(a), _mm512_castps_si512(b)];
+            let largest = _mm512_max_epu32(_mm512_and_si512(a, mask), _mm512_and_si512(b, mask));
+            f32::from_bits(_mm512_reduce_max_epu32(largest))
+        }}
+        fn low_bytes(values: __m512) -> [i32; 4] {{
+            let bytes = _mm512_cvtepi32_epi8(_mm512_castps_si512(values));
+            [
+                _mm_extract_epi32::<0>(bytes),
+                _mm_extract_epi32::<1>(bytes),
+                _mm_extract_epi32::<2>(bytes),
+                _mm_extract_epi32::<3>(bytes),
+            ]
+        }}
         fn splat_i32(value: i32) -> __m512i { _mm512_set1_epi32(value) }
         fn to_f32(values: __m512i) -> __m512 { _mm512_cvtepi32_ps(values) }
         fn low_nibbles(bytes: __m512i) -> __m512i { _mm512_and_si512(bytes, _mm512_set1_epi8(15)) }
