@@ -56,13 +56,13 @@ pub fn build(source: &Source, settings: &RunnerSettings) -> Result<Box<dyn RunSt
     let failed = |source| LoadError::Tensor { tensor: "key and value cache".into(), source };
     Ok(match backend {
         BackendChoice::Cpu => {
-            let mut ops = CpuBackend::new(Cpu::new(threads), shape.clone()).map_err(failed)?;
-            let model = source.load(&mut ops, shape)?;
+            let mut ops = CpuBackend::new(Cpu::new(threads), shape).map_err(failed)?;
+            let model = source.load(&mut ops)?;
             Box::new(ModelRunner::new(ops, model, kv_shape, context_length).map_err(failed)?)
         }
         BackendChoice::Reference => {
-            let mut ops = ReferenceBackend::new(candle_core::Device::Cpu, shape.clone());
-            let model = source.load(&mut ops, shape)?;
+            let mut ops = ReferenceBackend::new(candle_core::Device::Cpu, shape);
+            let model = source.load(&mut ops)?;
             Box::new(ModelRunner::new(ops, model, kv_shape, context_length).map_err(failed)?)
         }
     })
@@ -145,6 +145,7 @@ impl<B: Backend> ModelRunner<B> {
                 LogitsRows::Last => batch.n_rows() - 1..batch.n_rows(),
                 LogitsRows::All => first_row..batch.n_rows(),
             };
+            batch.logits_attention.extend(&batch.attention[rows.clone()]);
             batch.logits_rows.extend(rows.map(|row| row as u32));
         }
         Ok(batch)

@@ -7,7 +7,10 @@ use std::hint::black_box;
 use std::time::{Duration, Instant};
 
 use lockstep_checkpoint::Encoding;
-use lockstep_kernels::{AttentionBatch, AttentionRow, Cpu, EncodedRows, Isa, KvCache, PackedMatrix};
+use lockstep_kernels::{
+    Activations, AttentionBatch, AttentionRow, Cpu, EncodedRows, Forms, Isa, KvCache, PackedMatrix, RopeStyle,
+    RopeTable,
+};
 
 /// Weights that a pass goes over: beyond the last-level caches of the machines this runs on.
 const PASS_BYTES: usize = 96 << 20;
@@ -60,7 +63,11 @@ fn bench_products(cpu: &mut Cpu, name: &str, encoding: Encoding, n_out: usize, n
         let x: Vec<f32> = (0..n_rows * n_in).map(|i| (i % 61) as f32 / 30.0 - 1.0).collect();
         let mut out = vec![0.0; n_rows * n_out];
         let mut next = copies.iter().cycle();
-        let mut call = || cpu.matmul(next.next().expect("a cycle"), black_box(&x), n_rows, &mut out);
+        let mut inputs = Activations::new(Forms::of(&copies[0]));
+        let mut call = || {
+            cpu.quantize(black_box(&x), n_in, &mut inputs);
+            cpu.matmul(next.next().expect("a cycle"), &inputs, &mut out);
+        };
         let seconds = best_of(&mut call).as_secs_f64();
         let (read, ops) = (copies[0].size_bytes() as f64, (2 * n_rows * n_out * n_in) as f64);
         let (gbs, gops) = (read / seconds / 1e9, ops / seconds / 1e9);
@@ -75,14 +82,14 @@ fn bench_attention(cpu: &mut Cpu, name: &str, n_heads: usize, n_kv_heads: usize,
     let token: Vec<f32> = (0..n_kv_heads * head_dim).map(|i| (i % 17) as f32 / 17.0).collect();
     (0..n_blocks * 16).for_each(|slot| cache.write(0, slot, &token, &token));
     let tables: Vec<Vec<u32>> = (0..16).map(|i| (i * 64..(i + 1) * 64).collect()).collect();
-    let tables: Vec<&[u32]> = tables.iter().map(Vec::as_slice).collect();
     let decode = |n: usize| (0..n).map(|table| AttentionRow { position: 1_023, table }).collect::<Vec<_>>();
     let prefill = (0..512).map(|position| AttentionRow { position, table: 0 }).collect();
+    let rope = RopeTable::new(head_dim, head_dim, 1e4, None, 1_024, RopeStyle::Adjacent).expect("a small table");
     for rows in [decode(1), decode(16), prefill] {
-        let q = vec![0.1; rows.len() * n_heads * head_dim];
+        let mut q = vec![0.1; rows.len() * n_heads * head_dim];
         let mut out = vec![0.0; q.len()];
-        let batch = AttentionBatch { cache: &cache, layer: 0, rows: &rows, tables: &tables, n_heads };
-        let seconds = best_of(|| cpu.attention(black_box(&q), &batch, &mut out)).as_secs_f64();
+        let batch = AttentionBatch { cache: &cache, layer: 0, rows: &rows, tables: &tables, n_heads, rope: &rope };
+        let seconds = best_of(|| cpu.attention(black_box(&mut q), &batch, &mut out)).as_secs_f64();
         let n_positions: usize = rows.iter().map(|row| row.position as usize + 1).sum();
         let n_read = if rows.len() == 512 { 512 } else { n_positions };
         let gbs = (n_read * n_kv_heads * head_dim * 4) as f64 / seconds / 1e9;

@@ -17,22 +17,23 @@ mod x86;
 
 use std::ops::Range;
 
+pub use activations::{Activations, Forms};
 pub use attention::AttentionRow;
 
-use activations::{ActivationBlock, QuantizeRows, STRIP};
-use attention::{HeadTimesRows, MAX_QUERIES};
-use elementwise::{Add, RmsNorm, Rope, SiluMul};
-use matmul::{Inputs, PanelsTimesRows};
+use activations::{ActivationBlock, Quantize, STRIP};
+use attention::{Attend, HeadTimesRows, MAX_QUERIES, SCORES};
+use elementwise::RmsNorm;
+use matmul::{GatedRows, Multiplication, Outputs, PanelsTimesRows};
 use pool::Pool;
 use shared_slice::SharedSlice;
 use simd::{Kernel, Portable, Simd};
 use write_kv::WriteHeads;
 
 use crate::packed::{BLOCK, PackedMatrix};
-use crate::{KernelError, KvCache, RopeTable};
+use crate::{KernelError, KvCache, RopeTable, Terms};
 
 /// Elements that an elementwise task should have at least, so that it outweighs being handed to another thread.
-const ELEMENTS_PER_TASK: usize = 16 * 1024;
+const ELEMENTS_PER_TASK: usize = 4 * 1024;
 
 /// Bytes of weights that a product's task should have at least, for the same reason.
 const WEIGHT_BYTES_PER_TASK: usize = 8 * 1024;
@@ -74,8 +75,6 @@ enum Detected {
 pub struct Cpu {
     pool: Pool,
     isa: Detected,
-    /// Quantized inputs of the product at hand.
-    blocks: Vec<ActivationBlock>,
     /// Runs of rows that go through attention together.
     runs: Vec<Range<usize>>,
 }
@@ -152,6 +151,16 @@ impl Detected {
             Self::Avx512(simd) => task.run(simd),
         }
     }
+
+    fn gate(self, task: &GatedRows<'_>) {
+        match self {
+            Self::Portable(simd) => task.run(simd),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2(simd) => task.run(simd),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512(simd) => task.run(simd),
+        }
+    }
 }
 
 // === impl Cpu ===
@@ -174,7 +183,7 @@ impl Cpu {
     /// As [`Cpu::new`].
     pub fn with_isa(n_threads: usize, isa: Isa) -> Result<Self, KernelError> {
         let isa = Detected::new(isa).ok_or(KernelError::UnsupportedIsa { isa })?;
-        Ok(Self { pool: Pool::new(n_threads), isa, blocks: Vec::new(), runs: Vec::new() })
+        Ok(Self { pool: Pool::new(n_threads), isa, runs: Vec::new() })
     }
 
     /// The instruction set in use.
@@ -187,60 +196,68 @@ impl Cpu {
         self.pool.n_threads()
     }
 
-    /// `out = x * weights^T`: `x` is `[n_rows, n_in]`, `out` `[n_partials, n_rows, n_out]`. For quantized weights, `x` is
-    /// quantized to 8 bits per row and block of 32 first.
+    /// Takes values `[n_rows, width]` in as inputs of products.
     ///
     /// # Panics
-    /// If a slice has another length.
-    pub fn matmul(&mut self, weights: &PackedMatrix, x: &[f32], n_rows: usize, out: &mut [f32]) {
-        self.matmul_many(x, n_rows, &mut [Product { weights, out }]);
-    }
-
-    /// Several products of one input, which is quantized once: as [`Cpu::matmul`] for each.
-    ///
-    /// # Panics
-    /// If a slice has another length, the matrices differ in `n_in`, or there are more than [`MAX_PRODUCTS`].
-    pub fn matmul_many(&mut self, x: &[f32], n_rows: usize, products: &mut [Product<'_>]) {
-        assert!(products.len() <= MAX_PRODUCTS, "{} products", products.len());
-        for product in products.iter() {
-            let weights = product.weights;
-            assert_eq!(x.len(), n_rows * weights.n_in(), "inputs of {n_rows} rows");
-            let out_len = weights.n_partials() * n_rows * weights.n_out();
-            assert_eq!(product.out.len(), out_len, "outputs of {n_rows} rows");
-        }
-        if n_rows == 0 {
-            return;
-        }
-        let mut blocks = std::mem::take(&mut self.blocks);
-        if products.iter().any(|product| product.weights.is_quantized()) {
-            self.quantize(x, n_rows, &mut blocks);
-        }
-        self.multiply(Inputs { values: x, blocks: &blocks, n_rows }, products);
-        self.blocks = blocks;
-    }
-
-    fn quantize(&mut self, x: &[f32], n_rows: usize, blocks: &mut Vec<ActivationBlock>) {
-        let n_blocks = x.len() / BLOCK;
-        blocks.resize(n_blocks, ActivationBlock::default());
-        let blocks = SharedSlice::new(&mut blocks[..]);
+    /// If the values are no whole number of rows, or rows that are to be quantized no whole number of blocks of 32.
+    pub fn quantize(&mut self, values: &[f32], width: usize, out: &mut Activations) {
         let isa = self.isa;
-        let quantize = |range| isa.run(QuantizeRows { values: x, n_rows, blocks, range });
-        self.divide(n_blocks, ELEMENTS_PER_TASK / BLOCK, &quantize);
+        assert!(width > 0 && values.len().is_multiple_of(width), "{} values in rows of {width}", values.len());
+        let out = out.reshape(values.len() / width, width);
+        let n_parts = values.len() / width * out.n_parts();
+        self.divide(n_parts, ELEMENTS_PER_TASK / BLOCK, &|parts| isa.run(Quantize { values, out, parts }));
     }
 
-    fn multiply(&mut self, inputs: Inputs<'_>, products: &mut [Product<'_>]) {
+    /// `out = x * weights^T`, `[n_partials, n_rows, n_out]`.
+    ///
+    /// # Panics
+    /// If `out` has another length, or `x` another width than `n_in` or not the form that the weights read.
+    pub fn matmul(&mut self, weights: &PackedMatrix, x: &Activations, out: &mut [f32]) {
+        self.matmul_many(x, &mut [Product { weights, out }]);
+    }
+
+    /// Several products of one input: as [`Cpu::matmul`] for each.
+    ///
+    /// # Panics
+    /// As [`Cpu::matmul`], or if there are more than [`MAX_PRODUCTS`].
+    pub fn matmul_many(&mut self, x: &Activations, products: &mut [Product<'_>]) {
+        assert!(products.len() <= MAX_PRODUCTS, "{} products", products.len());
         let isa = self.isa;
         let mut n_tasks = 0;
         let mut grids: [Option<Grid<'_>>; MAX_PRODUCTS] = [const { None }; MAX_PRODUCTS];
         for (grid, product) in grids.iter_mut().zip(products) {
-            let out = SharedSlice::new(&mut *product.out);
-            let grid = grid.insert(Grid::new(product.weights, inputs.n_rows, n_tasks, out));
-            n_tasks += grid.n_tasks();
+            check_input(product.weights, x);
+            let (n_rows, width) = (x.n_rows(), product.weights.n_out());
+            assert_eq!(product.out.len(), product.weights.n_partials() * n_rows * width, "outputs of {n_rows} rows");
+            let values = SharedSlice::new(&mut *product.out);
+            let out = Outputs { values, n_rows, width, first_row: 0, first_out: 0 };
+            let product = Multiplication { matrix: product.weights, x, out };
+            let division = Division::new(product.matrix, n_rows, 1);
+            n_tasks += grid.insert(Grid { product, division, first_task: n_tasks }).division.n_tasks();
         }
         self.pool.run(n_tasks, &|task_idx| {
             let grid = grids.iter().flatten().rfind(|grid| grid.first_task <= task_idx).expect("the first begins at 0");
-            let (rows, panels) = grid.task(task_idx - grid.first_task);
-            isa.multiply(&PanelsTimesRows { matrix: grid.matrix, inputs, panels, rows, out: grid.out });
+            let (rows, panels) = grid.division.task(task_idx - grid.first_task);
+            isa.multiply(&PanelsTimesRows { product: grid.product, panels, rows });
+        });
+    }
+
+    /// The first half of a gated MLP: `out = silu(x * gate^T) * (x * up^T)`, element by element, `[n_rows, n_out]`, with
+    /// `silu(g) = g / (1 + e^-g)`.
+    ///
+    /// # Panics
+    /// If the matrices differ in shape or have several partial planes, or `x` has another width than `n_in` or not the
+    /// forms that they read.
+    pub fn gated(&mut self, gate: &PackedMatrix, up: &PackedMatrix, x: &Activations, out: &mut Activations) {
+        assert!(gate.n_out() == up.n_out() && gate.n_partials() == 1 && up.n_partials() == 1, "gate and up");
+        check_input(gate, x);
+        check_input(up, x);
+        let isa = self.isa;
+        let division = Division::new(gate, x.n_rows(), 2);
+        let out = out.reshape(x.n_rows(), gate.n_out());
+        self.pool.run(division.n_tasks(), &|task_idx| {
+            let (rows, pairs) = division.task(task_idx);
+            isa.gate(&GatedRows { gate, up, x, pairs, rows, out });
         });
     }
 
@@ -257,99 +274,82 @@ impl Cpu {
         });
     }
 
-    /// `out = x / sqrt(mean(x^2) + eps) * weight`, row by row: `x` and `out` are `[n_rows, weight.len()]`.
+    /// Adds `terms`, planes of the shape of `x`, to `x`, `[n_rows, weight.len()]`, if there are any; then
+    /// `out = x / sqrt(mean(x^2) + eps) * weight`, row by row.
     ///
     /// # Panics
-    /// If a slice has another length.
-    pub fn rms_norm(&mut self, x: &[f32], weight: &[f32], eps: f32, n_rows: usize, out: &mut [f32]) {
+    /// If a slice has another length, or rows are to be quantized that are no whole number of blocks of 32.
+    pub fn rms_norm(
+        &mut self,
+        x: &mut [f32],
+        terms: Option<Terms<'_>>,
+        weight: &[f32],
+        eps: f32,
+        out: &mut Activations,
+    ) {
         let (isa, width) = (self.isa, weight.len());
-        assert_eq!(x.len(), n_rows * width, "{n_rows} rows");
-        self.by_rows(n_rows, width, out, |rows, out| {
-            isa.run(RmsNorm { x: &x[rows.start * width..rows.end * width], weight, eps, out });
-        });
+        assert!(width > 0 && x.len().is_multiple_of(width), "{} values in rows of {width}", x.len());
+        if let Some(terms) = terms {
+            assert_eq!(terms.planes.len(), terms.order.n_planes() * x.len(), "terms of a sum");
+        }
+        let n_rows = x.len() / width;
+        let out = out.reshape(n_rows, width);
+        self.by_rows(n_rows, width, x, |rows, x| isa.run(RmsNorm { x, rows, terms, weight, eps, out }));
     }
 
-    /// `acc += x`, element by element.
+    /// Turns the keys of `slots.len()` tokens, `[slots.len(), n_kv_heads, head_dim]`, to their positions, and writes them
+    /// and the values, of the same shape, to their slots.
     ///
     /// # Panics
-    /// If the slices differ in length.
-    pub fn add(&mut self, x: &[f32], acc: &mut [f32]) {
-        let isa = self.isa;
-        assert_eq!(x.len(), acc.len(), "terms of a sum");
-        self.by_rows(x.len(), 1, acc, |range, acc| isa.run(Add { x: &x[range], acc }));
-    }
-
-    /// Turns every head of `x`, `[positions.len(), n_heads, head_dim]`, to its row's position.
-    ///
-    /// # Panics
-    /// If `x` has another length or a position is not below the table's `max_position`.
-    pub fn rope(&mut self, x: &mut [f32], n_heads: usize, table: &RopeTable, positions: &[u32]) {
-        let isa = self.isa;
-        self.by_rows(positions.len(), n_heads * table.head_dim(), x, |rows, x| {
-            isa.run(Rope { x, n_heads, table, positions: &positions[rows] });
-        });
-    }
-
-    /// `out = silu(gate) * up`, element by element, with `silu(g) = g / (1 + e^-g)`.
-    ///
-    /// # Panics
-    /// If the slices differ in length.
-    pub fn silu_mul(&mut self, gate: &[f32], up: &[f32], out: &mut [f32]) {
-        let isa = self.isa;
-        assert!(gate.len() == out.len() && up.len() == out.len(), "gate, up and out");
-        self.by_rows(out.len(), 1, out, |range, out| {
-            isa.run(SiluMul { gate: &gate[range.clone()], up: &up[range], out });
-        });
-    }
-
-    /// Writes the keys and values of `slots.len()` tokens, `[slots.len(), n_kv_heads, head_dim]` each, to their slots.
-    ///
-    /// # Panics
-    /// If a slice has another length, or `layer` or a slot does not exist.
-    pub fn write_kv(&mut self, cache: &mut KvCache, layer: usize, slots: &[u32], k: &[f32], v: &[f32]) {
+    /// If a slice has another length, or `layer`, a slot or a position does not exist.
+    pub fn write_kv(&mut self, cache: &mut KvCache, tokens: &NewTokens<'_>, k: &[f32], v: &[f32]) {
+        let NewTokens { layer, slots, positions, rope } = *tokens;
         let width = cache.n_kv_heads() * cache.head_dim();
+        assert!(positions.len() == slots.len() && rope.head_dim() == cache.head_dim(), "positions of every token");
         assert!(k.len() == slots.len() * width && v.len() == k.len(), "keys and values of {} tokens", slots.len());
         let (isa, layout) = (self.isa, cache.layout());
         let bits = SharedSlice::new(cache.bits_mut());
         let heads_per_task = ELEMENTS_PER_TASK.div_ceil((slots.len() * layout.head_dim).max(1));
         self.divide(layout.n_kv_heads, heads_per_task, &|heads| {
-            isa.run(WriteHeads { layout, bits, layer, heads, slots, k, v });
+            isa.run(WriteHeads { layout, bits, layer, heads, slots, positions, rope, k, v });
         });
     }
 
-    /// Causal attention of every row of `q`, `[rows.len(), n_heads, head_dim]`, to its sequence's cached positions.
-    /// `tables` hold each sequence's blocks, those of positions 0 on first; scores are divided by `sqrt(head_dim)`. Query
+    /// Turns every row of `q`, `[rows.len(), n_heads, head_dim]`, to its position, in place; then causal attention of each
+    /// to its sequence's cached positions. `tables` hold each sequence's blocks, those of positions 0 on first; scores are divided by `sqrt(head_dim)`. Query
     /// heads share the KV heads in equal runs. `out` is shaped as `q`.
     ///
     /// # Panics
     /// If a slice has another length, `n_heads` is not a multiple of the cache's, or a row points to a table, block or
     /// position that does not exist.
-    pub fn attention(&mut self, q: &[f32], batch: &AttentionBatch<'_>, out: &mut [f32]) {
-        let AttentionBatch { cache, layer, rows, tables, n_heads } = *batch;
+    pub fn attention(&mut self, q: &mut [f32], batch: &AttentionBatch<'_>, out: &mut [f32]) {
+        let AttentionBatch { cache, layer, rows, tables, n_heads, rope } = *batch;
         let n_kv_heads = cache.n_kv_heads();
         assert!(n_heads > 0 && n_heads.is_multiple_of(n_kv_heads), "{n_heads} heads over {n_kv_heads} of the cache");
         assert_eq!(q.len(), rows.len() * n_heads * cache.head_dim(), "queries");
-        assert_eq!(out.len(), q.len(), "outputs");
+        assert!(out.len() == q.len() && rope.head_dim() == cache.head_dim(), "outputs");
         let mut runs = std::mem::take(&mut self.runs);
         let rows_per_run = (MAX_QUERIES / (n_heads / n_kv_heads)).clamp(1, ROWS_PER_RUN);
         find_runs(rows, rows_per_run, &mut runs);
-        let (isa, out) = (self.isa, SharedSlice::new(out));
+        let (isa, q, out) = (self.isa, SharedSlice::new(q), SharedSlice::new(out));
         self.pool.run(runs.len() * n_kv_heads, &|task_idx| {
             // The last runs of a prompt are the longest: they go first.
             let rows_of_task = runs[runs.len() - 1 - task_idx / n_kv_heads].clone();
-            let table = tables[rows[rows_of_task.start].table];
+            let table = &tables[rows[rows_of_task.start].table];
             let kv_head = task_idx % n_kv_heads;
-            isa.run(HeadTimesRows {
+            let task = HeadTimesRows {
                 cache,
                 layer,
                 kv_head,
                 n_heads,
+                rope,
                 q,
                 all_rows: rows,
                 rows: rows_of_task,
                 table,
                 out,
-            });
+            };
+            SCORES.with_borrow_mut(|scores| isa.run(Attend { task, scores }));
         });
         self.runs = runs;
     }
@@ -388,9 +388,31 @@ pub struct AttentionBatch<'a> {
     /// One for each row of queries. Rows of one sequence should be neighbours.
     pub rows: &'a [AttentionRow],
     /// Block tables, one for each sequence.
-    pub tables: &'a [&'a [u32]],
+    pub tables: &'a [Vec<u32>],
     /// Query heads.
     pub n_heads: usize,
+    /// How queries turn with their positions.
+    pub rope: &'a RopeTable,
+}
+
+/// Tokens whose keys and values are written.
+#[derive(Clone, Copy, Debug)]
+pub struct NewTokens<'a> {
+    /// Layer of the cache.
+    pub layer: usize,
+    /// Where each goes.
+    pub slots: &'a [u32],
+    /// Each token's place in its sequence.
+    pub positions: &'a [u32],
+    /// How keys turn with their positions.
+    pub rope: &'a RopeTable,
+}
+
+/// Panics if `x` cannot be multiplied with `weights`.
+fn check_input(weights: &PackedMatrix, x: &Activations) {
+    assert_eq!(x.width(), weights.n_in(), "inputs of a product");
+    let is_there = if weights.is_quantized() { !x.blocks().is_empty() } else { !x.values().is_empty() };
+    assert!(is_there || x.n_rows() == 0, "inputs in the form that weights read");
 }
 
 /// Neighbouring rows of one sequence, at most `max_len` to a run.
@@ -404,43 +426,48 @@ fn find_runs(rows: &[AttentionRow], max_len: usize, runs: &mut Vec<Range<usize>>
     }
 }
 
-/// A product's tasks: passes over its rows, and within a pass runs of panels.
+/// A product among others.
 struct Grid<'a> {
-    matrix: &'a PackedMatrix,
-    n_rows: usize,
-    out: SharedSlice<'a, f32>,
-    /// Number of this grid's first task among those of all products.
+    product: Multiplication<'a>,
+    division: Division,
+    /// Number of its first task among those of all products.
     first_task: usize,
-    rows_per_task: usize,
-    panels_per_task: usize,
 }
 
-// === impl Grid ===
+/// A product's tasks: passes over its rows, and within a pass runs of units, which are one or two panels of outputs.
+struct Division {
+    n_rows: usize,
+    n_units: usize,
+    rows_per_task: usize,
+    units_per_task: usize,
+}
 
-impl<'a> Grid<'a> {
-    fn new(matrix: &'a PackedMatrix, n_rows: usize, first_task: usize, out: SharedSlice<'a, f32>) -> Self {
+// === impl Division ===
+
+impl Division {
+    fn new(matrix: &PackedMatrix, n_rows: usize, panels_per_unit: usize) -> Self {
         let row_bytes = matrix.n_in() / BLOCK * size_of::<ActivationBlock>();
         let rows_per_task = (ACTIVATION_BYTES_PER_PASS / row_bytes.max(1)).next_multiple_of(STRIP);
-        let panel_bytes = matrix.size_bytes() / matrix.n_panels();
+        let unit_bytes = matrix.size_bytes() / matrix.n_panels() * panels_per_unit;
         // With many rows, a small run of panels is work enough.
-        let work = panel_bytes.max(1) * n_rows.min(rows_per_task).div_ceil(4).max(1);
-        let panels_per_task = (WEIGHT_BYTES_PER_TASK / work).max(1);
-        Self { matrix, n_rows, out, first_task, rows_per_task, panels_per_task }
+        let work = unit_bytes.max(1) * n_rows.min(rows_per_task).div_ceil(4).max(1);
+        let units_per_task = (WEIGHT_BYTES_PER_TASK / work).max(1);
+        Self { n_rows, n_units: matrix.n_panels().div_ceil(panels_per_unit), rows_per_task, units_per_task }
     }
 
     fn n_runs(&self) -> usize {
-        self.matrix.n_panels().div_ceil(self.panels_per_task)
+        self.n_units.div_ceil(self.units_per_task)
     }
 
     fn n_tasks(&self) -> usize {
         self.n_rows.div_ceil(self.rows_per_task) * self.n_runs()
     }
 
-    /// Rows and panels of a task.
+    /// Rows and units of a task.
     fn task(&self, task_idx: usize) -> (Range<usize>, Range<usize>) {
         let part = |idx: usize, len: usize, end: usize| idx * len..end.min((idx + 1) * len);
         let rows = part(task_idx / self.n_runs(), self.rows_per_task, self.n_rows);
-        let panels = part(task_idx % self.n_runs(), self.panels_per_task, self.matrix.n_panels());
-        (rows, panels)
+        let units = part(task_idx % self.n_runs(), self.units_per_task, self.n_units);
+        (rows, units)
     }
 }

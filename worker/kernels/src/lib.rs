@@ -10,8 +10,9 @@
 //! - [`EncodedRows`]: a matrix as it lies in a model file; [`dequantize`]: what its bytes mean.
 //! - [`PackedMatrix`]: the same weights in the run-time layout, for products that are summed by K-segments;
 //!   [`SumTree`]: the order in which segment sums are added, on one rank or on many.
-//! - [`Cpu`]: threads and an instruction set; all ops are its methods. Products in `cpu/matmul.rs`, attention in
-//!   `cpu/attention.rs`, the rest in `cpu/elementwise.rs`, each written once over the vectors of `cpu/simd.rs`.
+//! - [`Cpu`]: threads and an instruction set; all ops are its methods. Products in `cpu/matmul.rs`, their inputs
+//!   ([`Activations`]) in `cpu/activations.rs`, attention in `cpu/attention.rs`, normalization in `cpu/elementwise.rs`,
+//!   each written once over the vectors of `cpu/simd.rs`.
 //! - [`KvCache`], [`RopeTable`]: what attention keeps and looks up.
 //! - [`plain`]: the standard.
 //!
@@ -31,11 +32,11 @@ mod rope;
 mod segments;
 mod sum_tree;
 
-pub use cpu::{AttentionBatch, AttentionRow, Cpu, Isa, MAX_PRODUCTS, Product};
+pub use cpu::{Activations, AttentionBatch, AttentionRow, Cpu, Forms, Isa, MAX_PRODUCTS, NewTokens, Product};
 pub use encoded::EncodedRows;
 pub use error::KernelError;
 pub use kv_cache::{KvCache, MAX_HEAD_DIM};
 pub use packed::PackedMatrix;
 pub use quant::dequantize;
 pub use rope::{MAX_TABLE_BYTES, RopeStyle, RopeTable};
-pub use sum_tree::{MAX_SEGMENTS, SumTree};
+pub use sum_tree::{MAX_SEGMENTS, SumOrder, SumTree, Terms};

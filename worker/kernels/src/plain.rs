@@ -12,7 +12,7 @@ use crate::kv_cache::TILE;
 use crate::packed::BLOCK;
 use crate::quant::{self, Block, Format, dequantize};
 use crate::segments::SegmentPlan;
-use crate::{AttentionBatch, EncodedRows, KernelError, KvCache, RopeTable};
+use crate::{AttentionBatch, EncodedRows, KernelError, KvCache, NewTokens};
 
 /// `out[plane, row, o] = Σ x[row, k] * weights[o, k]` over the K-segments of each subtree, as
 /// [`PackedMatrix::pack`](crate::PackedMatrix::pack) and [`Cpu::matmul`](crate::Cpu::matmul) do it together.
@@ -120,23 +120,6 @@ pub fn rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
     }
 }
 
-/// `acc += x`.
-pub fn add(x: &[f32], acc: &mut [f32]) {
-    for (acc, x) in acc.iter_mut().zip(x) {
-        *acc += x;
-    }
-}
-
-/// Turns every head to its row's position.
-///
-/// # Panics
-/// If a position is not in the table.
-pub fn rope(x: &mut [f32], n_heads: usize, table: &RopeTable, positions: &[u32]) {
-    for (head_idx, head) in x.chunks_exact_mut(table.head_dim()).enumerate() {
-        table.turn(head, positions[head_idx / n_heads] as usize);
-    }
-}
-
 /// `out = gate / (1 + e^-gate) * up`.
 pub fn silu_mul(gate: &[f32], up: &[f32], out: &mut [f32]) {
     for ((out, gate), up) in out.iter_mut().zip(gate).zip(up) {
@@ -144,18 +127,20 @@ pub fn silu_mul(gate: &[f32], up: &[f32], out: &mut [f32]) {
     }
 }
 
-/// Writes keys and values, token by token.
+/// Turns keys to their positions and writes them with their values, token by token.
 ///
 /// # Panics
-/// As [`KvCache::write`].
-pub fn write_kv(cache: &mut KvCache, layer: usize, slots: &[u32], k: &[f32], v: &[f32]) {
-    let width = cache.n_kv_heads() * cache.head_dim();
-    for (i, slot) in slots.iter().enumerate() {
-        cache.write(layer, *slot as usize, &k[i * width..(i + 1) * width], &v[i * width..(i + 1) * width]);
+/// As [`KvCache::write`], or if a position is not in the table.
+pub fn write_kv(cache: &mut KvCache, tokens: &NewTokens<'_>, k: &[f32], v: &[f32]) {
+    let (head_dim, width) = (cache.head_dim(), cache.n_kv_heads() * cache.head_dim());
+    for (i, (slot, position)) in tokens.slots.iter().zip(tokens.positions).enumerate() {
+        let mut k = k[i * width..(i + 1) * width].to_vec();
+        k.chunks_exact_mut(head_dim).for_each(|head| tokens.rope.turn(head, *position as usize));
+        cache.write(tokens.layer, *slot as usize, &k, &v[i * width..(i + 1) * width]);
     }
 }
 
-/// Causal attention, one query after another.
+/// Causal attention, one query after another, each turned to its position first.
 ///
 /// # Panics
 /// If a slice has another length or a row points to what does not exist.
@@ -168,10 +153,12 @@ pub fn attention(q: &[f32], batch: &AttentionBatch<'_>, out: &mut [f32]) {
 
 /// One query: `q` and `out` are `[head_dim]`.
 fn attend(q: &[f32], batch: &AttentionBatch<'_>, row_idx: usize, head: usize, out: &mut [f32]) {
-    let AttentionBatch { cache, layer, rows, tables, n_heads } = *batch;
+    let AttentionBatch { cache, layer, rows, tables, n_heads, rope } = *batch;
     let (head_dim, block_size) = (cache.head_dim(), cache.block_size());
     let kv_head = head / (n_heads / cache.n_kv_heads());
     let position = rows[row_idx].position as usize;
+    let mut q = q.to_vec();
+    rope.turn(&mut q, position);
     let (mut largest, mut total) = (f32::NEG_INFINITY, [0.0f32; TILE]);
     let (mut k, mut v) = (vec![0.0; head_dim], vec![0.0; head_dim]);
     out.fill(0.0);
@@ -184,7 +171,7 @@ fn attend(q: &[f32], batch: &AttentionBatch<'_>, row_idx: usize, head: usize, ou
         let mut weights = Vec::with_capacity(n);
         for i in 0..n {
             read(i, &mut k, &mut v);
-            weights.push(score(q, &k));
+            weights.push(score(&q, &k));
         }
         let split_largest =
             weights.iter().fold(f32::NEG_INFINITY, |most, score| if *score > most { *score } else { most });

@@ -10,6 +10,7 @@
 //! segments; a contiguous range never holds more than about twice the tree's depth.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 /// The most K-segments that a layer may have. World sizes are far below it.
 pub const MAX_SEGMENTS: usize = 128;
@@ -21,6 +22,58 @@ pub(crate) const MAX_PENDING: usize = 8;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SumTree {
     n_segments: usize,
+}
+
+/// The order in which the sums of some subtrees, which together are the whole tree, are added.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SumOrder {
+    /// For each subtree, how many pending sums are added to its sum, the latest first, before the next one's turn.
+    merges: Arc<[u8]>,
+}
+
+/// The terms of a sum: planes of equal size, `[n_planes, ..]`, one for each subtree of `order`.
+#[derive(Clone, Copy, Debug)]
+pub struct Terms<'a> {
+    /// All planes.
+    pub planes: &'a [f32],
+    /// How they are added.
+    pub order: &'a SumOrder,
+}
+
+// === impl SumOrder ===
+
+impl SumOrder {
+    /// Planes that are added: one for each subtree.
+    pub fn n_planes(&self) -> usize {
+        self.merges.len()
+    }
+
+    /// Adds up `planes`, `[n_planes, out.len()]`.
+    ///
+    /// # Panics
+    /// If `planes` has another size.
+    pub fn add(&self, planes: &[f32], out: &mut [f32]) {
+        assert_eq!(planes.len(), self.n_planes() * out.len(), "planes of {} subtrees", self.n_planes());
+        let n = out.len();
+        for (i, out) in out.iter_mut().enumerate() {
+            let mut pending = [0.0; MAX_PENDING];
+            let mut n_pending = 0;
+            for (plane_idx, n_merges) in self.merges.iter().enumerate() {
+                let mut sum = planes[plane_idx * n + i];
+                for _ in 0..*n_merges {
+                    n_pending -= 1;
+                    sum += pending[n_pending];
+                }
+                pending[n_pending] = sum;
+                n_pending += 1;
+            }
+            *out = pending[0];
+        }
+    }
+
+    pub(crate) fn merges(&self) -> &[u8] {
+        &self.merges
+    }
 }
 
 // === impl SumTree ===
@@ -51,18 +104,16 @@ impl SumTree {
         found
     }
 
-    /// Finishes the tree: adds the planes of `subtrees` as the tree says and writes the total to `out`.
-    ///
-    /// `planes` is `[n_subtrees, out.len()]`, the subtrees' sums in order; it serves as scratch. Any partition of the
-    /// segments into subtrees of this tree gives the same bits.
+    /// How the sums of `subtrees`, in order, are added up to the tree's total. Any partition of the segments into subtrees
+    /// of this tree gives the same bits.
     ///
     /// # Panics
-    /// If `subtrees` is not such a partition or `planes` has another size.
-    pub fn combine(&self, subtrees: &[Range<usize>], planes: &mut [f32], out: &mut [f32]) {
-        assert_eq!(planes.len(), subtrees.len() * out.len(), "planes of {} subtrees", subtrees.len());
-        let n_used = add_subtrees(0..self.n_segments, subtrees, planes, out.len());
+    /// If `subtrees` is not such a partition.
+    pub fn order(&self, subtrees: &[Range<usize>]) -> SumOrder {
+        let mut merges = vec![0; subtrees.len()];
+        let n_used = count_subtree_merges(0..self.n_segments, subtrees, &mut merges);
         assert_eq!(n_used, subtrees.len(), "{subtrees:?} reach past {} segments", self.n_segments);
-        out.copy_from_slice(&planes[..out.len()]);
+        SumOrder { merges: merges.into() }
     }
 
     /// For each segment in order, how many pending sums are added to its sum before the next segment is begun: adding
@@ -92,22 +143,19 @@ fn collect_subtrees(node: Range<usize>, owned: &Range<usize>, found: &mut Vec<Ra
     collect_subtrees(middle..node.end, owned, found);
 }
 
-/// Adds up `node` in the first plane of `planes`, whose first subtree begins where `node` does. Returns how many
-/// subtrees `node` consists of.
-fn add_subtrees(node: Range<usize>, subtrees: &[Range<usize>], planes: &mut [f32], plane_len: usize) -> usize {
+/// Notes at the last subtree of every node within `node` that its halves are then added. Returns how many subtrees
+/// `node` consists of.
+fn count_subtree_merges(node: Range<usize>, subtrees: &[Range<usize>], merges: &mut [u8]) -> usize {
     let first = subtrees.first().unwrap_or_else(|| panic!("no subtree covers segments {node:?}"));
     if *first == node {
         return 1;
     }
     assert!(first.start == node.start && node.len() > 1, "{first:?} is no subtree at {node:?}");
     let middle = middle(&node);
-    let n_left = add_subtrees(node.start..middle, subtrees, planes, plane_len);
-    let (left, right) = planes.split_at_mut(n_left * plane_len);
-    let n_right = add_subtrees(middle..node.end, &subtrees[n_left..], right, plane_len);
-    for (sum, term) in left[..plane_len].iter_mut().zip(&right[..plane_len]) {
-        *sum += *term;
-    }
-    n_left + n_right
+    let n_left = count_subtree_merges(node.start..middle, subtrees, merges);
+    let n = n_left + count_subtree_merges(middle..node.end, &subtrees[n_left..], &mut merges[n_left..]);
+    merges[n - 1] += 1;
+    n
 }
 
 fn count_merges(node: Range<usize>, merges: &mut [u8]) {
@@ -149,12 +197,12 @@ mod tests {
                     let mut subtrees = tree.subtrees(0..first_cut);
                     subtrees.extend(tree.subtrees(first_cut..second_cut));
                     subtrees.extend(tree.subtrees(second_cut..n));
-                    let mut planes: Vec<f32> = subtrees
+                    let planes: Vec<f32> = subtrees
                         .iter()
                         .map(|s| total(&sums, 0..s.len().max(1)).mul_add(0.0, total(&sums, s.clone())))
                         .collect();
                     let mut out = [0.0];
-                    tree.combine(&subtrees, &mut planes, &mut out);
+                    tree.order(&subtrees).add(&planes, &mut out);
                     assert_eq!(
                         out[0].to_bits(),
                         expected.to_bits(),
@@ -202,6 +250,6 @@ mod tests {
     #[test]
     #[should_panic(expected = "no subtree")]
     fn a_range_that_is_no_subtree_is_refused() {
-        SumTree::new(4).combine(&[0..1, 1..3, 3..4], &mut [0.0; 3], &mut [0.0]);
+        SumTree::new(4).order(&[0..1, 1..3, 3..4]);
     }
 }

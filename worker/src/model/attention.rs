@@ -1,10 +1,12 @@
 //! Attention: grouped queries over the paged cache.
 
+use lockstep_kernels::AttentionRow;
+
 use super::{
     StepError,
     linear::{ColumnParallel, RowParallel},
     llama::Step,
-    ops::{AttentionShape, Backend},
+    ops::Backend,
 };
 
 /// The attention of one layer. A rank has whole KV heads with all the query heads that share them.
@@ -17,18 +19,27 @@ pub struct Attention<B: Backend> {
 }
 
 impl<B: Backend> Attention<B> {
-    pub(super) fn forward(
+    /// Stores the keys and values of all rows, and returns their queries, `[n_rows, n_heads/world * head_dim]`.
+    pub(super) fn project(
         &self,
         step: &mut Step<'_, B>,
         layer: usize,
-        x: &B::Tensor, // [n_rows, hidden_dim]
+        x: &B::Input, // [n_rows, hidden_dim]
     ) -> Result<B::Tensor, StepError> {
-        let AttentionShape { n_heads, n_kv_heads, .. } = *step.shape;
-        let [mut q, mut k, v] = step.ops.matmul([&self.q.weight, &self.k.weight, &self.v.weight], x)?;
-        step.ops.rope(&mut q, n_heads, &step.batch.positions)?; // [n_rows, n_heads/world * head_dim]
-        step.ops.rope(&mut k, n_kv_heads, &step.batch.positions)?; // [n_rows, n_kv_heads/world * head_dim]
-        step.ops.write_kv(step.kv, layer, &step.batch.slots, &k, &v)?;
-        let mixed = step.ops.attention(&q, step.kv, layer, step.batch)?; // [n_rows, n_heads/world * head_dim]
-        self.o.forward(step.ops, step.collective, &mixed) // [n_rows, hidden_dim], summed over ranks
+        let [q, k, v] = step.ops.matmul([&self.q.weight, &self.k.weight, &self.v.weight], x)?;
+        step.ops.write_kv(step.kv, layer, step.batch, &k, &v)?; // [n_rows, n_kv_heads/world * head_dim] each
+        Ok(q)
+    }
+
+    /// Mixes the values that `rows` attend to: the terms of all ranks of `[rows.len(), hidden_dim]`.
+    pub(super) fn mix(
+        &self,
+        step: &mut Step<'_, B>,
+        layer: usize,
+        q: B::Tensor, // [rows.len(), n_heads/world * head_dim]
+        rows: &[AttentionRow],
+    ) -> Result<B::Terms, StepError> {
+        let mixed = step.ops.attention(q, step.kv, layer, rows, &step.batch.block_tables)?;
+        self.o.forward(step.ops, step.collective, &mixed)
     }
 }

@@ -17,6 +17,8 @@ pub struct Batch {
     pub block_tables: Vec<Vec<u32>>,
     /// Rows that need logits, ascending.
     pub logits_rows: Vec<u32>,
+    /// `[n_logits_rows]`: what each of them attends to.
+    pub logits_attention: Vec<AttentionRow>,
 }
 
 impl Batch {

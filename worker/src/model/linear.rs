@@ -20,13 +20,13 @@ pub struct RowParallel<B: Backend> {
 }
 
 impl<B: Backend> RowParallel<B> {
-    /// `x: [n_rows, n_in / world]` → `[n_rows, n_out]`, the same on every rank.
+    /// `x: [n_rows, n_in / world]` → the terms of `[n_rows, n_out]`, the same on every rank.
     pub(super) fn forward(
         &self,
         ops: &mut B,
         collective: &mut dyn Collective,
-        x: &B::Tensor,
-    ) -> Result<B::Tensor, StepError> {
+        x: &B::Input,
+    ) -> Result<B::Terms, StepError> {
         ops.matmul_reduce(&self.weight, x, &self.reduction, collective)
     }
 }

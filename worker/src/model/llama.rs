@@ -6,20 +6,14 @@ use lockstep_checkpoint::Checkpoint;
 use lockstep_collectives::Collective;
 
 use super::{
-    LoadError, OpError, StepError,
-    attention::Attention,
-    batch::Batch,
-    config::ModelConfig,
-    linear::ColumnParallel,
-    mlp::Mlp,
-    ops::{AttentionShape, Backend},
+    LoadError, OpError, StepError, attention::Attention, batch::Batch, config::ModelConfig, linear::ColumnParallel,
+    mlp::Mlp, ops::Backend,
 };
 
 /// One rank's shard of a model.
 #[derive(Debug)]
 pub struct Llama<B: Backend> {
     pub(super) config: ModelConfig,
-    pub(super) shape: AttentionShape,
     pub(super) embedding: Embedding,
     pub(super) layers: Vec<Layer<B>>,
     pub(super) norm: B::Tensor,
@@ -43,7 +37,6 @@ pub(super) struct Step<'a, B: Backend> {
     pub(super) collective: &'a mut dyn Collective,
     pub(super) kv: &'a mut B::Kv,
     pub(super) batch: &'a Batch,
-    pub(super) shape: &'a AttentionShape,
 }
 
 impl<B: Backend> Llama<B> {
@@ -64,24 +57,30 @@ impl<B: Backend> Llama<B> {
         kv: &mut B::Kv,
         batch: &Batch,
     ) -> Result<Option<Vec<f32>>, StepError> {
-        let step = &mut Step { ops, collective, kv, batch, shape: &self.shape };
+        let step = &mut Step { ops, collective, kv, batch };
         let eps = self.config.rms_eps;
         let embedded = self.embedding.rows(&batch.token_ids)?;
         let mut x = step.ops.upload(embedded, self.config.hidden_dim)?; // [n_rows, hidden_dim]
+        let mut terms = None;
         for (i, layer) in self.layers.iter().enumerate() {
-            let normed = step.ops.rms_norm(&x, &layer.attention_norm, eps)?;
-            let attended = layer.attention.forward(step, i, &normed)?;
-            step.ops.add(&mut x, &attended)?;
-            let normed = step.ops.rms_norm(&x, &layer.mlp_norm, eps)?;
-            let mixed = layer.mlp.forward(step, &normed)?;
-            step.ops.add(&mut x, &mixed)?;
+            let normed = step.ops.rms_norm(&mut x, terms.take(), &layer.attention_norm, eps)?;
+            let mut q = layer.attention.project(step, i, &normed)?;
+            let mut rows = &batch.attention;
+            if i + 1 == self.layers.len() && batch.logits_rows.len() < batch.n_rows() {
+                // Of the other rows nothing is needed any more.
+                if batch.logits_rows.is_empty() {
+                    return Ok(None);
+                }
+                q = step.ops.select_rows(q, &batch.logits_rows)?;
+                x = step.ops.select_rows(x, &batch.logits_rows)?; // [n_logits_rows, hidden_dim]
+                rows = &batch.logits_attention;
+            }
+            let attended = layer.attention.mix(step, i, q, rows)?;
+            let normed = step.ops.rms_norm(&mut x, Some(attended), &layer.mlp_norm, eps)?;
+            terms = Some(layer.mlp.forward(step, &normed)?);
         }
-        if batch.logits_rows.is_empty() {
-            return Ok(None);
-        }
-        let x = step.ops.select_rows(x, &batch.logits_rows)?; // [n_logits_rows, hidden_dim]
-        let x = step.ops.rms_norm(&x, &self.norm, eps)?;
-        let [logits] = step.ops.matmul([&self.output.weight], &x)?; // [n_logits_rows, vocab_size/world]
+        let normed = step.ops.rms_norm(&mut x, terms, &self.norm, eps)?;
+        let [logits] = step.ops.matmul([&self.output.weight], &normed)?; // [n_logits_rows, vocab_size/world]
         let logits = step.ops.download(logits)?;
         self.gather_logits(step.collective, logits, batch.logits_rows.len())
     }

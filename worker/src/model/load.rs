@@ -115,7 +115,7 @@ impl Source {
     ///
     /// # Errors
     /// A tensor that is missing, of the wrong shape, or that the backend refuses.
-    pub fn load<B: Backend>(&self, ops: &mut B, shape: AttentionShape) -> Result<Llama<B>, LoadError> {
+    pub fn load<B: Backend>(&self, ops: &mut B) -> Result<Llama<B>, LoadError> {
         let hidden_dim = self.config.hidden_dim;
         let layers = (0..self.config.n_layers).map(|layer| self.load_layer(ops, layer)).collect::<Result<_, _>>()?;
         let output = if self.checkpoint.find(OUTPUT).is_some() { OUTPUT } else { Embedding::TENSOR };
@@ -127,7 +127,6 @@ impl Source {
             output: self.column_parallel(ops, output, self.config.vocab_size, vocab)?,
             vocab: self.plan.vocab.clone(),
             config: self.config.clone(),
-            shape,
         })
     }
 

@@ -19,10 +19,9 @@ impl<B: Backend> Mlp<B> {
     pub(super) fn forward(
         &self,
         step: &mut Step<'_, B>,
-        x: &B::Tensor, // [n_rows, hidden_dim]
-    ) -> Result<B::Tensor, StepError> {
-        let [gate, up] = step.ops.matmul([&self.gate.weight, &self.up.weight], x)?;
-        let hidden = step.ops.silu_mul(gate, &up)?; // [n_rows, ffn_dim/world]
-        self.down.forward(step.ops, step.collective, &hidden) // [n_rows, hidden_dim], summed over ranks
+        x: &B::Input, // [n_rows, hidden_dim]
+    ) -> Result<B::Terms, StepError> {
+        let hidden = step.ops.gated(&self.gate.weight, &self.up.weight, x)?; // [n_rows, ffn_dim/world]
+        self.down.forward(step.ops, step.collective, &hidden) // [n_rows, hidden_dim], terms of all ranks
     }
 }

@@ -10,7 +10,7 @@ pub mod reference;
 use std::fmt::Debug;
 
 use lockstep_collectives::Collective;
-use lockstep_kernels::{EncodedRows, RopeStyle};
+use lockstep_kernels::{AttentionRow, EncodedRows, RopeStyle};
 
 use super::{OpError, StepError, batch::Batch, shard::Reduction};
 
@@ -57,13 +57,17 @@ pub struct KvShape {
 pub trait Backend: Debug + Send {
     /// Activations, `[n_rows, width]`, or norm weights, `[1, width]`.
     type Tensor: Debug + Send;
+    /// Activations in the form in which products read them, `[n_rows, width]`.
+    type Input: Debug + Send;
+    /// A row-parallel product, `[n_rows, n_out]`, as terms of a sum that is still to be added up.
+    type Terms: Debug + Send;
     /// One rank's part of a weight, `[n_out, n_in]`.
     type Matrix: Debug + Send;
     /// Keys and values of all layers.
     type Kv: Debug + Send;
 
     /// Loads a rank's part of a weight. With a `reduction` the weight is row-parallel: products are partial sums, one
-    /// for each of the rank's subtrees.
+    /// for each of the rank's subtrees. All weights are loaded before anything is computed.
     fn load_matrix(&mut self, source: &EncodedRows<'_>, reduction: Option<&Reduction>)
     -> Result<Self::Matrix, OpError>;
     /// Makes room for keys and values, empty.
@@ -75,45 +79,50 @@ pub trait Backend: Debug + Send {
     fn upload(&mut self, values: Vec<f32>, width: usize) -> Result<Self::Tensor, OpError>;
     /// Brings values back.
     fn download(&mut self, x: Self::Tensor) -> Result<Vec<f32>, OpError>;
-    /// `x * weight / sqrt(mean(x^2) + eps)`, row by row.
-    fn rms_norm(&mut self, x: &Self::Tensor, weight: &Self::Tensor, eps: f32) -> Result<Self::Tensor, OpError>;
+    /// `x += terms`, if there are any; then `x * weight / sqrt(mean(x^2) + eps)`, row by row.
+    fn rms_norm(
+        &mut self,
+        x: &mut Self::Tensor,
+        terms: Option<Self::Terms>,
+        weight: &Self::Tensor,
+        eps: f32,
+    ) -> Result<Self::Input, OpError>;
     /// `x · wᵀ` for several weights: `[n_rows, n_out]` each. None may be row-parallel.
     fn matmul<const N: usize>(
         &mut self,
         weights: [&Self::Matrix; N],
-        x: &Self::Tensor,
+        x: &Self::Input,
     ) -> Result<[Self::Tensor; N], OpError>;
-    /// `x · wᵀ` for a row-parallel weight, summed over all ranks in the reduction's order: `[n_rows, n_out]`.
+    /// `x · wᵀ` for a row-parallel weight: the terms of all ranks, whose sum in the reduction's order is the product.
     fn matmul_reduce(
         &mut self,
         weight: &Self::Matrix,
-        x: &Self::Tensor,
+        x: &Self::Input,
         reduction: &Reduction,
         collective: &mut dyn Collective,
-    ) -> Result<Self::Tensor, StepError>;
-    /// `acc += x`.
-    fn add(&mut self, acc: &mut Self::Tensor, x: &Self::Tensor) -> Result<(), OpError>;
-    /// Rotates heads in place by their rows' positions: `x: [n_rows, n_heads * head_dim]`.
-    fn rope(&mut self, x: &mut Self::Tensor, n_heads: usize, positions: &[u32]) -> Result<(), OpError>;
-    /// Stores the batch's keys and values, `[n_rows, n_kv_heads * head_dim]` each, at its slots.
+    ) -> Result<Self::Terms, StepError>;
+    /// `silu(x · gateᵀ) * (x · upᵀ)`, element by element: `[n_rows, n_out]`. Neither may be row-parallel.
+    fn gated(&mut self, gate: &Self::Matrix, up: &Self::Matrix, x: &Self::Input) -> Result<Self::Input, OpError>;
+    /// Rotates the keys of all of the batch's rows by their positions and stores them with their values, both
+    /// `[n_rows, n_kv_heads * head_dim]`, at the batch's slots.
     fn write_kv(
         &mut self,
         kv: &mut Self::Kv,
         layer: usize,
-        slots: &[u32],
+        batch: &Batch,
         k: &Self::Tensor,
         v: &Self::Tensor,
     ) -> Result<(), OpError>;
-    /// Causal attention over each row's own sequence: `q` and the result are `[n_rows, n_heads * head_dim]`.
+    /// Rotates queries by their positions; then causal attention over each row's own sequence. `q` and the result are
+    /// `[rows.len(), n_heads * head_dim]`.
     fn attention(
         &mut self,
-        q: &Self::Tensor,
+        q: Self::Tensor,
         kv: &Self::Kv,
         layer: usize,
-        batch: &Batch,
-    ) -> Result<Self::Tensor, OpError>;
-    /// `silu(gate) * up`, element by element.
-    fn silu_mul(&mut self, gate: Self::Tensor, up: &Self::Tensor) -> Result<Self::Tensor, OpError>;
+        rows: &[AttentionRow],
+        block_tables: &[Vec<u32>],
+    ) -> Result<Self::Input, OpError>;
     /// The given rows of `x`.
     fn select_rows(&mut self, x: Self::Tensor, rows: &[u32]) -> Result<Self::Tensor, OpError>;
 }

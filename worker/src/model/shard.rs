@@ -12,7 +12,7 @@
 
 use std::ops::Range;
 
-use lockstep_kernels::SumTree;
+use lockstep_kernels::{SumOrder, SumTree};
 
 use super::{LoadError, config::ModelConfig};
 
@@ -46,8 +46,6 @@ pub struct ShardPlan {
 /// How a row-parallel layer adds up.
 #[derive(Clone, Debug)]
 pub struct Reduction {
-    /// The fixed tree over all segments.
-    pub tree: SumTree,
     /// This rank's columns.
     pub columns: Range<usize>,
     /// Ends of this rank's segments, relative to the start of `columns`.
@@ -56,6 +54,8 @@ pub struct Reduction {
     pub local_subtrees: Vec<Range<usize>>,
     /// The largest whole subtrees of each rank, as ranges of all segments, by rank.
     pub subtrees: Vec<Vec<Range<usize>>>,
+    /// How the sums of all ranks' subtrees are added.
+    pub order: SumOrder,
 }
 
 impl ShardPlan {
@@ -122,6 +122,7 @@ impl Reduction {
         let start = |segment: usize| if segment == 0 { 0 } else { ends[segment - 1] };
         let mine = owned(rank);
         let columns = start(mine.start)..start(mine.end);
+        let subtrees: Vec<_> = (0..world_size).map(|rank| tree.subtrees(owned(rank))).collect();
         Self {
             segment_ends: mine.clone().map(|segment| ends[segment] - columns.start).collect(),
             local_subtrees: tree
@@ -129,8 +130,8 @@ impl Reduction {
                 .into_iter()
                 .map(|subtree| subtree.start - mine.start..subtree.end - mine.start)
                 .collect(),
-            subtrees: (0..world_size).map(|rank| tree.subtrees(owned(rank))).collect(),
-            tree,
+            order: tree.order(&subtrees.concat()),
+            subtrees,
             columns,
         }
     }

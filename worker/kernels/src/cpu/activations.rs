@@ -13,7 +13,7 @@ use std::ops::Range;
 
 use crate::cpu::shared_slice::SharedSlice;
 use crate::cpu::simd::{Kernel, LANES, Simd};
-use crate::packed::BLOCK;
+use crate::packed::{BLOCK, PackedMatrix};
 
 /// Adding and subtracting this rounds a float below 2^22 to an integer, ties to even: 1.5 * 2^23 is where the spacing of
 /// floats is one.
@@ -87,11 +87,9 @@ impl ActivationBlock {
     }
 }
 
-/// [`ActivationBlock::quantize`] with vectors.
+/// [`ActivationBlock::quantize`] with vectors: the first 16 values and the others.
 #[inline(always)]
-pub(crate) fn quantize_lanes<S: Simd>(simd: S, values: &[f32; BLOCK]) -> ActivationBlock {
-    let (halves, _) = values.as_chunks::<LANES>();
-    let [low, high] = [simd.load(&halves[0]), simd.load(&halves[1])];
+fn quantize_lanes<S: Simd>(simd: S, [low, high]: [S::F32; 2]) -> ActivationBlock {
     let largest = simd.largest_magnitude(low, high);
     if !largest.is_finite() {
         return ActivationBlock::from_codes(&[0; BLOCK], f32::NAN);
@@ -119,27 +117,179 @@ pub(crate) fn strip_rows(first_row: usize, n_rows: usize) -> usize {
     (n_rows - first_row).min(STRIP)
 }
 
-/// Quantizes some rows of `[n_rows, n_in]` to their places in the strips.
-pub(crate) struct QuantizeRows<'a> {
-    pub(crate) values: &'a [f32],
-    pub(crate) n_rows: usize,
-    pub(crate) blocks: SharedSlice<'a, ActivationBlock>,
-    /// The blocks to fill, counted row by row.
-    pub(crate) range: Range<usize>,
+/// The forms in which products read their inputs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Forms {
+    /// f32, for weights that are floats.
+    Floats,
+    /// 8 bits, for quantized weights.
+    Quantized,
+    /// Both.
+    #[default]
+    Both,
 }
 
-impl Kernel for QuantizeRows<'_> {
+/// The inputs of products, `[n_rows, width]`, in the forms that are read. Whatever makes them makes every form in one
+/// go, while the values are at hand.
+#[derive(Debug, Default)]
+pub struct Activations {
+    forms: Forms,
+    n_rows: usize,
+    width: usize,
+    /// `[n_rows, width]`, or empty.
+    values: Vec<f32>,
+    /// In strips, or empty.
+    blocks: Vec<ActivationBlock>,
+}
+
+/// Where the tasks of a job write activations.
+#[derive(Clone, Copy)]
+pub(crate) struct Places<'a> {
+    values: Option<SharedSlice<'a, f32>>,
+    blocks: Option<SharedSlice<'a, ActivationBlock>>,
+    n_rows: usize,
+    width: usize,
+}
+
+// === impl Forms ===
+
+impl Forms {
+    /// What `weights` read.
+    pub fn of(weights: &PackedMatrix) -> Self {
+        if weights.is_quantized() { Forms::Quantized } else { Forms::Floats }
+    }
+
+    /// What weights of both kinds read, `self` being what others read already.
+    pub fn and(self, other: Forms) -> Forms {
+        if self == other { self } else { Forms::Both }
+    }
+}
+
+// === impl Activations ===
+
+impl Activations {
+    /// No rows yet.
+    pub fn new(forms: Forms) -> Self {
+        Self { forms, n_rows: 0, width: 0, values: Vec::new(), blocks: Vec::new() }
+    }
+
+    /// The values, `[n_rows, width]`; empty if they are kept in 8 bits only.
+    pub fn values(&self) -> &[f32] {
+        &self.values
+    }
+
+    /// Rows.
+    pub fn n_rows(&self) -> usize {
+        self.n_rows
+    }
+
+    /// Values in a row.
+    pub fn width(&self) -> usize {
+        self.width
+    }
+
+    /// In strips; empty if only floats are kept.
+    pub(crate) fn blocks(&self) -> &[ActivationBlock] {
+        &self.blocks
+    }
+
+    /// Takes a new shape; what was there is void, and memory is kept for larger ones.
+    ///
+    /// # Panics
+    /// If rows are to be quantized and are no whole number of blocks.
+    pub(crate) fn reshape(&mut self, n_rows: usize, width: usize) -> Places<'_> {
+        (self.n_rows, self.width) = (n_rows, width);
+        if self.forms != Forms::Quantized {
+            self.values.resize(n_rows * width, 0.0);
+        }
+        if self.forms != Forms::Floats {
+            assert!(width.is_multiple_of(BLOCK), "rows of {width} in blocks of {BLOCK}");
+            self.blocks.resize(n_rows * width / BLOCK, ActivationBlock::default());
+        }
+        let values = (self.forms != Forms::Quantized).then(|| SharedSlice::new(&mut self.values[..]));
+        let blocks = (self.forms != Forms::Floats).then(|| SharedSlice::new(&mut self.blocks[..]));
+        Places { values, blocks, n_rows, width }
+    }
+}
+
+// === impl Places ===
+
+impl Places<'_> {
+    /// Runs of 32 values in a row, the last one perhaps shorter.
+    pub(crate) fn n_parts(&self) -> usize {
+        self.width.div_ceil(BLOCK)
+    }
+
+    /// Writes the run `part_idx` of a row; lanes behind the row's end are dropped.
+    ///
+    /// # Safety
+    /// No other task may write to the same run, and nobody may read it meanwhile.
+    #[inline(always)]
+    pub(crate) unsafe fn put<S: Simd>(&self, simd: S, row_idx: usize, part_idx: usize, lanes: [S::F32; 2]) {
+        if let Some(values) = self.values {
+            let at = row_idx * self.width + part_idx * BLOCK;
+            let end = at + BLOCK.min(self.width - part_idx * BLOCK);
+            // SAFETY: the run is this task's alone, by the caller's promise.
+            store(simd, lanes, unsafe { values.part(at..end) });
+        }
+        if let Some(blocks) = self.blocks {
+            let first_row = row_idx / STRIP * STRIP;
+            let in_strip = part_idx * strip_rows(first_row, self.n_rows) + row_idx - first_row;
+            let at = first_row * self.n_parts() + in_strip;
+            // SAFETY: every run has a block of its own, and the run is this task's alone, by the caller's promise.
+            unsafe { blocks.part(at..at + 1) }.fill(quantize_lanes(simd, lanes));
+        }
+    }
+}
+
+/// The first 32 of `values`, zeros behind their end.
+#[inline(always)]
+pub(crate) fn load<S: Simd>(simd: S, values: &[f32]) -> [S::F32; 2] {
+    if let Some(values) = values.first_chunk::<BLOCK>() {
+        let (halves, _) = values.as_chunks::<LANES>();
+        return [simd.load(&halves[0]), simd.load(&halves[1])];
+    }
+    let mut filled = [[0.0; LANES]; 2];
+    filled.as_flattened_mut()[..values.len()].copy_from_slice(values);
+    [simd.load(&filled[0]), simd.load(&filled[1])]
+}
+
+/// Writes at most 32 values.
+#[inline(always)]
+pub(crate) fn store<S: Simd>(simd: S, lanes: [S::F32; 2], out: &mut [f32]) {
+    let mut filled = [[0.0; LANES]; 2];
+    match out.as_chunks_mut::<LANES>() {
+        ([low, high], []) => {
+            simd.store(lanes[0], low);
+            simd.store(lanes[1], high);
+        }
+        _ => {
+            simd.store(lanes[0], &mut filled[0]);
+            simd.store(lanes[1], &mut filled[1]);
+            out.copy_from_slice(&filled.as_flattened()[..out.len()]);
+        }
+    }
+}
+
+/// Takes in some runs of rows as they are.
+pub(crate) struct Quantize<'a> {
+    /// `[n_rows, width]`.
+    pub(crate) values: &'a [f32],
+    pub(crate) out: Places<'a>,
+    /// The runs of 32 values, counted row by row.
+    pub(crate) parts: Range<usize>,
+}
+
+impl Kernel for Quantize<'_> {
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        let (values, _) = self.values.as_chunks::<BLOCK>();
-        let n_parts = values.len() / self.n_rows;
-        for block_idx in self.range {
-            let (row_idx, part_idx) = (block_idx / n_parts, block_idx % n_parts);
-            let first_row = row_idx / STRIP * STRIP;
-            let at = first_row * n_parts + part_idx * strip_rows(first_row, self.n_rows) + row_idx - first_row;
-            // SAFETY: every block has a place of its own, and the tasks of a job have blocks of their own
-            // (`Cpu::quantize`).
-            unsafe { self.blocks.part(at..at + 1) }.fill(quantize_lanes(simd, &values[block_idx]));
+        let n_parts = self.out.n_parts();
+        for part in self.parts {
+            let (row_idx, part_idx) = (part / n_parts, part % n_parts);
+            let row = &self.values[row_idx * self.out.width..(row_idx + 1) * self.out.width];
+            let lanes = load(simd, &row[part_idx * BLOCK..]);
+            // SAFETY: the tasks of a job have runs of their own (`Cpu::quantize`).
+            unsafe { self.out.put(simd, row_idx, part_idx, lanes) };
         }
     }
 }

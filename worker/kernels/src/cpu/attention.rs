@@ -15,11 +15,13 @@
 //! out[d] = ~out[d] / (the lanes of ~total, added as `sum_lanes` does)
 //! ```
 //!
-//! Rows of one sequence and the query heads that share a KV head go through a split together, up to eight queries at a
+//! Queries are turned to their positions first. Rows of one sequence and the query heads that share a KV head go through a split together, up to eight queries at a
 //! time: each key and value is loaded and converted once for all of them.
 
+use std::cell::RefCell;
 use std::ops::Range;
 
+use crate::RopeTable;
 use crate::cpu::elementwise::exp_lanes;
 use crate::cpu::shared_slice::SharedSlice;
 use crate::cpu::simd::{Kernel, LANES, Simd, unrolled};
@@ -44,6 +46,15 @@ pub(crate) const MAX_QUERIES: usize = 32;
 /// Queries that share a loaded key or value.
 const WIDTH: usize = 8;
 
+thread_local! {
+    /// Scores of a split, then its softmax weights. A task writes them before it reads them; to clear them for each would
+    /// take as long as a short sequence does.
+    pub(crate) static SCORES: RefCell<Scores> = const { RefCell::new([[0.0; SPLIT]; WIDTH]) };
+}
+
+/// A split's scores of as many queries as go through it together.
+pub(crate) type Scores = [[f32; SPLIT]; WIDTH];
+
 /// Tiles ahead of their use that keys are fetched.
 const PREFETCH_TILES: usize = 4;
 
@@ -53,8 +64,9 @@ pub(crate) struct HeadTimesRows<'a> {
     pub(crate) layer: usize,
     pub(crate) kv_head: usize,
     pub(crate) n_heads: usize,
+    pub(crate) rope: &'a RopeTable,
     /// `[n_rows, n_heads, head_dim]`.
-    pub(crate) q: &'a [f32],
+    pub(crate) q: SharedSlice<'a, f32>,
     pub(crate) all_rows: &'a [AttentionRow],
     pub(crate) rows: Range<usize>,
     /// The sequence's blocks.
@@ -94,16 +106,23 @@ struct Merge {
     split: f32,
 }
 
-impl Kernel for HeadTimesRows<'_> {
+/// A task at work.
+pub(crate) struct Attend<'a, 'b> {
+    pub(crate) task: HeadTimesRows<'a>,
+    pub(crate) scores: &'b mut Scores,
+}
+
+impl Kernel for Attend<'_, '_> {
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        let group_len = self.n_heads / self.cache.n_kv_heads();
-        let heads_at_once = group_len.min(MAX_QUERIES / self.rows.len());
-        let first_head = self.kv_head * group_len;
+        let Self { task, scores } = self;
+        let group_len = task.n_heads / task.cache.n_kv_heads();
+        let heads_at_once = group_len.min(MAX_QUERIES / task.rows.len());
+        let first_head = task.kv_head * group_len;
         let mut start = 0;
         while start < group_len {
             let end = group_len.min(start + heads_at_once);
-            self.heads(simd, first_head + start..first_head + end);
+            task.heads(simd, first_head + start..first_head + end, scores);
             start = end;
         }
     }
@@ -114,7 +133,7 @@ impl Kernel for HeadTimesRows<'_> {
 impl HeadTimesRows<'_> {
     /// All rows for some of the query heads.
     #[inline(always)]
-    fn heads<S: Simd>(&self, simd: S, heads: Range<usize>) {
+    fn heads<S: Simd>(&self, simd: S, heads: Range<usize>, scores: &mut Scores) {
         let head_dim = self.cache.head_dim();
         let n_queries = self.rows.len() * heads.len();
         let mut queries: [Option<Query<'_>>; MAX_QUERIES] = [const { None }; MAX_QUERIES];
@@ -125,15 +144,16 @@ impl HeadTimesRows<'_> {
             // pair of row and head is one query.
             let out = unsafe { self.out.part(at..at + head_dim) };
             let position = self.all_rows[row_idx].position as usize;
-            let q = &self.q[at..at + head_dim];
+            // SAFETY: as above.
+            let q = unsafe { self.q.part(at..at + head_dim) };
+            self.rope.turn(q, position);
             *query = Some(Query { q, out, position, largest: f32::NEG_INFINITY, total: [0.0; LANES] });
         }
         let queries = &mut queries[..n_queries];
         let last = queries.iter().flatten().map(|query| query.position).max().unwrap_or(0);
-        let mut weights = [[0.0; SPLIT]; WIDTH];
         for first in (0..=last).step_by(SPLIT) {
             let split = Split { task: self, first, last: last.min(first + SPLIT - 1) };
-            split.visit_all(simd, queries, &mut weights);
+            split.visit_all(simd, queries, scores);
         }
         for query in queries.iter_mut().flatten() {
             query.finish(simd);
@@ -156,7 +176,7 @@ impl HeadTimesRows<'_> {
 impl Split<'_> {
     /// Takes all queries through the split, as many at a time as there are.
     #[inline(always)]
-    fn visit_all<S: Simd>(self, simd: S, queries: &mut [Option<Query<'_>>], weights: &mut [[f32; SPLIT]; WIDTH]) {
+    fn visit_all<S: Simd>(self, simd: S, queries: &mut [Option<Query<'_>>], weights: &mut Scores) {
         let mut rest = queries;
         while !rest.is_empty() {
             rest = match rest {
@@ -192,7 +212,7 @@ impl Split<'_> {
         self,
         simd: S,
         mut queries: [&mut Query<'_>; N],
-        weights: &mut [[f32; SPLIT]; WIDTH],
+        weights: &mut Scores,
     ) {
         let mut first = self.first;
         while first + TILES * TILE <= self.last + 1 {
@@ -236,7 +256,7 @@ impl Split<'_> {
         simd: S,
         queries: [&[f32]; N],
         first: usize,
-        scores: &mut [[f32; SPLIT]; WIDTH],
+        scores: &mut Scores,
     ) {
         let tiles: [Tile<'_>; TILES] = std::array::from_fn(|i| self.task.tile(first + i * TILE));
         for i in 0..TILES {
@@ -284,7 +304,7 @@ impl Split<'_> {
         chunk_idx: usize,
         n_valid: &[usize; N],
         merges: &[Merge; N],
-        weights: &[[f32; SPLIT]; WIDTH],
+        weights: &Scores,
     ) {
         let mut sums = [[simd.splat(0.0); CHUNKS]; N];
         let n_common = n_valid.iter().copied().min().unwrap_or(0);

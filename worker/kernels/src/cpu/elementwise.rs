@@ -1,26 +1,69 @@
-//! Elementwise ops and normalization, on the rows of one task.
+//! Normalization, and the elementwise functions that other kernels end with.
 
-use crate::RopeTable;
+use std::ops::Range;
+
+use crate::cpu::activations::{Places, load, store};
 use crate::cpu::simd::{Kernel, LANES, Simd};
 use crate::exp;
+use crate::packed::BLOCK;
+use crate::sum_tree::{MAX_PENDING, Terms};
 
-/// `out = x / sqrt(mean(x^2) + eps) * weight`, row by row.
+/// Adds terms to some rows of `x`, if there are any, and normalizes them: `out = x / sqrt(mean(x^2) + eps) * weight`.
 pub(crate) struct RmsNorm<'a> {
-    pub(crate) x: &'a [f32],
+    /// `[n_rows, width]` of these rows.
+    pub(crate) x: &'a mut [f32],
+    pub(crate) rows: Range<usize>,
+    pub(crate) terms: Option<Terms<'a>>,
+    /// `[width]`.
     pub(crate) weight: &'a [f32],
     pub(crate) eps: f32,
-    pub(crate) out: &'a mut [f32],
+    pub(crate) out: Places<'a>,
 }
 
 impl Kernel for RmsNorm<'_> {
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
         let width = self.weight.len();
-        for (x, out) in self.x.chunks_exact(width).zip(self.out.chunks_exact_mut(width)) {
+        for (row_idx, x) in self.rows.zip(self.x.chunks_exact_mut(width)) {
+            if let Some(terms) = &self.terms {
+                add_terms(simd, terms, row_idx * width, x);
+            }
             let mean = sum_of_squares(simd, x) / width as f32;
-            let factor = 1.0 / (mean + self.eps).sqrt();
-            out.iter_mut().zip(x).zip(self.weight).for_each(|((out, x), weight)| *out = x * factor * weight);
+            let factor = simd.splat(1.0 / (mean + self.eps).sqrt());
+            for (part_idx, (x, weight)) in x.chunks(BLOCK).zip(self.weight.chunks(BLOCK)).enumerate() {
+                let ([low, high], weight) = (load(simd, x), load(simd, weight));
+                let low = simd.mul(simd.mul(low, factor), weight[0]);
+                let high = simd.mul(simd.mul(high, factor), weight[1]);
+                // SAFETY: the tasks of a job have rows of their own (`Cpu::rms_norm`).
+                unsafe { self.out.put(simd, row_idx, part_idx, [low, high]) };
+            }
         }
+    }
+}
+
+/// Adds to `x` what the planes of `terms` hold from `at` on, in the tree's order.
+#[inline(always)]
+fn add_terms<S: Simd>(simd: S, terms: &Terms<'_>, at: usize, x: &mut [f32]) {
+    let plane_len = terms.planes.len() / terms.order.n_planes();
+    let width = x.len();
+    for (part_idx, x) in x.chunks_mut(BLOCK).enumerate() {
+        let first = at + part_idx * BLOCK;
+        let end = at + width.min((part_idx + 1) * BLOCK);
+        let mut pending = [[simd.splat(0.0); 2]; MAX_PENDING];
+        let mut n_pending = 0;
+        for (plane_idx, n_merges) in terms.order.merges().iter().enumerate() {
+            let plane = plane_idx * plane_len;
+            let mut sum = load(simd, &terms.planes[plane + first..plane + end]);
+            for _ in 0..*n_merges {
+                n_pending -= 1;
+                let left = pending[n_pending];
+                sum = [simd.add(left[0], sum[0]), simd.add(left[1], sum[1])];
+            }
+            pending[n_pending] = sum;
+            n_pending += 1;
+        }
+        let [low, high] = load(simd, x);
+        store(simd, [simd.add(low, pending[0][0]), simd.add(high, pending[0][1])], x);
     }
 }
 
@@ -36,44 +79,9 @@ fn sum_of_squares<S: Simd>(simd: S, x: &[f32]) -> f32 {
     simd.sum(simd.fma(x, x, sums))
 }
 
-/// `acc += x`.
-pub(crate) struct Add<'a> {
-    pub(crate) x: &'a [f32],
-    pub(crate) acc: &'a mut [f32],
-}
-
-impl Kernel for Add<'_> {
-    #[inline(always)]
-    fn run<S: Simd>(self, _simd: S) {
-        self.acc.iter_mut().zip(self.x).for_each(|(acc, x)| *acc += x);
-    }
-}
-
-/// `out = gate / (1 + e^-gate) * up`.
-pub(crate) struct SiluMul<'a> {
-    pub(crate) gate: &'a [f32],
-    pub(crate) up: &'a [f32],
-    pub(crate) out: &'a mut [f32],
-}
-
-impl Kernel for SiluMul<'_> {
-    #[inline(always)]
-    fn run<S: Simd>(self, simd: S) {
-        let (gates, gate_tail) = self.gate.as_chunks::<LANES>();
-        let (ups, up_tail) = self.up.as_chunks::<LANES>();
-        let (outs, out_tail) = self.out.as_chunks_mut::<LANES>();
-        for ((gate, up), out) in gates.iter().zip(ups).zip(outs) {
-            simd.store(silu_mul(simd, simd.load(gate), simd.load(up)), out);
-        }
-        let filled = |tail: &[f32]| std::array::from_fn(|i| tail.get(i).copied().unwrap_or_default());
-        let mut last = [0.0; LANES];
-        simd.store(silu_mul(simd, simd.load(&filled(gate_tail)), simd.load(&filled(up_tail))), &mut last);
-        out_tail.copy_from_slice(&last[..out_tail.len()]);
-    }
-}
-
+/// `gate / (1 + e^-gate) * up`.
 #[inline(always)]
-fn silu_mul<S: Simd>(simd: S, gate: S::F32, up: S::F32) -> S::F32 {
+pub(crate) fn silu_mul<S: Simd>(simd: S, gate: S::F32, up: S::F32) -> S::F32 {
     let power = exp_lanes(simd, simd.sub(simd.splat(-0.0), gate));
     simd.mul(simd.div(gate, simd.add(simd.splat(1.0), power)), up)
 }
@@ -93,24 +101,4 @@ pub(crate) fn exp_lanes<S: Simd>(simd: S, x: S::F32) -> S::F32 {
         power = simd.fma(power, r, simd.splat(*term));
     }
     simd.zero_below(x, lowest, simd.add_exponent(power, steps))
-}
-
-/// Turns every head of the rows to the row's position.
-pub(crate) struct Rope<'a> {
-    /// `[n_rows, n_heads, head_dim]`.
-    pub(crate) x: &'a mut [f32],
-    pub(crate) n_heads: usize,
-    pub(crate) table: &'a RopeTable,
-    /// `[n_rows]`.
-    pub(crate) positions: &'a [u32],
-}
-
-impl Kernel for Rope<'_> {
-    #[inline(always)]
-    fn run<S: Simd>(self, _simd: S) {
-        let head_dim = self.table.head_dim();
-        for (row, position) in self.x.chunks_exact_mut(self.n_heads * head_dim).zip(self.positions) {
-            row.chunks_exact_mut(head_dim).for_each(|head| self.table.turn(head, *position as usize));
-        }
-    }
 }

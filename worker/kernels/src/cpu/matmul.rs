@@ -20,12 +20,14 @@
 //! Segment sums are then added as [`SumTree`](crate::SumTree) says. Nothing here depends on how many rows there are: rows
 //! only share the loading and unpacking of weights, up to eight at a time.
 //!
-//! [`PanelsTimesRows`] goes through a task's panels and rows; a panel times some rows is a [`Kernel`] of its own for each
+//! [`PanelsTimesRows`] goes through a task's panels and rows, [`GatedRows`] through those of two matrices whose products
+//! meet; a panel times some rows is a [`Kernel`] of its own for each
 //! kind of weights and number of rows, so that the compiler keeps all of it in registers.
 
 use std::ops::Range;
 
-use crate::cpu::activations::{ActivationBlock, STRIP, strip_rows};
+use crate::cpu::activations::{Activations, Places, STRIP, load, strip_rows};
+use crate::cpu::elementwise::silu_mul;
 use crate::cpu::shared_slice::SharedSlice;
 use crate::cpu::simd::{Kernel, LANES, Simd, unrolled};
 use crate::packed::{BLOCK, Integers, PANEL, PackedMatrix, Weights};
@@ -34,27 +36,44 @@ use crate::sum_tree::MAX_PENDING;
 /// Rows that share the loading and unpacking of weights.
 const ABREAST: usize = 8;
 
-/// The inputs of a product, in both forms that weights may want.
-#[derive(Clone, Copy)]
-pub(crate) struct Inputs<'a> {
-    /// `[n_rows, n_in]`.
-    pub(crate) values: &'a [f32],
-    /// In strips; may be empty if all weights are floats.
-    pub(crate) blocks: &'a [ActivationBlock],
-    pub(crate) n_rows: usize,
-}
-
 /// How far ahead of their use codes are fetched, in runs of 32 inputs: 2 or 4 KiB.
 const PREFETCH_PARTS: usize = 8;
 
-/// One task of a product: some panels of outputs for some rows.
-pub(crate) struct PanelsTimesRows<'a> {
+/// A product, or what a task needs to know of it.
+#[derive(Clone, Copy)]
+pub(crate) struct Multiplication<'a> {
     pub(crate) matrix: &'a PackedMatrix,
-    pub(crate) inputs: Inputs<'a>,
+    pub(crate) x: &'a Activations,
+    pub(crate) out: Outputs<'a>,
+}
+
+/// Where products go: outputs `first_out ..` of the rows `first_row ..`.
+#[derive(Clone, Copy)]
+pub(crate) struct Outputs<'a> {
+    /// `[n_partials, n_rows, width]`.
+    pub(crate) values: SharedSlice<'a, f32>,
+    pub(crate) n_rows: usize,
+    pub(crate) width: usize,
+    pub(crate) first_row: usize,
+    pub(crate) first_out: usize,
+}
+
+/// One task of a product: some panels of outputs for some rows, the first at the start of a strip.
+pub(crate) struct PanelsTimesRows<'a> {
+    pub(crate) product: Multiplication<'a>,
     pub(crate) panels: Range<usize>,
     pub(crate) rows: Range<usize>,
-    /// `[n_partials, n_rows, n_out]`.
-    pub(crate) out: SharedSlice<'a, f32>,
+}
+
+/// One task of an MLP's first half, `silu(x * gate^T) * (x * up^T)`: some pairs of panels of both for some rows. A pair is
+/// a whole block of activations.
+pub(crate) struct GatedRows<'a> {
+    pub(crate) gate: &'a PackedMatrix,
+    pub(crate) up: &'a PackedMatrix,
+    pub(crate) x: &'a Activations,
+    pub(crate) pairs: Range<usize>,
+    pub(crate) rows: Range<usize>,
+    pub(crate) out: Places<'a>,
 }
 
 // === impl PanelsTimesRows ===
@@ -63,30 +82,99 @@ impl PanelsTimesRows<'_> {
     /// Computes the task's outputs.
     pub(crate) fn run<S: Simd>(&self, simd: S) {
         for panel_idx in self.panels.clone() {
-            for first_row in self.rows.clone().step_by(STRIP) {
-                let n_rows = strip_rows(first_row, self.inputs.n_rows);
-                for place in (0..n_rows).step_by(ABREAST) {
-                    let place = Place { panel_idx, first_row, place };
-                    match (n_rows - place.place).min(ABREAST) {
-                        1 => self.panel::<S, 1>(simd, place),
-                        2 => self.panel::<S, 2>(simd, place),
-                        3 => self.panel::<S, 3>(simd, place),
-                        4 => self.panel::<S, 4>(simd, place),
-                        5 => self.panel::<S, 5>(simd, place),
-                        6 => self.panel::<S, 6>(simd, place),
-                        7 => self.panel::<S, 7>(simd, place),
-                        _ => self.panel::<S, ABREAST>(simd, place),
-                    }
-                }
+            for rows in runs_of_rows(self.rows.clone(), self.product.x.n_rows()) {
+                self.product.panel(simd, Place { panel_idx, ..rows });
             }
         }
     }
+}
 
-    /// One panel for `N` rows.
-    fn panel<S: Simd, const N: usize>(&self, simd: S, place: Place) {
+// === impl GatedRows ===
+
+impl GatedRows<'_> {
+    /// Computes the task's outputs.
+    pub(crate) fn run<S: Simd>(&self, simd: S) {
+        let n_panels = self.gate.n_panels();
+        let mut gate = [[0.0; BLOCK]; ABREAST];
+        let mut up = [[0.0; BLOCK]; ABREAST];
+        for pair_idx in self.pairs.clone() {
+            for rows in runs_of_rows(self.rows.clone(), self.x.n_rows()) {
+                for (matrix, sums) in [(self.gate, &mut gate), (self.up, &mut up)] {
+                    let out = Outputs {
+                        values: SharedSlice::new(sums.as_flattened_mut()),
+                        n_rows: ABREAST,
+                        width: BLOCK,
+                        first_row: rows.first_row + rows.place,
+                        first_out: pair_idx * BLOCK,
+                    };
+                    let product = Multiplication { matrix, x: self.x, out };
+                    for panel_idx in 2 * pair_idx..n_panels.min(2 * pair_idx + 2) {
+                        product.panel(simd, Place { panel_idx, ..rows });
+                    }
+                }
+                simd.vectorize(Gate { gate: &gate, up: &up, pair_idx, rows, out: self.out });
+            }
+        }
+    }
+}
+
+/// Gates the sums of a pair of panels and some rows.
+struct Gate<'a> {
+    gate: &'a [[f32; BLOCK]; ABREAST],
+    up: &'a [[f32; BLOCK]; ABREAST],
+    pair_idx: usize,
+    rows: Place,
+    out: Places<'a>,
+}
+
+impl Kernel for Gate<'_> {
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        let first_row = self.rows.first_row + self.rows.place;
+        for (i, (gate, up)) in self.gate.iter().zip(self.up).take(self.rows.n_rows).enumerate() {
+            let (gate, up) = (load(simd, gate), load(simd, up));
+            let lanes = [silu_mul(simd, gate[0], up[0]), silu_mul(simd, gate[1], up[1])];
+            // SAFETY: the tasks of a job divide pairs and rows among them (`Cpu::gated`).
+            unsafe { self.out.put(simd, first_row + i, self.pair_idx, lanes) };
+        }
+    }
+}
+
+/// A task's rows, as many at a time as kernels take: places without a panel yet.
+fn runs_of_rows(rows: Range<usize>, n_rows: usize) -> impl Iterator<Item = Place> {
+    rows.step_by(STRIP).flat_map(move |first_row| {
+        let n_in_strip = strip_rows(first_row, n_rows);
+        (0..n_in_strip).step_by(ABREAST).map(move |place| Place {
+            panel_idx: 0,
+            first_row,
+            place,
+            n_rows: ABREAST.min(n_in_strip - place),
+        })
+    })
+}
+
+// === impl Multiplication ===
+
+impl Multiplication<'_> {
+    /// One panel times some rows.
+    fn panel<S: Simd>(&self, simd: S, place: Place) {
+        match place.n_rows {
+            1 => self.rows::<S, 1>(simd, place),
+            2 => self.rows::<S, 2>(simd, place),
+            3 => self.rows::<S, 3>(simd, place),
+            4 => self.rows::<S, 4>(simd, place),
+            5 => self.rows::<S, 5>(simd, place),
+            6 => self.rows::<S, 6>(simd, place),
+            7 => self.rows::<S, 7>(simd, place),
+            _ => self.rows::<S, ABREAST>(simd, place),
+        }
+    }
+
+    fn rows<S: Simd, const N: usize>(&self, simd: S, place: Place) {
         match self.matrix.weights() {
             Weights::Integers(integers) => {
-                SumIntegers::<N> { task: self, panel: Panel { integers, panel_idx: place.panel_idx }, place }.run(simd);
+                let panel = Panel { integers, panel_idx: place.panel_idx };
+                SumIntegers::<N> { product: *self, panel, place }.run(simd);
             }
             Weights::Singles(values) => self.floats::<S, Single, N>(simd, values, place),
             Weights::Halves(bits) => self.floats::<S, Half, N>(simd, bits, place),
@@ -98,7 +186,7 @@ impl PanelsTimesRows<'_> {
         let n_in = self.matrix.n_in();
         let rows: [&[f32]; N] = std::array::from_fn(|i| {
             let row_idx = place.first_row + place.place + i;
-            &self.inputs.values[row_idx * n_in..(row_idx + 1) * n_in]
+            &self.x.values()[row_idx * n_in..(row_idx + 1) * n_in]
         });
         let panel_len = PANEL * n_in;
         let weights = &weights[place.panel_idx * panel_len..weights.len().min((place.panel_idx + 1) * panel_len)];
@@ -132,13 +220,13 @@ impl PanelsTimesRows<'_> {
     /// Where the sums of a panel and the `i`-th of its rows go.
     #[inline(always)]
     fn out(&self, plane_idx: usize, place: Place, i: usize) -> &mut [f32] {
-        let (n_out, first_out) = (self.matrix.n_out(), place.panel_idx * PANEL);
-        let n_lanes = (n_out - first_out).min(PANEL);
-        let row_idx = place.first_row + place.place + i;
-        let at = (plane_idx * self.inputs.n_rows + row_idx) * n_out + first_out;
-        // SAFETY: the tasks of a job divide panels and rows among them (`Cpu::multiply`), so no other task writes these
-        // outputs; this task holds one part at a time.
-        unsafe { self.out.part(at..at + n_lanes) }
+        let Outputs { values, n_rows, width, first_row, first_out } = self.out;
+        let row_idx = plane_idx * n_rows + place.first_row + place.place + i - first_row;
+        let n_lanes = PANEL.min(self.matrix.n_out() - place.panel_idx * PANEL);
+        let at = row_idx * width + place.panel_idx * PANEL - first_out;
+        // SAFETY: the tasks of a job divide panels and rows among them (`Cpu::multiply`, `Cpu::gated`), so no other task
+        // writes these outputs; this task holds one part at a time.
+        unsafe { values.part(at..at + n_lanes) }
     }
 }
 
@@ -157,6 +245,8 @@ struct Place {
     first_row: usize,
     /// The first row's place in the strip.
     place: usize,
+    /// How many rows.
+    n_rows: usize,
 }
 
 /// One panel of integer weights.
@@ -168,7 +258,7 @@ struct Panel<'a> {
 
 /// The products of a panel and `N` rows.
 struct SumIntegers<'a, const N: usize> {
-    task: &'a PanelsTimesRows<'a>,
+    product: Multiplication<'a>,
     panel: Panel<'a>,
     place: Place,
 }
@@ -202,7 +292,7 @@ impl<const N: usize, const NIBBLES: bool, const HALVES: bool, const MINIMUM: boo
     /// As [`SegmentPlan::sum`](crate::segments::SegmentPlan::sum), written out so that sums stay in registers.
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        for (plane_idx, segments) in self.0.task.matrix.plan().subtrees().enumerate() {
+        for (plane_idx, segments) in self.0.product.matrix.plan().subtrees().enumerate() {
             let mut pending = [[simd.splat(0.0); N]; MAX_PENDING];
             let mut n_pending = 0;
             for segment in segments {
@@ -225,10 +315,10 @@ impl<const N: usize, const NIBBLES: bool, const HALVES: bool, const MINIMUM: boo
 {
     #[inline(always)]
     fn sum_segment<S: Simd>(&self, simd: S, cols: &Range<usize>) -> [S::F32; N] {
-        let SumIntegers { task, panel, place } = self.0;
+        let SumIntegers { product, panel, place } = self.0;
         let n_parts = panel.integers.n_parts();
-        let n_rows = strip_rows(place.first_row, task.inputs.n_rows);
-        let strip = &task.inputs.blocks[place.first_row * n_parts..][..n_rows * n_parts];
+        let n_rows = strip_rows(place.first_row, product.x.n_rows());
+        let strip = &product.x.blocks()[place.first_row * n_parts..][..n_rows * n_parts];
         let first_part = cols.start / BLOCK;
         let parts = strip[first_part * n_rows..cols.end / BLOCK * n_rows].chunks_exact(n_rows);
         let mut sums = [simd.splat(0.0); N];
@@ -264,7 +354,7 @@ impl<const N: usize, const NIBBLES: bool, const HALVES: bool, const MINIMUM: boo
     #[inline(always)]
     fn store<S: Simd>(&self, simd: S, plane_idx: usize, sums: &[S::F32; N]) {
         unrolled!(i in 0..N {
-            let out = self.0.task.out(plane_idx, self.0.place, i);
+            let out = self.0.product.out(plane_idx, self.0.place, i);
             if let Some(out) = out.as_mut_array() {
                 simd.store(sums[i], out);
             } else {

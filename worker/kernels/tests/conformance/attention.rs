@@ -1,6 +1,6 @@
 //! Attention over the paged cache: against the plain twin, against f64, and against itself in other chunks and blocks.
 
-use lockstep_kernels::{AttentionBatch, AttentionRow, Cpu, KvCache, plain};
+use lockstep_kernels::{AttentionBatch, AttentionRow, Cpu, KvCache, NewTokens, RopeStyle, RopeTable, plain};
 use rand_chacha::ChaCha8Rng;
 
 use crate::{ROW_COUNTS, assert_same_bits, on_every_cpu, random};
@@ -43,10 +43,18 @@ fn cache_of(rng: &mut ChaCha8Rng, shape: Shape, lens: &[usize]) -> (KvCache, Vec
             .map(|p| table[p / shape.block_size] * shape.block_size as u32 + (p % shape.block_size) as u32)
             .collect();
         let (k, v) = (random::floats(rng, len * width), random::floats(rng, len * width));
-        Cpu::new(1).write_kv(&mut cache, 1, &slots, &k, &v);
+        let positions: Vec<u32> = (0..*len as u32).collect();
+        let tokens = NewTokens { layer: 1, slots: &slots, positions: &positions, rope: &rope(shape) };
+        Cpu::new(1).write_kv(&mut cache, &tokens, &k, &v);
         tables.push(table);
     }
     (cache, tables)
+}
+
+/// Turns a part of each head that fills no whole number of vectors.
+fn rope(shape: Shape) -> RopeTable {
+    let style = if shape.head_dim == 128 { RopeStyle::Halves } else { RopeStyle::Adjacent };
+    RopeTable::new(shape.head_dim, shape.head_dim / 4 * 3, 500_000.0, None, 1_000, style).expect("a small table")
 }
 
 fn rows_of(table: usize, positions: impl IntoIterator<Item = usize>) -> impl Iterator<Item = AttentionRow> {
@@ -58,20 +66,20 @@ fn a_mixed_batch_has_the_bits_of_the_plain_twin() {
     for shape in SHAPES {
         let rng = &mut random::seeded(40);
         let (cache, tables) = cache_of(rng, shape, &[1, 16, 75, 40, 560]);
-        let tables: Vec<&[u32]> = tables.iter().map(Vec::as_slice).collect();
         // Decodes, a chunk of a prompt that crosses tiles, a whole prompt, and rows of one sequence apart.
         let mut rows: Vec<AttentionRow> = rows_of(0, [0]).chain(rows_of(1, [15])).chain(rows_of(2, 30..75)).collect();
         rows.extend(rows_of(3, 0..40).chain(rows_of(2, [3])).chain(rows_of(3, [39])));
         // In the first split, across its end, and in the second and third: apart, and as neighbours.
         rows.extend(rows_of(4, 250..262).chain(rows_of(0, [0])).chain(rows_of(4, [255, 256, 511, 512, 559])));
-        let batch = AttentionBatch { cache: &cache, layer: 1, rows: &rows, tables: &tables, n_heads: shape.n_heads };
+        let (rope, n_heads) = (rope(shape), shape.n_heads);
+        let batch = AttentionBatch { cache: &cache, layer: 1, rows: &rows, tables: &tables, n_heads, rope: &rope };
         let q = random::floats(rng, rows.len() * shape.n_heads * shape.head_dim);
         let mut expected = vec![f32::NAN; q.len()];
         plain::attention(&q, &batch, &mut expected);
         assert!(expected.iter().all(|out| out.is_finite()));
         on_every_cpu(|cpu| {
             let mut out = vec![f32::NAN; q.len()];
-            cpu.attention(&q, &batch, &mut out);
+            cpu.attention(&mut q.clone(), &batch, &mut out);
             assert_same_bits(&out, &expected, &format_args!("{shape:?} on {cpu:?}"));
         });
     }
@@ -89,10 +97,12 @@ fn written_keys_and_values_have_the_bits_of_the_plain_twin() {
             let k: Vec<f32> = random::floats(rng, n_tokens * width).iter().map(|k| k * 1_000.0).collect();
             let v = random::floats(rng, n_tokens * width);
             let mut expected = empty();
-            plain::write_kv(&mut expected, 1, &slots, &k, &v);
+            let positions: Vec<u32> = (0..n_tokens as u32).map(|i| i * 97 % 300).collect();
+            let tokens = NewTokens { layer: 1, slots: &slots, positions: &positions, rope: &rope(shape) };
+            plain::write_kv(&mut expected, &tokens, &k, &v);
             on_every_cpu(|cpu| {
                 let mut cache = empty();
-                cpu.write_kv(&mut cache, 1, &slots, &k, &v);
+                cpu.write_kv(&mut cache, &tokens, &k, &v);
                 for slot in 0..6 * shape.block_size {
                     let what = format!("{shape:?} slot {slot} on {cpu:?}");
                     assert_same_bits(&contents(&cache, shape, slot), &contents(&expected, shape, slot), &what);
@@ -121,14 +131,11 @@ fn any_chunking_gives_the_same_bits() {
         let rows: Vec<AttentionRow> = rows_of(0, 0..300).collect();
         let width = shape.n_heads * shape.head_dim;
         let q = random::floats(rng, 300 * width);
+        let (rope, n_heads) = (rope(shape), shape.n_heads);
         let attend = |rows: &[AttentionRow], q: &[f32]| {
             let mut out = vec![f32::NAN; q.len()];
-            let tables = [tables[0].as_slice()];
-            Cpu::new(2).attention(
-                q,
-                &AttentionBatch { cache: &cache, layer: 1, rows, tables: &tables, n_heads: shape.n_heads },
-                &mut out,
-            );
+            let batch = AttentionBatch { cache: &cache, layer: 1, rows, tables: &tables, n_heads, rope: &rope };
+            Cpu::new(2).attention(&mut q.to_vec(), &batch, &mut out);
             out
         };
         let whole = attend(&rows, &q);
@@ -147,12 +154,12 @@ fn the_place_of_blocks_and_their_size_do_not_matter() {
         let rng = &mut random::seeded(42);
         let shape = Shape { block_size, ..shape };
         let (cache, tables) = cache_of(rng, shape, &[&[60], others].concat());
-        let q = random::floats(&mut random::seeded(43), shape.n_heads * shape.head_dim);
+        let mut q = random::floats(&mut random::seeded(43), shape.n_heads * shape.head_dim);
         let mut out = vec![f32::NAN; q.len()];
-        let tables: Vec<&[u32]> = tables.iter().map(Vec::as_slice).collect();
         let rows = [AttentionRow { position: 59, table: 0 }];
-        let batch = AttentionBatch { cache: &cache, layer: 1, rows: &rows, tables: &tables, n_heads: shape.n_heads };
-        Cpu::new(1).attention(&q, &batch, &mut out);
+        let (rope, n_heads) = (rope(shape), shape.n_heads);
+        let batch = AttentionBatch { cache: &cache, layer: 1, rows: &rows, tables: &tables, n_heads, rope: &rope };
+        Cpu::new(1).attention(&mut q, &batch, &mut out);
         out
     };
     let expected = attend(16, &[]);
@@ -166,12 +173,13 @@ fn attention_is_near_f64() {
     let shape = SHAPES[1];
     let rng = &mut random::seeded(44);
     let (cache, tables) = cache_of(rng, shape, &[600]);
-    let q: Vec<f32> = random::floats(rng, shape.n_heads * shape.head_dim).iter().map(|q| q / 50.0).collect();
+    let mut q: Vec<f32> = random::floats(rng, shape.n_heads * shape.head_dim).iter().map(|q| q / 50.0).collect();
     let rows = [AttentionRow { position: 599, table: 0 }];
-    let tables = [tables[0].as_slice()];
     let mut out = vec![0.0; q.len()];
-    let batch = AttentionBatch { cache: &cache, layer: 1, rows: &rows, tables: &tables, n_heads: shape.n_heads };
-    Cpu::new(1).attention(&q, &batch, &mut out);
+    let (rope, n_heads) = (rope(shape), shape.n_heads);
+    let batch = AttentionBatch { cache: &cache, layer: 1, rows: &rows, tables: &tables, n_heads, rope: &rope };
+    // Leaves the turned queries behind.
+    Cpu::new(1).attention(&mut q, &batch, &mut out);
     for (head, (q, out)) in q.chunks(shape.head_dim).zip(out.chunks(shape.head_dim)).enumerate() {
         let (mut k, mut v) = (vec![0.0; shape.head_dim], vec![0.0; shape.head_dim]);
         let (mut total, mut sums) = (0.0, vec![0.0; shape.head_dim]);

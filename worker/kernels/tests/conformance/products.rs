@@ -1,7 +1,7 @@
 //! Products: the packed kernels against the plain twin, the plain twin against f64, and rows against each other.
 
 use lockstep_checkpoint::Encoding;
-use lockstep_kernels::{Cpu, EncodedRows, Isa, PackedMatrix, Product, dequantize, plain};
+use lockstep_kernels::{Activations, Cpu, EncodedRows, Forms, Isa, PackedMatrix, Product, dequantize, plain};
 
 use crate::{ROW_COUNTS, assert_same_bits, on_every_cpu, random};
 
@@ -26,6 +26,19 @@ fn segments(encoding: Encoding) -> [usize; 3] {
     }
 }
 
+/// Rows as every kind of weights reads them.
+fn inputs(cpu: &mut Cpu, x: &[f32], width: usize) -> Activations {
+    let forms = if width.is_multiple_of(32) { Forms::Both } else { Forms::Floats };
+    let mut inputs = Activations::new(forms);
+    cpu.quantize(x, width, &mut inputs);
+    inputs
+}
+
+fn multiply(cpu: &mut Cpu, weights: &PackedMatrix, x: &[f32], out: &mut [f32]) {
+    let x = inputs(cpu, x, weights.n_in());
+    cpu.matmul(weights, &x, out);
+}
+
 #[test]
 fn products_have_the_bits_of_the_plain_twin() {
     for encoding in Encoding::ALL {
@@ -42,7 +55,7 @@ fn products_have_the_bits_of_the_plain_twin() {
             plain::matmul(&source, &segments(encoding), &subtrees, &x, &mut expected).unwrap();
             on_every_cpu(|cpu| {
                 let mut out = vec![f32::NAN; expected.len()];
-                cpu.matmul(&packed, &x, n_rows, &mut out);
+                multiply(cpu, &packed, &x, &mut out);
                 assert_same_bits(&out, &expected, &format_args!("{encoding}, {n_rows} rows on {cpu:?}"));
             });
         }
@@ -64,10 +77,11 @@ fn several_products_of_one_input_are_the_products_one_by_one() {
     on_every_cpu(|cpu| {
         let mut together = sources.map(|(_, n_out)| vec![f32::NAN; 5 * n_out]);
         let products = packed.iter().zip(&mut together).map(|(weights, out)| Product { weights, out });
-        cpu.matmul_many(&x, 5, &mut products.collect::<Vec<_>>());
+        let inputs = inputs(cpu, &x, 96);
+        cpu.matmul_many(&inputs, &mut products.collect::<Vec<_>>());
         for (weights, together) in packed.iter().zip(&together) {
             let mut alone = vec![f32::NAN; together.len()];
-            cpu.matmul(weights, &x, 5, &mut alone);
+            multiply(cpu, weights, &x, &mut alone);
             assert_same_bits(together, &alone, &"together and alone");
         }
     });
@@ -87,7 +101,7 @@ fn products_are_within_the_rounding_of_their_inputs() {
         dequantize(encoding, &bytes, &mut weights);
         let x = random::floats(rng, 4 * n_in);
         let mut out = vec![0.0; 4 * N_OUT];
-        Cpu::new(1).matmul(&packed, &x, 4, &mut out);
+        multiply(&mut Cpu::new(1), &packed, &x, &mut out);
         for (i, out) in out.iter().enumerate() {
             let (x, w) = (&x[i / N_OUT * n_in..][..n_in], &weights[i % N_OUT * n_in..][..n_in]);
             let terms = x.iter().zip(w).map(|(x, w)| f64::from(*x) * f64::from(*w));
@@ -112,12 +126,12 @@ fn a_row_has_the_same_bits_alone_and_among_others() {
         let bytes = random::weights(rng, encoding, N_OUT, 512);
         let packed = PackedMatrix::pack_whole(&EncodedRows::new(encoding, &bytes, N_OUT, 512).unwrap()).unwrap();
         let x = random::floats(rng, 70 * 512);
-        let mut cpu = Cpu::new(2);
+        let cpu = &mut Cpu::new(2);
         let mut together = vec![0.0; 70 * N_OUT];
-        cpu.matmul(&packed, &x, 70, &mut together);
+        multiply(cpu, &packed, &x, &mut together);
         for (x, together) in x.chunks_exact(512).zip(together.chunks_exact(N_OUT)) {
             let mut alone = vec![0.0; N_OUT];
-            cpu.matmul(&packed, x, 1, &mut alone);
+            multiply(cpu, &packed, x, &mut alone);
             assert_same_bits(together, &alone, &encoding);
         }
     }
@@ -133,7 +147,7 @@ fn many_rows_and_wide_matrices_are_divided_among_tasks_without_gaps() {
     let packed = PackedMatrix::pack_whole(&source).unwrap();
     let x = random::floats(rng, n_rows * n_in);
     let mut out = vec![f32::NAN; n_rows * n_out];
-    Cpu::new(2).matmul(&packed, &x, n_rows, &mut out);
+    multiply(&mut Cpu::new(2), &packed, &x, &mut out);
     for out_idx in [0, 15, 16, 350, 699] {
         let mut expected = vec![0.0; n_rows];
         plain::matmul(
@@ -159,7 +173,7 @@ fn inputs_that_are_not_finite_poison_their_row_and_no_other() {
         x[64 + 40] = bad;
         on_every_cpu(|cpu| {
             let mut out = vec![0.0; 3 * 16];
-            cpu.matmul(&packed, &x, 3, &mut out);
+            multiply(cpu, &packed, &x, &mut out);
             assert!(out[16..32].iter().all(|out| out.is_nan()), "{bad}");
             assert!(out[..16].iter().chain(&out[32..]).all(|out| out.is_finite()), "{bad}");
         });
@@ -179,7 +193,7 @@ fn extreme_codes_do_not_saturate() {
             let expected = f32::from(code as i8) * x * 32.0;
             on_every_cpu(|cpu| {
                 let mut out = [0.0; 16];
-                cpu.matmul(&packed, &[x; 32], 1, &mut out);
+                multiply(cpu, &packed, &[x; 32], &mut out);
                 assert_same_bits(&out, &[expected; 16], &format_args!("{code} times {x} on {:?}", cpu.isa()));
             });
         }

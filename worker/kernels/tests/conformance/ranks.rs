@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use lockstep_checkpoint::Encoding;
-use lockstep_kernels::{Cpu, EncodedRows, PackedMatrix, SumTree};
+use lockstep_kernels::{Activations, Cpu, EncodedRows, Forms, PackedMatrix, SumTree};
 
 use crate::{assert_same_bits, random};
 
@@ -34,7 +34,10 @@ impl Layer<'_> {
         let rows = self.x.chunks_exact(self.source.n_cols());
         let x: Vec<f32> = rows.flat_map(|row| row[cols.clone()].iter().copied()).collect();
         let mut planes = vec![f32::NAN; packed.n_partials() * N_ROWS * N_OUT];
-        cpu.matmul(&packed, &x, N_ROWS, &mut planes);
+        let forms = if self.source.encoding().block_len() == 1 { Forms::Floats } else { Forms::Quantized };
+        let mut inputs = Activations::new(forms);
+        cpu.quantize(&x, cols.len(), &mut inputs);
+        cpu.matmul(&packed, &inputs, &mut planes);
         (subtrees, planes)
     }
 
@@ -47,7 +50,7 @@ impl Layer<'_> {
             planes.extend(rank_planes);
         }
         let mut out = vec![f32::NAN; N_ROWS * N_OUT];
-        SumTree::new(self.ends.len()).combine(&subtrees, &mut planes, &mut out);
+        SumTree::new(self.ends.len()).order(&subtrees).add(&planes, &mut out);
         out
     }
 }

@@ -1,31 +1,44 @@
 //! The `cpu` backend: our own kernels, which keep the lockstep rule.
 
-use lockstep_collectives::Collective;
-use lockstep_kernels::{AttentionBatch, Cpu, EncodedRows, KvCache, PackedMatrix, Product, RopeTable};
+mod recycled;
 
+use lockstep_collectives::Collective;
+use lockstep_kernels::{
+    Activations, AttentionBatch, AttentionRow, Cpu, EncodedRows, Forms, KvCache, NewTokens, PackedMatrix, Product,
+    RopeTable, SumOrder, Terms,
+};
+
+use self::recycled::{Home, Recycled};
 use super::{AttentionShape, Backend, KvShape, RopeSpec};
 use crate::model::{OpError, StepError, batch::Batch, shard::Reduction};
 
-/// Kernels on a pool of threads.
+/// Kernels on a pool of threads, and the memory that steps use in turn.
 #[derive(Debug)]
 pub struct CpuBackend {
     cpu: Cpu,
     shape: AttentionShape,
     rope: RopeTable,
+    /// The forms of inputs that the weights loaded so far read.
+    forms: Option<Forms>,
+    values: Home<Vec<f32>>,
+    inputs: Home<Activations>,
 }
 
 /// `[n_rows, width]`, row by row.
 #[derive(Debug)]
 pub struct CpuTensor {
-    values: Vec<f32>,
+    values: Recycled<Vec<f32>>,
     width: usize,
 }
 
-impl CpuTensor {
-    fn new(n_rows: usize, width: usize) -> Self {
-        Self { values: vec![0.0; n_rows * width], width }
-    }
+/// `[n_planes, n_rows, n_out]`, and the order in which planes are added.
+#[derive(Debug)]
+pub struct CpuTerms {
+    planes: Recycled<Vec<f32>>,
+    order: SumOrder,
+}
 
+impl CpuTensor {
     fn n_rows(&self) -> usize {
         self.values.len() / self.width
     }
@@ -39,12 +52,30 @@ impl CpuBackend {
     pub fn new(cpu: Cpu, shape: AttentionShape) -> Result<Self, OpError> {
         let RopeSpec { rope_dim, base, ref factors, n_positions, style } = shape.rope;
         let rope = RopeTable::new(shape.head_dim, rope_dim, base, factors.as_deref(), n_positions, style)?;
-        Ok(Self { cpu, shape, rope })
+        Ok(Self { cpu, shape, rope, forms: None, values: Home::default(), inputs: Home::default() })
+    }
+
+    /// Memory for values that will all be written; what it holds is left from earlier.
+    fn values(&self, len: usize) -> Recycled<Vec<f32>> {
+        let mut values = self.values.take(Vec::new);
+        values.resize(len, 0.0);
+        values
+    }
+
+    fn tensor(&self, n_rows: usize, width: usize) -> CpuTensor {
+        CpuTensor { values: self.values(n_rows * width), width }
+    }
+
+    fn input(&self) -> Recycled<Activations> {
+        let forms = self.forms.unwrap_or(Forms::Floats);
+        self.inputs.take(|| Activations::new(forms))
     }
 }
 
 impl Backend for CpuBackend {
     type Tensor = CpuTensor;
+    type Input = Recycled<Activations>;
+    type Terms = CpuTerms;
     type Matrix = PackedMatrix;
     type Kv = KvCache;
 
@@ -54,10 +85,12 @@ impl Backend for CpuBackend {
         reduction: Option<&Reduction>,
     ) -> Result<PackedMatrix, OpError> {
         let packed = match reduction {
-            None => PackedMatrix::pack_whole(source),
-            Some(reduction) => PackedMatrix::pack(source, &reduction.segment_ends, &reduction.local_subtrees),
+            None => PackedMatrix::pack_whole(source)?,
+            Some(reduction) => PackedMatrix::pack(source, &reduction.segment_ends, &reduction.local_subtrees)?,
         };
-        Ok(packed?)
+        let forms = Forms::of(&packed);
+        self.forms = Some(self.forms.map_or(forms, |known| known.and(forms)));
+        Ok(packed)
     }
 
     fn new_kv(&mut self, shape: KvShape) -> Result<KvCache, OpError> {
@@ -70,112 +103,114 @@ impl Backend for CpuBackend {
     }
 
     fn upload(&mut self, values: Vec<f32>, width: usize) -> Result<CpuTensor, OpError> {
-        Ok(CpuTensor { values, width })
+        Ok(CpuTensor { values: self.values.adopt(values), width })
     }
 
     fn download(&mut self, x: CpuTensor) -> Result<Vec<f32>, OpError> {
-        Ok(x.values)
+        Ok(x.values.keep())
     }
 
-    fn rms_norm(&mut self, x: &CpuTensor, weight: &CpuTensor, eps: f32) -> Result<CpuTensor, OpError> {
-        let mut out = CpuTensor::new(x.n_rows(), x.width);
-        self.cpu.rms_norm(&x.values, &weight.values, eps, x.n_rows(), &mut out.values);
+    fn rms_norm(
+        &mut self,
+        x: &mut CpuTensor,
+        terms: Option<CpuTerms>,
+        weight: &CpuTensor,
+        eps: f32,
+    ) -> Result<Recycled<Activations>, OpError> {
+        let mut out = self.input();
+        let terms = terms.as_ref().map(|terms| Terms { planes: &terms.planes, order: &terms.order });
+        self.cpu.rms_norm(&mut x.values, terms, &weight.values, eps, &mut out);
         Ok(out)
     }
 
     fn matmul<const N: usize>(
         &mut self,
         weights: [&PackedMatrix; N],
-        x: &CpuTensor,
+        x: &Recycled<Activations>,
     ) -> Result<[CpuTensor; N], OpError> {
-        let mut outputs = weights.map(|weight| CpuTensor::new(x.n_rows(), weight.n_out()));
+        let mut outputs = weights.map(|weight| self.tensor(x.n_rows(), weight.n_out()));
         let mut products =
             weights.into_iter().zip(&mut outputs).map(|(weights, out)| Product { weights, out: &mut out.values });
         let mut products: [Product<'_>; N] = std::array::from_fn(|_| products.next().expect("one for each weight"));
-        self.cpu.matmul_many(&x.values, x.n_rows(), &mut products);
+        self.cpu.matmul_many(x, &mut products);
         Ok(outputs)
     }
 
     fn matmul_reduce(
         &mut self,
         weight: &PackedMatrix,
-        x: &CpuTensor,
+        x: &Recycled<Activations>,
         reduction: &Reduction,
         collective: &mut dyn Collective,
-    ) -> Result<CpuTensor, StepError> {
+    ) -> Result<CpuTerms, StepError> {
         let plane = x.n_rows() * weight.n_out();
-        let mut partials = vec![0.0; weight.n_partials() * plane];
-        self.cpu.matmul(weight, &x.values, x.n_rows(), &mut partials);
-        let values = reduce(partials, plane, reduction, collective)?;
-        Ok(CpuTensor { values, width: weight.n_out() })
+        let mut planes = self.values(weight.n_partials() * plane);
+        self.cpu.matmul(weight, x, &mut planes);
+        if collective.world_size() > 1 {
+            let mut gathered = self.values(reduction.order.n_planes() * plane);
+            gather(&planes, plane, reduction, collective, &mut gathered)?;
+            planes = gathered;
+        }
+        Ok(CpuTerms { planes, order: reduction.order.clone() })
     }
 
-    fn add(&mut self, acc: &mut CpuTensor, x: &CpuTensor) -> Result<(), OpError> {
-        self.cpu.add(&x.values, &mut acc.values);
-        Ok(())
-    }
-
-    fn rope(&mut self, x: &mut CpuTensor, n_heads: usize, positions: &[u32]) -> Result<(), OpError> {
-        self.cpu.rope(&mut x.values, n_heads, &self.rope, positions);
-        Ok(())
+    fn gated(
+        &mut self,
+        gate: &PackedMatrix,
+        up: &PackedMatrix,
+        x: &Recycled<Activations>,
+    ) -> Result<Recycled<Activations>, OpError> {
+        let mut out = self.input();
+        self.cpu.gated(gate, up, x, &mut out);
+        Ok(out)
     }
 
     fn write_kv(
         &mut self,
         kv: &mut KvCache,
         layer: usize,
-        slots: &[u32],
+        batch: &Batch,
         k: &CpuTensor,
         v: &CpuTensor,
     ) -> Result<(), OpError> {
-        self.cpu.write_kv(kv, layer, slots, &k.values, &v.values);
+        let tokens = NewTokens { layer, slots: &batch.slots, positions: &batch.positions, rope: &self.rope };
+        self.cpu.write_kv(kv, &tokens, &k.values, &v.values);
         Ok(())
     }
 
-    fn attention(&mut self, q: &CpuTensor, kv: &KvCache, layer: usize, batch: &Batch) -> Result<CpuTensor, OpError> {
-        let tables: Vec<&[u32]> = batch.block_tables.iter().map(Vec::as_slice).collect();
-        let mut out = CpuTensor::new(q.n_rows(), q.width);
+    fn attention(
+        &mut self,
+        mut q: CpuTensor,
+        kv: &KvCache,
+        layer: usize,
+        rows: &[AttentionRow],
+        block_tables: &[Vec<u32>],
+    ) -> Result<Recycled<Activations>, OpError> {
+        let (mut mixed, mut out) = (self.tensor(q.n_rows(), q.width), self.input());
         let n_heads = self.shape.n_heads;
-        let rows = AttentionBatch { cache: kv, layer, rows: &batch.attention, tables: &tables, n_heads };
-        self.cpu.attention(&q.values, &rows, &mut out.values);
-        Ok(out)
-    }
-
-    fn silu_mul(&mut self, gate: CpuTensor, up: &CpuTensor) -> Result<CpuTensor, OpError> {
-        let mut out = CpuTensor::new(gate.n_rows(), gate.width);
-        self.cpu.silu_mul(&gate.values, &up.values, &mut out.values);
+        let batch = AttentionBatch { cache: kv, layer, rows, tables: block_tables, n_heads, rope: &self.rope };
+        self.cpu.attention(&mut q.values, &batch, &mut mixed.values);
+        self.cpu.quantize(&mixed.values, mixed.width, &mut out);
         Ok(out)
     }
 
     fn select_rows(&mut self, x: CpuTensor, rows: &[u32]) -> Result<CpuTensor, OpError> {
-        let mut values = Vec::with_capacity(rows.len() * x.width);
-        for &row in rows {
-            let start = row as usize * x.width;
-            values.extend_from_slice(&x.values[start..start + x.width]);
+        let mut selected = self.tensor(rows.len(), x.width);
+        for (&row, out) in rows.iter().zip(selected.values.chunks_exact_mut(x.width)) {
+            out.copy_from_slice(&x.values[row as usize * x.width..][..x.width]);
         }
-        Ok(CpuTensor { values, width: x.width })
+        Ok(selected)
     }
 }
 
-/// Gathers every rank's partial planes and finishes the tree: `[n]`, the same bits on every rank.
-pub(super) fn reduce(
-    mut partials: Vec<f32>,
+/// Gathers every rank's partial planes, `[n_planes, plane]` in all.
+pub(super) fn gather(
+    mine: &[f32],
     plane: usize,
     reduction: &Reduction,
     collective: &mut dyn Collective,
-) -> Result<Vec<f32>, StepError> {
-    let world_size = collective.world_size();
-    if world_size > 1 {
-        let lengths: Vec<usize> = (0..world_size).map(|rank| reduction.n_partials(rank) * plane).collect();
-        let mut gathered = vec![0.0; lengths.iter().sum()];
-        collective.all_gather(&partials, &lengths, &mut gathered)?;
-        partials = gathered;
-    }
-    let subtrees = reduction.subtrees.concat();
-    if subtrees.len() == 1 {
-        return Ok(partials);
-    }
-    let mut sum = vec![0.0; plane];
-    reduction.tree.combine(&subtrees, &mut partials, &mut sum);
-    Ok(sum)
+    all: &mut [f32],
+) -> Result<(), StepError> {
+    let lengths: Vec<usize> = (0..collective.world_size()).map(|rank| reduction.n_partials(rank) * plane).collect();
+    Ok(collective.all_gather(mine, &lengths, all)?)
 }

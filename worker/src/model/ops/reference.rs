@@ -4,9 +4,9 @@
 
 use candle_core::{D, Device, Tensor};
 use lockstep_collectives::Collective;
-use lockstep_kernels::{EncodedRows, RopeStyle, dequantize};
+use lockstep_kernels::{AttentionRow, EncodedRows, RopeStyle, dequantize};
 
-use super::{AttentionShape, Backend, KvShape, cpu::reduce};
+use super::{AttentionShape, Backend, KvShape, cpu::gather};
 use crate::model::{OpError, StepError, batch::Batch, shard::Reduction};
 
 /// Candle on one device.
@@ -89,10 +89,32 @@ impl ReferenceBackend {
         };
         Ok((table(f64::cos)?, table(f64::sin)?))
     }
+
+    /// Rotates heads by their rows' positions: `x: [n_rows, n_heads * head_dim]`.
+    fn rope(&self, x: &Tensor, n_heads: usize, positions: &[u32]) -> Result<Tensor, OpError> {
+        let AttentionShape { head_dim, ref rope, .. } = self.shape;
+        let (n_rows, half) = (positions.len(), rope.rope_dim / 2);
+        let (cos, sin) = self.angles(positions)?;
+        let heads = x.reshape((n_rows, n_heads, head_dim))?;
+        let rotated = heads.narrow(2, 0, rope.rope_dim)?;
+        let (pairs, pair_dim) = match rope.style {
+            RopeStyle::Adjacent => (rotated.reshape((n_rows, n_heads, half, 2))?, 3),
+            RopeStyle::Halves => (rotated.reshape((n_rows, n_heads, 2, half))?, 2),
+        };
+        let a = pairs.narrow(pair_dim, 0, 1)?.squeeze(pair_dim)?; // [n_rows, n_heads, half]
+        let b = pairs.narrow(pair_dim, 1, 1)?.squeeze(pair_dim)?;
+        let new_a = (a.broadcast_mul(&cos)? - b.broadcast_mul(&sin)?)?;
+        let new_b = (b.broadcast_mul(&cos)? + a.broadcast_mul(&sin)?)?;
+        let rotated = Tensor::stack(&[new_a, new_b], pair_dim)?.reshape((n_rows, n_heads, rope.rope_dim))?;
+        let rest = heads.narrow(2, rope.rope_dim, head_dim - rope.rope_dim)?;
+        Ok(Tensor::cat(&[rotated, rest], 2)?.reshape((n_rows, n_heads * head_dim))?)
+    }
 }
 
 impl Backend for ReferenceBackend {
     type Tensor = Tensor;
+    type Input = Tensor;
+    type Terms = Tensor; // added up
     type Matrix = ReferenceMatrix;
     type Kv = ReferenceKv;
 
@@ -137,7 +159,16 @@ impl Backend for ReferenceBackend {
         Ok(x.flatten_all()?.to_vec1()?)
     }
 
-    fn rms_norm(&mut self, x: &Tensor, weight: &Tensor, eps: f32) -> Result<Tensor, OpError> {
+    fn rms_norm(
+        &mut self,
+        x: &mut Tensor,
+        terms: Option<Tensor>,
+        weight: &Tensor,
+        eps: f32,
+    ) -> Result<Tensor, OpError> {
+        if let Some(terms) = terms {
+            *x = (&*x + terms)?;
+        }
         let mean_square = x.sqr()?.mean_keepdim(D::Minus1)?;
         let scale = (mean_square + f64::from(eps))?.sqrt()?.recip()?;
         Ok(x.broadcast_mul(&scale)?.broadcast_mul(weight)?)
@@ -163,46 +194,31 @@ impl Backend for ReferenceBackend {
         let partials: Vec<Tensor> = partials.collect::<candle_core::Result<_>>().map_err(OpError::from)?;
         let (n_rows, n_out) = (x.dim(0).map_err(OpError::from)?, weight.weight.dim(0).map_err(OpError::from)?);
         let stacked = Tensor::stack(&partials, 0).map_err(OpError::from)?;
-        let sum = reduce(self.download(stacked)?, n_rows * n_out, reduction, collective)?;
+        let (mine, plane) = (self.download(stacked)?, n_rows * n_out);
+        let mut planes = vec![0.0; reduction.order.n_planes() * plane];
+        gather(&mine, plane, reduction, collective, &mut planes)?;
+        let mut sum = vec![0.0; plane];
+        reduction.order.add(&planes, &mut sum);
         Ok(self.upload(sum, n_out)?)
     }
 
-    fn add(&mut self, acc: &mut Tensor, x: &Tensor) -> Result<(), OpError> {
-        *acc = (&*acc + x)?;
-        Ok(())
-    }
-
-    fn rope(&mut self, x: &mut Tensor, n_heads: usize, positions: &[u32]) -> Result<(), OpError> {
-        let AttentionShape { head_dim, ref rope, .. } = self.shape;
-        let (n_rows, half) = (positions.len(), rope.rope_dim / 2);
-        let (cos, sin) = self.angles(positions)?;
-        let heads = x.reshape((n_rows, n_heads, head_dim))?;
-        let rotated = heads.narrow(2, 0, rope.rope_dim)?;
-        let (pairs, pair_dim) = match rope.style {
-            RopeStyle::Adjacent => (rotated.reshape((n_rows, n_heads, half, 2))?, 3),
-            RopeStyle::Halves => (rotated.reshape((n_rows, n_heads, 2, half))?, 2),
-        };
-        let a = pairs.narrow(pair_dim, 0, 1)?.squeeze(pair_dim)?; // [n_rows, n_heads, half]
-        let b = pairs.narrow(pair_dim, 1, 1)?.squeeze(pair_dim)?;
-        let new_a = (a.broadcast_mul(&cos)? - b.broadcast_mul(&sin)?)?;
-        let new_b = (b.broadcast_mul(&cos)? + a.broadcast_mul(&sin)?)?;
-        let rotated = Tensor::stack(&[new_a, new_b], pair_dim)?.reshape((n_rows, n_heads, rope.rope_dim))?;
-        let rest = heads.narrow(2, rope.rope_dim, head_dim - rope.rope_dim)?;
-        *x = Tensor::cat(&[rotated, rest], 2)?.reshape((n_rows, n_heads * head_dim))?;
-        Ok(())
+    fn gated(&mut self, gate: &ReferenceMatrix, up: &ReferenceMatrix, x: &Tensor) -> Result<Tensor, OpError> {
+        let [gate, up] = self.matmul([gate, up], x)?;
+        Ok((gate.silu()? * up)?)
     }
 
     fn write_kv(
         &mut self,
         kv: &mut ReferenceKv,
         layer: usize,
-        slots: &[u32],
+        batch: &Batch,
         k: &Tensor,
         v: &Tensor,
     ) -> Result<(), OpError> {
         let AttentionShape { n_kv_heads, head_dim, .. } = self.shape;
+        let k = self.rope(k, n_kv_heads, &batch.positions)?;
         let (keys, values) = &kv.layers[layer];
-        for (row, &slot) in slots.iter().enumerate() {
+        for (row, &slot) in batch.slots.iter().enumerate() {
             let shape = (1, n_kv_heads, head_dim);
             keys.slice_set(&k.narrow(0, row, 1)?.reshape(shape)?.contiguous()?, 0, slot as usize)?;
             values.slice_set(&v.narrow(0, row, 1)?.reshape(shape)?.contiguous()?, 0, slot as usize)?;
@@ -210,18 +226,23 @@ impl Backend for ReferenceBackend {
         Ok(())
     }
 
-    fn attention(&mut self, q: &Tensor, kv: &ReferenceKv, layer: usize, batch: &Batch) -> Result<Tensor, OpError> {
+    fn attention(
+        &mut self,
+        q: Tensor,
+        kv: &ReferenceKv,
+        layer: usize,
+        rows: &[AttentionRow],
+        block_tables: &[Vec<u32>],
+    ) -> Result<Tensor, OpError> {
         let AttentionShape { n_heads, head_dim, .. } = self.shape;
-        let rows = batch.attention.iter().enumerate().map(|(i, row)| {
+        let positions: Vec<u32> = rows.iter().map(|row| row.position).collect();
+        let q = self.rope(&q, n_heads, &positions)?;
+        let rows = rows.iter().enumerate().map(|(i, row)| {
             let q = q.narrow(0, i, 1)?.reshape((n_heads, 1, head_dim))?;
-            let table = &batch.block_tables[row.table];
+            let table = &block_tables[row.table];
             Ok(self.attend(&q, kv, layer, table, row.position)?.reshape((1, n_heads * head_dim))?)
         });
         Ok(Tensor::cat(&rows.collect::<Result<Vec<_>, OpError>>()?, 0)?)
-    }
-
-    fn silu_mul(&mut self, gate: Tensor, up: &Tensor) -> Result<Tensor, OpError> {
-        Ok((gate.silu()? * up)?)
     }
 
     fn select_rows(&mut self, x: Tensor, rows: &[u32]) -> Result<Tensor, OpError> {
