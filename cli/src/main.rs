@@ -4,7 +4,8 @@
 //!
 //! * [`up`] runs a cluster in the foreground; [`status`] asks one how it is.
 //! * [`chat`] and [`generate`] talk to it: [`target`] finds it, [`sampling`] reads `--set`, [`events`] prints a stream.
-//! * [`bench`] measures it; [`worker`] hands `inspect`, `doctor` and `bench engine` to the worker's own program.
+//! * [`bench`] measures it; [`worker`] hands `inspect`, `make-model`, `doctor` and `bench engine` to
+//!   the worker's own program.
 //! * [`failure`] is the one way in which any of them fails.
 //!
 //! # Exit status
@@ -49,6 +50,8 @@ enum Command {
     Status(target::Target),
     /// Show a model's architecture, tensors and memory for each rank
     Inspect(worker::Arguments),
+    /// Write a model of random weights in a real model's shape, to measure an engine with
+    MakeModel(worker::Arguments),
     /// Show what this machine offers and what Lockstep will make of it
     Doctor(worker::Arguments),
     /// Measure the engine alone or a running cluster
@@ -82,6 +85,7 @@ fn run(command: Command) -> Done {
         Command::Generate(options) => runtime.block_on(generate::run(options)),
         Command::Status(target) => runtime.block_on(status::run(&target)),
         Command::Inspect(arguments) => worker::run("inspect", &arguments),
+        Command::MakeModel(arguments) => worker::run("make-model", &arguments),
         Command::Doctor(arguments) => worker::doctor(&arguments),
         Command::Bench(bench::Command::Engine(arguments)) => worker::run_in(&["bench", "engine"], &arguments),
         Command::Bench(bench::Command::Serve(options)) => runtime.block_on(bench::serve(options)),

@@ -4,30 +4,26 @@
 //! keep their size from layer to layer, attention is neither flat nor stuck, and logits spread over several units:
 //! a test that compares the likeliest ids then compares something.
 
-mod gguf;
 mod quantize;
-mod vocabulary;
 
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
-use lockstep_checkpoint::Encoding;
+use lockstep_checkpoint::{Encoding, GgufHeader};
+use lockstep_worker::make_model::{
+    llama::{LlamaShape, LlamaTensor, Part},
+    vocabulary::Vocabulary,
+};
 use rand::RngExt;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::SeedableRng;
 
-use self::gguf::Gguf;
 pub use self::quantize::quantize;
-use self::vocabulary::Vocabulary;
 
 /// The chat template of the demo model's family: each turn between `<|im_start|>` and `<|im_end|>`.
 pub const CHATML: &str = "{% for message in messages %}\
     {{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}\
     {% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}";
-
-/// Standard deviation of the logits, roughly. At 3 the likeliest of a few hundred ids has a probability around one
-/// half, as in text.
-const LOGIT_SPREAD: f32 = 3.0;
 
 /// What to write. Take [`TinyModel::default`] and change what matters to the test.
 #[derive(Clone, Debug, PartialEq)]
@@ -66,7 +62,7 @@ pub struct TinyModel {
     pub chat_template: Option<String>,
 }
 
-/// Draws matrices from one stream of random numbers.
+/// Draws tensors from one stream of random numbers.
 struct Weights {
     rng: ChaCha8Rng,
 }
@@ -116,10 +112,54 @@ impl TinyModel {
     /// If the description contradicts itself.
     pub fn bytes(&self) -> Result<Vec<u8>> {
         self.check()?;
-        let mut gguf = Gguf::default();
-        self.write_metadata(&mut gguf);
-        self.write_tensors(&mut gguf);
-        Ok(gguf.into_bytes())
+        let shape = self.shape();
+        let mut header = GgufHeader::default();
+        header.string("general.name", "Lockstep tiny model");
+        shape.write_metadata(&mut header);
+        Vocabulary::new(self.vocab_size).write(&mut header);
+        if let Some(template) = &self.chat_template {
+            header.string("tokenizer.chat_template", template);
+        }
+        let tensors = shape.tensors();
+        for tensor in &tensors {
+            header.tensor(&tensor.name, &tensor.shape, self.encoding_of(tensor));
+        }
+        if let Some(factors) = &self.rope_factors {
+            header.tensor("rope_freqs.weight", &[factors.len()], Encoding::F32);
+        }
+        let mut data = header.write(Vec::new())?;
+        let mut weights = Weights { rng: ChaCha8Rng::seed_from_u64(self.seed) };
+        for tensor in &tensors {
+            data.write(&quantize(self.encoding_of(tensor), &weights.draw(tensor)))?;
+        }
+        if let Some(factors) = &self.rope_factors {
+            data.write(&quantize(Encoding::F32, factors))?;
+        }
+        Ok(data.finish()?)
+    }
+
+    fn shape(&self) -> LlamaShape {
+        LlamaShape {
+            n_layers: self.n_layers,
+            hidden_dim: self.hidden_dim,
+            ffn_dim: self.ffn_dim,
+            n_heads: self.n_heads,
+            n_kv_heads: self.n_kv_heads,
+            head_dim: self.head_dim,
+            rope_dim: self.rope_dim,
+            vocab_size: self.vocab_size,
+            tied: self.tied,
+            rope_base: self.rope_base,
+            context_length: self.context_length,
+        }
+    }
+
+    fn encoding_of(&self, tensor: &LlamaTensor) -> Encoding {
+        match tensor.part {
+            Part::Norm => Encoding::F32,
+            Part::Embedding | Part::Output => self.embedding_encoding,
+            _ => self.encoding,
+        }
     }
 
     fn check(&self) -> Result<()> {
@@ -154,88 +194,20 @@ impl TinyModel {
         }
         Ok(())
     }
-
-    fn write_metadata(&self, gguf: &mut Gguf) {
-        gguf.string("general.architecture", "llama");
-        gguf.string("general.name", "Lockstep tiny model");
-        for (key, value) in [
-            ("llama.block_count", self.n_layers),
-            ("llama.context_length", self.context_length),
-            ("llama.embedding_length", self.hidden_dim),
-            ("llama.feed_forward_length", self.ffn_dim),
-            ("llama.attention.head_count", self.n_heads),
-            ("llama.attention.head_count_kv", self.n_kv_heads),
-            ("llama.attention.key_length", self.head_dim),
-            ("llama.attention.value_length", self.head_dim),
-            ("llama.rope.dimension_count", self.rope_dim),
-            ("llama.vocab_size", self.vocab_size),
-        ] {
-            gguf.u32(key, value as u32);
-        }
-        gguf.f32("llama.rope.freq_base", self.rope_base);
-        gguf.f32("llama.attention.layer_norm_rms_epsilon", 1e-5);
-        Vocabulary::new(self.vocab_size).write(gguf);
-        if let Some(template) = &self.chat_template {
-            gguf.string("tokenizer.chat_template", template);
-        }
-    }
-
-    fn write_tensors(&self, gguf: &mut Gguf) {
-        let mut weights = Weights { rng: ChaCha8Rng::seed_from_u64(self.seed) };
-        let TinyModel { hidden_dim, ffn_dim, vocab_size, encoding, embedding_encoding, .. } = *self;
-        let (q_dim, kv_dim) = (self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim);
-
-        let table = weights.matrix(vocab_size, hidden_dim, LOGIT_SPREAD);
-        gguf.tensor("token_embd.weight", &[vocab_size, hidden_dim], embedding_encoding, &table);
-        for layer in 0..self.n_layers {
-            let norm = |name: &str, gguf: &mut Gguf, weights: &mut Weights| {
-                gguf.tensor(
-                    &format!("blk.{layer}.{name}.weight"),
-                    &[hidden_dim],
-                    Encoding::F32,
-                    &weights.norm(hidden_dim),
-                );
-            };
-            let matrix = |name: &str, n_out: usize, n_in: usize, gguf: &mut Gguf, weights: &mut Weights| {
-                // Queries and keys a little larger than the rest, so that attention has favourites.
-                let gain = if matches!(name, "attn_q" | "attn_k") { 1.5 } else { 1.0 };
-                let values = weights.matrix(n_out, n_in, gain);
-                gguf.tensor(&format!("blk.{layer}.{name}.weight"), &[n_out, n_in], encoding, &values);
-            };
-            norm("attn_norm", gguf, &mut weights);
-            matrix("attn_q", q_dim, hidden_dim, gguf, &mut weights);
-            matrix("attn_k", kv_dim, hidden_dim, gguf, &mut weights);
-            matrix("attn_v", kv_dim, hidden_dim, gguf, &mut weights);
-            matrix("attn_output", hidden_dim, q_dim, gguf, &mut weights);
-            norm("ffn_norm", gguf, &mut weights);
-            matrix("ffn_gate", ffn_dim, hidden_dim, gguf, &mut weights);
-            matrix("ffn_up", ffn_dim, hidden_dim, gguf, &mut weights);
-            matrix("ffn_down", hidden_dim, ffn_dim, gguf, &mut weights);
-        }
-        gguf.tensor("output_norm.weight", &[hidden_dim], Encoding::F32, &weights.norm(hidden_dim));
-        if !self.tied {
-            let output = weights.matrix(vocab_size, hidden_dim, LOGIT_SPREAD);
-            gguf.tensor("output.weight", &[vocab_size, hidden_dim], embedding_encoding, &output);
-        }
-        if let Some(factors) = &self.rope_factors {
-            gguf.tensor("rope_freqs.weight", &[factors.len()], Encoding::F32, factors);
-        }
-    }
 }
 
 // === impl Weights ===
 
 impl Weights {
-    /// `[n_out, n_in]` uniform numbers that map inputs of standard deviation 1 to outputs of `gain`.
-    fn matrix(&mut self, n_out: usize, n_in: usize, gain: f32) -> Vec<f32> {
+    /// Uniform numbers: a matrix's around 0, a norm's around 1, so that forgetting them shows.
+    fn draw(&mut self, tensor: &LlamaTensor) -> Vec<f32> {
+        let n_values = tensor.shape.iter().product();
+        if tensor.part == Part::Norm {
+            return (0..n_values).map(|_| self.rng.random_range(0.8..1.2)).collect();
+        }
         // A uniform distribution on [-a, a] has the standard deviation a / sqrt(3).
-        let bound = gain * (3.0 / n_in as f32).sqrt();
-        (0..n_out * n_in).map(|_| self.rng.random_range(-bound..bound)).collect()
-    }
-
-    /// Weights of a norm: around 1, so that forgetting them shows.
-    fn norm(&mut self, width: usize) -> Vec<f32> {
-        (0..width).map(|_| self.rng.random_range(0.8..1.2)).collect()
+        let bound = tensor.part.deviation(tensor.n_cols()) * 3f32.sqrt();
+        (0..n_values).map(|_| self.rng.random_range(-bound..bound)).collect()
     }
 }
 

@@ -1,9 +1,14 @@
-//! `lockstep inspect` and `lockstep bench engine`, which the worker's program carries out: what they refuse, and how.
+//! `lockstep inspect`, `make-model` and `bench engine`, which the worker's program carries out: what they do with a made
+//! model, what they refuse, and how.
 
 use std::process::Command;
 
-use anyhow::Result;
-use lockstep_tests::cluster::{binary, demo_model};
+use anyhow::{Result, ensure};
+use lockstep_checkpoint::Checkpoint;
+use lockstep_tests::{
+    cluster::{binary, demo_model},
+    oracle,
+};
 
 /// Runs a command that is to fail, and expects its status and one line that holds all of these.
 fn check_refused(args: &[&str], status: i32, parts: &[&str]) -> Result<()> {
@@ -17,10 +22,40 @@ fn check_refused(args: &[&str], status: i32, parts: &[&str]) -> Result<()> {
     Ok(())
 }
 
+/// Runs a command that is to succeed: what it prints.
+fn output(args: &[&str]) -> Result<String> {
+    let output = Command::new(binary("lockstep")?).args(args).output()?;
+    ensure!(output.status.success(), "{args:?}: {}", String::from_utf8_lossy(&output.stderr));
+    Ok(String::from_utf8(output.stdout)?)
+}
+
+#[test]
+fn a_made_model_is_one_like_any_other() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    for encoding in ["q4_0", "q4_1", "q8_0", "q4_k_m", "q6_k", "f16"] {
+        let path = folder.path().join(format!("{encoding}.gguf"));
+        let model = path.display().to_string();
+        output(&["make-model", "--shape", "tiny", "--encoding", encoding, &model])?;
+        let description = output(&["inspect", &model, "--world-size", "2"])?;
+        assert!(description.contains("layers        2 of hidden 256"), "{description}");
+        let bench = ["bench", "engine", &model, "--prompt", "32", "--generate", "8", "--repeat", "1", "--json"];
+        let report: serde_json::Value = serde_json::from_str(&output(&bench)?)?;
+        assert!(report["decode_tokens_per_s"].as_f64().is_some_and(|rate| rate > 0.0), "{report}");
+
+        let ids: Vec<u32> = (0..24).map(|i| 3 + i * 13 % 500).collect();
+        let logits = oracle::logits(&Checkpoint::open(&path)?, &ids)?.concat();
+        let mean = logits.iter().sum::<f64>() / logits.len() as f64;
+        let deviation = (logits.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / logits.len() as f64).sqrt();
+        assert!((1.5..6.0).contains(&deviation), "{encoding}: logits with a standard deviation of {deviation}");
+    }
+    Ok(())
+}
+
 #[test]
 fn a_wrong_command_line_has_the_status_of_wrong_usage() -> Result<()> {
     check_refused(&["inspect"], 64, &["required arguments"])?;
     check_refused(&["inspect", "m.gguf", "--ranks", "2"], 64, &["--ranks"])?;
+    check_refused(&["make-model", "--shape", "llama-9"], 64, &["llama-9"])?;
     check_refused(&["bench", "engine"], 64, &["required arguments"])
 }
 
@@ -30,5 +65,11 @@ fn a_model_that_cannot_be_used_is_named_with_the_reason() -> Result<()> {
     let impossible = [model.as_str(), "world size 4 is not possible", "1 to 3 ranks"];
     check_refused(&["inspect", &model, "--world-size", "4"], 1, &impossible)?;
     check_refused(&["bench", "engine", &model, "--world-size", "4", "--threads", "4"], 1, &impossible)?;
-    check_refused(&["inspect", "/nonexistent/m.gguf"], 1, &["/nonexistent/m.gguf", "No such file"])
+    check_refused(&["inspect", "/nonexistent/m.gguf"], 1, &["/nonexistent/m.gguf", "No such file"])?;
+    check_refused(&["make-model", "--shape", "tiny", &model], 1, &[&model, "is there already", "--force"])?;
+    check_refused(
+        &["make-model", "--shape", "tiny", "/nonexistent/m.gguf"],
+        1,
+        &["/nonexistent/m.gguf", "No such file"],
+    )
 }

@@ -8,7 +8,7 @@
 //! * [`engine`]: the step loop; [`scheduler`] decides what a step computes, over the blocks of [`kv`].
 //! * [`model_runner`]: a step plan to logits, through the layers of [`model`]; [`sampler`]: logits to token ids.
 //! * [`group`]: how ranks find each other, attest, and notice death.
-//! * [`bench`], [`inspect`], [`doctor`]: the other things that the program does; [`local_group`]: ranks as threads.
+//! * [`bench`], [`inspect`], [`make_model`], [`doctor`]: the other things that the program does; [`local_group`]: ranks as threads.
 
 #![forbid(unsafe_code)]
 
@@ -20,6 +20,7 @@ pub mod group;
 pub mod inspect;
 pub mod kv;
 pub mod local_group;
+pub mod make_model;
 pub mod model;
 pub mod model_runner;
 pub mod request;

@@ -7,7 +7,12 @@ use std::{ffi::OsString, process::ExitCode};
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 use lockstep_proto::config::{self, ConfigError};
-use lockstep_worker::{bench::EngineBench, config::WorkerConfig, doctor, inspect::Inspect, serve};
+use lockstep_worker::{
+    bench::EngineBench, config::WorkerConfig, doctor, inspect::Inspect, make_model::MakeModel, serve,
+};
+
+/// The words that name a [`Tool`].
+const TOOLS: [&str; 4] = ["inspect", "make-model", "bench", "doctor"];
 
 /// Further things that the program does; without one of these words it serves.
 #[derive(Debug, Parser)]
@@ -15,6 +20,8 @@ use lockstep_worker::{bench::EngineBench, config::WorkerConfig, doctor, inspect:
 enum Tool {
     /// Describe a model file, and what each rank of a group would hold of it
     Inspect(Inspect),
+    /// Write a model of random weights in a real model's shape, to measure an engine with
+    MakeModel(MakeModel),
     /// Measure this machine
     #[command(subcommand)]
     Bench(Bench),
@@ -30,7 +37,7 @@ enum Bench {
 
 fn main() -> ExitCode {
     let args: Vec<OsString> = std::env::args_os().collect();
-    let is_tool = args.get(1).is_some_and(|word| ["inspect", "bench", "doctor"].iter().any(|tool| word == tool));
+    let is_tool = args.get(1).is_some_and(|word| TOOLS.iter().any(|tool| word == tool));
     let result = match is_tool.then(|| Tool::try_parse_from(&args)) {
         Some(Ok(tool)) => run_tool(tool),
         Some(Err(error)) => {
@@ -52,6 +59,7 @@ fn main() -> ExitCode {
 fn run_tool(tool: Tool) -> Result<()> {
     match tool {
         Tool::Inspect(inspect) => inspect.run(),
+        Tool::MakeModel(make) => make.run(),
         Tool::Bench(Bench::Engine(bench)) => bench.run(),
         Tool::Doctor => {
             doctor::run();

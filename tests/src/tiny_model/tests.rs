@@ -90,7 +90,7 @@ fn contradictions_are_refused_by_name() {
     check(TinyModel { n_heads: 9, ..model.clone() }, "9 query heads cannot share 8 KV heads");
     check(TinyModel { n_kv_heads: 0, ..model.clone() }, "16 query heads cannot share 0 KV heads");
     check(TinyModel { rope_dim: 64, ..model.clone() }, "64 rotating dimensions in heads of 32");
-    check(TinyModel { vocab_size: 258, ..model.clone() }, "a vocabulary of 258 ids is not within 259..=18537");
+    check(TinyModel { vocab_size: 258, ..model.clone() }, "a vocabulary of 258 ids is not within 259..=475513");
     check(TinyModel { rope_factors: Some(vec![1.0]), ..model.clone() }, "1 factors for 32 rotating dimensions");
     check(TinyModel { ffn_dim: 96, encoding: Encoding::Q6K, ..model }, "rows of 96 values are not whole Q6_K blocks");
 }

@@ -96,6 +96,25 @@ impl Encoding {
         (n_cols / self.block_len()).checked_mul(self.block_bytes())
     }
 
+    /// GGML's type number (`enum ggml_type`), by which GGUF files name it.
+    pub(crate) const fn ggml_type(self) -> u32 {
+        match self {
+            Encoding::F32 => 0,
+            Encoding::F16 => 1,
+            Encoding::Q4_0 => 2,
+            Encoding::Q4_1 => 3,
+            Encoding::Q5_0 => 6,
+            Encoding::Q5_1 => 7,
+            Encoding::Q8_0 => 8,
+            Encoding::Q2K => 10,
+            Encoding::Q3K => 11,
+            Encoding::Q4K => 12,
+            Encoding::Q5K => 13,
+            Encoding::Q6K => 14,
+            Encoding::BF16 => 30,
+        }
+    }
+
     /// GGML's name, as users know it from file names.
     pub const fn name(self) -> &'static str {
         match self {

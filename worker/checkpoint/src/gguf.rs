@@ -11,6 +11,7 @@
 
 mod reader;
 mod values;
+pub(crate) mod writer;
 
 use std::ops::Range;
 
@@ -160,25 +161,12 @@ fn read_dimensions(reader: &mut Reader<'_>) -> Result<Vec<u64>, FormatError> {
     }
 }
 
-/// Reads a type number of GGML (`enum ggml_type`).
+/// Reads a type number of GGML.
 fn read_encoding(reader: &mut Reader<'_>) -> Result<Encoding, FormatError> {
     let offset = reader.offset();
-    Ok(match reader.number(u32::from_le_bytes)? {
-        0 => Encoding::F32,
-        1 => Encoding::F16,
-        2 => Encoding::Q4_0,
-        3 => Encoding::Q4_1,
-        6 => Encoding::Q5_0,
-        7 => Encoding::Q5_1,
-        8 => Encoding::Q8_0,
-        10 => Encoding::Q2K,
-        11 => Encoding::Q3K,
-        12 => Encoding::Q4K,
-        13 => Encoding::Q5K,
-        14 => Encoding::Q6K,
-        30 => Encoding::BF16,
-        found => return Err(reader.error(offset, Fault::TensorType { found })),
-    })
+    let found = reader.number(u32::from_le_bytes)?;
+    let encoding = Encoding::ALL.into_iter().find(|encoding| encoding.ggml_type() == found);
+    encoding.ok_or_else(|| reader.error(offset, Fault::TensorType { found }))
 }
 
 /// The shape, outermost first, and the size in bytes of a tensor of these dimensions (innermost first).

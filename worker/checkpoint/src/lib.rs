@@ -9,7 +9,7 @@
 //! - `checkpoint`: the opened file, the only way in.
 //! - `mmap`: the file as bytes; the crate's only `unsafe`.
 //! - `gguf`: the GGUF container; its `gguf::parse` turns bytes into a `Contents`. Another container joins by
-//!   giving the same `Contents` and one more arm in `checkpoint`.
+//!   giving the same `Contents` and one more arm in `checkpoint`. [`GgufHeader`] writes such files.
 //! - `metadata`, `tensor`, `encoding`: what a container contains.
 //! - `error`: everything that can be wrong with a file, in one line each.
 
@@ -24,5 +24,6 @@ mod tensor;
 pub use checkpoint::Checkpoint;
 pub use encoding::Encoding;
 pub use error::{CheckpointError, Fault, FormatError};
+pub use gguf::writer::{GgufData, GgufHeader};
 pub use metadata::{Array, Metadata, Value};
 pub use tensor::Tensor;

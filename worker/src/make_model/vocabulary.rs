@@ -4,11 +4,11 @@
 //! ids  0..3  control tokens, as in SmolLM2    3..259  the bytes    259..  one token a merge
 //! ```
 //!
-//! The merges are a space with each letter, then every pair of letters, then every pair with a third letter, until the
-//! vocabulary is full. So any text can be encoded, merges chain, and most ids decode to readable ASCII while single
+//! The merges are a space with each letter, then every pair of letters, then every pair with a third letter, every three
+//! with a fourth, until the vocabulary is full. So any text can be encoded, merges chain, and most ids decode to readable ASCII while single
 //! bytes can still split a character.
 
-use super::gguf::Gguf;
+use lockstep_checkpoint::GgufHeader;
 
 /// Kinds in `tokenizer.ggml.token_type`.
 const NORMAL: i32 = 1;
@@ -20,7 +20,8 @@ const IM_START: u32 = 1;
 const IM_END: u32 = 2;
 
 /// Tokens by id, and the merges that make the last of them.
-pub(super) struct Vocabulary {
+#[derive(Debug)]
+pub struct Vocabulary {
     tokens: Vec<String>,
     merges: Vec<String>,
 }
@@ -29,40 +30,49 @@ pub(super) struct Vocabulary {
 
 impl Vocabulary {
     /// Control tokens and bytes, no merges.
-    pub(super) const SIZE_MIN: usize = CONTROL_TOKENS.len() + 256;
-    /// All merges: a space with a letter, two letters, three.
-    pub(super) const SIZE_MAX: usize = Self::SIZE_MIN + 26 + 26 * 26 + 26 * 26 * 26;
+    pub const SIZE_MIN: usize = CONTROL_TOKENS.len() + 256;
+    /// All merges: a space with a letter, two letters, three, four.
+    pub const SIZE_MAX: usize = Self::SIZE_MIN + 26 + 26 * 26 + 26 * 26 * 26 + 26 * 26 * 26 * 26;
 
     /// A vocabulary of `size` tokens, within `SIZE_MIN..=SIZE_MAX`.
-    pub(super) fn new(size: usize) -> Self {
+    ///
+    /// # Panics
+    /// If it is smaller than that.
+    pub fn new(size: usize) -> Self {
         let mut tokens: Vec<String> = CONTROL_TOKENS.map(str::to_owned).to_vec();
         tokens.extend((0..=u8::MAX).map(|byte| byte_char(byte).to_string()));
         let space = byte_char(b' ');
         let singles = || letters().map(|letter| letter.to_string());
         let pairs = || singles().flat_map(with_each_letter);
+        let triples = || pairs().flat_map(with_each_letter);
         let merges: Vec<(String, char)> = letters()
             .map(|letter| (space.to_string(), letter))
-            .chain(singles().flat_map(|prefix| letters().map(move |letter| (prefix.clone(), letter))))
-            .chain(pairs().flat_map(|prefix| letters().map(move |letter| (prefix.clone(), letter))))
+            .chain(
+                singles()
+                    .chain(pairs())
+                    .chain(triples())
+                    .flat_map(|prefix| letters().map(move |letter| (prefix.clone(), letter))),
+            )
             .take(size - tokens.len())
             .collect();
         tokens.extend(merges.iter().map(|(prefix, letter)| format!("{prefix}{letter}")));
         Vocabulary { tokens, merges: merges.iter().map(|(prefix, letter)| format!("{prefix} {letter}")).collect() }
     }
 
-    pub(super) fn write(&self, gguf: &mut Gguf) {
+    /// Adds the vocabulary.
+    pub fn write(&self, header: &mut GgufHeader) {
         let kind = |id: usize| if id < CONTROL_TOKENS.len() { CONTROL } else { NORMAL };
-        gguf.string("tokenizer.ggml.model", "gpt2");
-        gguf.string("tokenizer.ggml.pre", "smollm");
-        gguf.strings("tokenizer.ggml.tokens", self.tokens.iter().map(String::as_str));
-        gguf.i32s("tokenizer.ggml.token_type", (0..self.tokens.len()).map(kind));
-        gguf.strings("tokenizer.ggml.merges", self.merges.iter().map(String::as_str));
-        gguf.u32("tokenizer.ggml.bos_token_id", IM_START);
-        gguf.u32("tokenizer.ggml.eos_token_id", IM_END);
-        gguf.u32("tokenizer.ggml.unknown_token_id", END_OF_TEXT);
-        gguf.u32("tokenizer.ggml.padding_token_id", IM_END);
-        gguf.bool("tokenizer.ggml.add_bos_token", false);
-        gguf.bool("tokenizer.ggml.add_space_prefix", false);
+        header.string("tokenizer.ggml.model", "gpt2");
+        header.string("tokenizer.ggml.pre", "smollm");
+        header.strings("tokenizer.ggml.tokens", self.tokens.iter().map(String::as_str));
+        header.i32s("tokenizer.ggml.token_type", (0..self.tokens.len()).map(kind));
+        header.strings("tokenizer.ggml.merges", self.merges.iter().map(String::as_str));
+        header.u32("tokenizer.ggml.bos_token_id", IM_START);
+        header.u32("tokenizer.ggml.eos_token_id", IM_END);
+        header.u32("tokenizer.ggml.unknown_token_id", END_OF_TEXT);
+        header.u32("tokenizer.ggml.padding_token_id", IM_END);
+        header.bool("tokenizer.ggml.add_bos_token", false);
+        header.bool("tokenizer.ggml.add_space_prefix", false);
     }
 }
 
