@@ -12,6 +12,9 @@ use crate::metadata::Metadata;
 use crate::mmap;
 use crate::tensor::{Tensor, TensorEntry, TensorTable};
 
+/// Bytes of the file that a digest keeps in memory at a time.
+const DIGEST_PIECE_BYTES: usize = 16 << 20;
+
 /// An opened model file. Cheap to open: the header is read, weights are paged in when their bytes are touched.
 pub struct Checkpoint {
     path: PathBuf,
@@ -62,9 +65,23 @@ impl Checkpoint {
         self.contents.tensors.entries().iter().map(|entry| self.view(entry))
     }
 
+    /// Says that the tensor called `name` will hardly be read again: its pages no longer count as memory of this
+    /// process. Reading it nevertheless pages them in once more.
+    pub fn release(&self, name: &str) {
+        if let Some(entry) = self.contents.tensors.find(name) {
+            mmap::release(&self.map, entry.range.clone());
+        }
+    }
+
     /// SHA-256 of the whole file. Reads all of it at each call: keep the result.
     pub fn digest(&self) -> [u8; 32] {
-        Sha256::digest(&self.map[..]).into()
+        let mut digest = Sha256::new();
+        for (piece_idx, piece) in self.map.chunks(DIGEST_PIECE_BYTES).enumerate() {
+            digest.update(piece);
+            let start = piece_idx * DIGEST_PIECE_BYTES;
+            mmap::release(&self.map, start..start + piece.len());
+        }
+        digest.finalize().into()
     }
 
     /// The path that [`Checkpoint::open`] was given.

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use lockstep_checkpoint::{Checkpoint, CheckpointError, Encoding};
+use lockstep_checkpoint::{Checkpoint, CheckpointError, Encoding, GgufHeader};
 
 fn demo_model() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../models/SmolLM2-135M-Instruct.Q4_1.gguf")
@@ -35,6 +35,39 @@ fn a_missing_tensor_is_named() {
     assert!(checkpoint.find("output.weight").is_none());
     let error = checkpoint.tensor("output.weight").unwrap_err().to_string();
     assert!(error.ends_with("SmolLM2-135M-Instruct.Q4_1.gguf has no tensor \"output.weight\""), "{error}");
+}
+
+/// Memory of this process that holds bytes of the file. Unit: KiB.
+#[cfg(target_os = "linux")]
+fn resident_kib(file: &Path) -> u64 {
+    let maps = std::fs::read_to_string("/proc/self/smaps").expect("Linux has it");
+    let file = file.display().to_string();
+    let mut lines = maps.lines().skip_while(|line| !line.ends_with(&file));
+    let line = lines.find(|line| line.starts_with("Rss:")).expect("the file is mapped");
+    line.split_whitespace().nth(1).and_then(|kib| kib.parse().ok()).expect("a number of KiB")
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn what_is_let_go_leaves_memory_and_can_be_read_again() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().canonicalize().unwrap().join("model.gguf");
+    let mut header = GgufHeader::default();
+    header.tensor("large", &[1 << 20], Encoding::F32);
+    let mut data = header.write(Vec::new()).unwrap();
+    data.write(&[7; 4 << 20]).unwrap();
+    std::fs::write(&path, data.finish().unwrap()).unwrap();
+
+    let checkpoint = Checkpoint::open(&path).unwrap();
+    let is_whole = || checkpoint.tensor("large").unwrap().bytes.iter().all(|byte| *byte == 7);
+    assert!(is_whole());
+    assert!(resident_kib(&path) >= 4 << 10);
+    checkpoint.release("large");
+    assert_eq!(resident_kib(&path), 0);
+    assert!(is_whole());
+    let digest = checkpoint.digest();
+    assert_eq!(resident_kib(&path), 0);
+    assert_eq!(digest, checkpoint.digest());
 }
 
 /// Opens what must be refused; the message names the path and says why.

@@ -18,18 +18,24 @@
 //! **Floats** (F32, F16, BF16): rows as they lie in the file, any number of columns.
 
 use std::ops::Range;
+use std::sync::{Mutex, PoisonError};
+use std::thread;
 
 use half::f16;
 use lockstep_checkpoint::Encoding;
 
+use crate::memory::Pieces;
 use crate::quant::{self, Block, Format};
 use crate::segments::SegmentPlan;
-use crate::{EncodedRows, KernelError, memory};
+use crate::{EncodedRows, KernelError};
 
 /// Outputs in a panel, and f32 lanes in a vector.
 pub(crate) const PANEL: usize = 16;
 /// Inputs that share one activation scale.
 pub(crate) const BLOCK: usize = 32;
+
+/// Encoded bytes that a thread should have to pack at least, so that they outweigh its start.
+const BYTES_PER_PACKING_THREAD: usize = 1 << 20;
 
 /// 64 bytes that start on a cache line: 16 outputs times 4 inputs.
 #[derive(Clone, Copy, Debug)]
@@ -80,6 +86,15 @@ pub(crate) struct Integers {
     pub(crate) groups_per_scale: usize,
 }
 
+/// One panel's part of each array of [`Integers`].
+struct Panel<'a> {
+    codes: &'a mut [Line],
+    scales: &'a mut [[u16; PANEL]],
+    minimums: &'a mut [[u16; PANEL]],
+    sub_scales: &'a mut [[i8; PANEL]],
+    sub_minimums: &'a mut [[i8; PANEL]],
+}
+
 // === impl PackedMatrix ===
 
 impl PackedMatrix {
@@ -99,11 +114,12 @@ impl PackedMatrix {
         }
         let format = Format::of(encoding);
         let plan = SegmentPlan::new(segments, subtrees, n_in, if format.is_some() { BLOCK } else { 1 })?;
+        let n_threads = packing_threads(source);
         let weights = match (format, encoding) {
-            (Some(format), _) => Weights::Integers(Integers::pack(source, format)),
-            (None, Encoding::F32) => Weights::Singles(pack_floats(source, f32::from_le_bytes)),
-            (None, Encoding::F16) => Weights::Halves(pack_floats(source, u16::from_le_bytes)),
-            (None, _) => Weights::Brains(pack_floats(source, u16::from_le_bytes)),
+            (Some(format), _) => Weights::Integers(Integers::pack(source, format, n_threads)),
+            (None, Encoding::F32) => Weights::Singles(pack_floats(source, f32::from_le_bytes, n_threads)),
+            (None, Encoding::F16) => Weights::Halves(pack_floats(source, u16::from_le_bytes, n_threads)),
+            (None, _) => Weights::Brains(pack_floats(source, u16::from_le_bytes, n_threads)),
         };
         Ok(Self { n_out, n_in, plan, weights })
     }
@@ -182,76 +198,77 @@ impl PackedMatrix {
     }
 }
 
-fn pack_floats<T, const BYTES: usize>(source: &EncodedRows<'_>, from_bytes: fn([u8; BYTES]) -> T) -> Vec<T> {
-    let mut values = Vec::with_capacity(source.n_rows() * source.n_cols());
-    for row_idx in 0..source.n_rows() {
-        let (words, _) = source.row(row_idx).as_chunks::<BYTES>();
-        values.extend(words.iter().map(|word| from_bytes(*word)));
-    }
-    values
+/// Threads to pack `source` with: while weights are loaded, nothing else in the process wants the processor.
+fn packing_threads(source: &EncodedRows<'_>) -> usize {
+    let n_bytes = source.n_rows() * source.row(0).len();
+    thread::available_parallelism().map_or(1, usize::from).min(n_bytes / BYTES_PER_PACKING_THREAD).max(1)
+}
+
+/// Calls `run` once for each of `items`, on `n_threads` threads.
+fn share<T: Send>(n_threads: usize, items: impl Iterator<Item = T> + Send, run: impl Fn(T) + Sync) {
+    let items = Mutex::new(items);
+    // A thread that panics does so between items, and the scope passes it on.
+    let next = || items.lock().unwrap_or_else(PoisonError::into_inner).next();
+    let run_all = || std::iter::from_fn(next).for_each(&run);
+    thread::scope(|scope| {
+        (1..n_threads).for_each(|_| _ = scope.spawn(run_all));
+        run_all();
+    });
+}
+
+fn pack_floats<T: Copy + Default + Send, const BYTES: usize>(
+    source: &EncodedRows<'_>,
+    from_bytes: fn([u8; BYTES]) -> T,
+    n_threads: usize,
+) -> Vec<T> {
+    let mut rows = Pieces::new(source.n_rows(), source.n_cols());
+    share(n_threads, rows.iter_mut().enumerate(), |(row_idx, values)| {
+        let words = source.row(row_idx).as_chunks::<BYTES>().0;
+        values.fill(T::default()).iter_mut().zip(words).for_each(|(value, word)| *value = from_bytes(*word));
+    });
+    rows.into_vec()
 }
 
 // === impl Integers ===
 
 impl Integers {
-    fn pack(source: &EncodedRows<'_>, format: Format) -> Self {
+    fn pack(source: &EncodedRows<'_>, format: Format, n_threads: usize) -> Self {
         let n_panels = source.n_rows().div_ceil(PANEL);
         let n_groups = source.n_cols() / format.group_len;
-        let block_len = source.encoding().block_len();
-        let groups_per_scale = block_len / format.group_len;
+        let groups_per_scale = source.encoding().block_len() / format.group_len;
         let n_scales = n_groups / groups_per_scale;
         let n_minimums = if format.has_minimum { n_scales } else { 0 };
         let n_sub_scales = if format.two_level { n_groups } else { 0 };
         let n_sub_minimums = if format.has_minimum { n_sub_scales } else { 0 };
-        let n_lines = source.n_cols() / BLOCK * format.lines_per_block();
-        let mut packed = Self {
+        let mut codes = Pieces::new(n_panels, source.n_cols() / BLOCK * format.lines_per_block());
+        let mut scales = Pieces::new(n_panels, n_scales);
+        let mut minimums = Pieces::new(n_panels, n_minimums);
+        let mut sub_scales = Pieces::new(n_panels, n_sub_scales);
+        let mut sub_minimums = Pieces::new(n_panels, n_sub_minimums);
+        let levels = scales.iter_mut().zip(minimums.iter_mut());
+        let sub_levels = sub_scales.iter_mut().zip(sub_minimums.iter_mut());
+        let panels = codes.iter_mut().zip(levels).zip(sub_levels).enumerate();
+        share(n_threads, panels, |(panel_idx, ((codes, (scales, minimums)), (sub_scales, sub_minimums)))| {
+            let panel = Panel {
+                codes: codes.fill(Line([0; 64])),
+                scales: scales.fill([0; PANEL]),
+                minimums: minimums.fill([0; PANEL]),
+                sub_scales: sub_scales.fill([0; PANEL]),
+                sub_minimums: sub_minimums.fill([0; PANEL]),
+            };
+            panel.pack(source, format, panel_idx * PANEL);
+        });
+        Self {
             format,
-            codes: memory::filled(Line([0; 64]), n_panels * n_lines),
-            scales: memory::filled([0; PANEL], n_panels * n_scales),
-            minimums: memory::filled([0; PANEL], n_panels * n_minimums),
-            sub_scales: memory::filled([0; PANEL], n_panels * n_sub_scales),
-            sub_minimums: memory::filled([0; PANEL], n_panels * n_sub_minimums),
+            codes: codes.into_vec(),
+            scales: scales.into_vec(),
+            minimums: minimums.into_vec(),
+            sub_scales: sub_scales.into_vec(),
+            sub_minimums: sub_minimums.into_vec(),
             n_groups,
             n_scales,
             groups_per_scale,
-        };
-        let mut block = Block::default();
-        for row_idx in 0..source.n_rows() {
-            let blocks = source.row(row_idx).chunks_exact(source.encoding().block_bytes());
-            for (block_idx, bytes) in blocks.enumerate() {
-                quant::decode(source.encoding(), bytes, &mut block);
-                packed.insert(row_idx, block_idx, &block, block_len);
-            }
         }
-        packed
-    }
-
-    /// Puts one decoded block of a row in its place.
-    fn insert(&mut self, row_idx: usize, block_idx: usize, block: &Block, block_len: usize) {
-        let (panel_idx, lane) = (row_idx / PANEL, row_idx % PANEL);
-        self.scales[panel_idx * self.n_scales + block_idx][lane] = block.scale.to_bits();
-        if self.format.has_minimum {
-            self.minimums[panel_idx * self.n_scales + block_idx][lane] = block.minimum.to_bits();
-        }
-        if self.format.two_level {
-            let first = panel_idx * self.n_groups + block_idx * self.groups_per_scale;
-            for group_idx in 0..self.groups_per_scale {
-                self.sub_scales[first + group_idx][lane] = block.sub_scales[group_idx];
-                if self.format.has_minimum {
-                    self.sub_minimums[first + group_idx][lane] = block.sub_minimums[group_idx];
-                }
-            }
-        }
-        for (part_idx, codes) in block.codes[..block_len].as_chunks::<BLOCK>().0.iter().enumerate() {
-            let lines = self.lines_mut(panel_idx, block_idx * (block_len / BLOCK) + part_idx);
-            insert_codes(lines, lane, codes);
-        }
-    }
-
-    fn lines_mut(&mut self, panel_idx: usize, part_idx: usize) -> &mut [Line] {
-        let n_lines = self.format.lines_per_block();
-        let first = (panel_idx * self.n_parts() + part_idx) * n_lines;
-        &mut self.codes[first..first + n_lines]
     }
 
     /// Runs of 32 inputs in a row.
@@ -294,6 +311,49 @@ impl Integers {
     }
 }
 
+// === impl Panel ===
+
+impl Panel<'_> {
+    /// Packs the rows from `first_row` on, as many as there are. Lanes without a row stay zero.
+    ///
+    /// All rows of a block's columns are decoded before anything is put in its place, so that lines are written once.
+    fn pack(self, source: &EncodedRows<'_>, format: Format, first_row: usize) {
+        let encoding = source.encoding();
+        let (block_len, decode) = (encoding.block_len(), quant::decoder(encoding));
+        let groups_per_block = block_len / format.group_len;
+        let rows = (first_row..source.n_rows()).take(PANEL).map(|row_idx| source.row(row_idx));
+        let mut rows: Vec<_> = rows.map(|row| row.chunks_exact(encoding.block_bytes())).collect();
+        let mut blocks: [Block; PANEL] = std::array::from_fn(|_| Block::default());
+        let parts = self.codes.chunks_exact_mut(block_len / BLOCK * format.lines_per_block());
+        for (block_idx, parts) in parts.enumerate() {
+            for (bytes, block) in rows.iter_mut().flat_map(Iterator::next).zip(&mut blocks) {
+                decode(bytes, block);
+            }
+            let lanes = || blocks[..rows.len()].iter().enumerate();
+            lanes().for_each(|(lane, block)| self.scales[block_idx][lane] = block.scale.to_bits());
+            if format.has_minimum {
+                lanes().for_each(|(lane, block)| self.minimums[block_idx][lane] = block.minimum.to_bits());
+            }
+            if format.two_level {
+                let groups = block_idx * groups_per_block..(block_idx + 1) * groups_per_block;
+                let sub_scales = &mut self.sub_scales[groups.clone()];
+                lanes().for_each(|(lane, block)| put_lane(sub_scales, lane, &block.sub_scales));
+                if format.has_minimum {
+                    let sub_minimums = &mut self.sub_minimums[groups];
+                    lanes().for_each(|(lane, block)| put_lane(sub_minimums, lane, &block.sub_minimums));
+                }
+            }
+            for (part_idx, lines) in parts.chunks_exact_mut(format.lines_per_block()).enumerate() {
+                put_codes(lines, &blocks, part_idx);
+            }
+        }
+    }
+}
+
+fn put_lane(groups: &mut [[i8; PANEL]], lane: usize, values: &[i8]) {
+    groups.iter_mut().zip(values).for_each(|(group, value)| group[lane] = *value);
+}
+
 // === impl Format ===
 
 impl Format {
@@ -303,19 +363,63 @@ impl Format {
     }
 }
 
-/// Writes the codes of 32 inputs of output `lane`: to eight lines as bytes, to four as nibbles.
-fn insert_codes(lines: &mut [Line], lane: usize, codes: &[u8; BLOCK]) {
-    let n_lines = lines.len();
-    for (quad_idx, quad) in codes.as_chunks::<4>().0.iter().enumerate() {
-        let bytes = &mut lines[quad_idx % n_lines].0[4 * lane..4 * lane + 4];
-        let shift = 4 * (quad_idx / n_lines);
-        bytes.iter_mut().zip(quad).for_each(|(byte, code)| *byte |= code << shift);
+/// Writes the codes of one run of 32 inputs of every lane: to eight lines as bytes, to four as nibbles.
+fn put_codes(lines: &mut [Line], blocks: &[Block; PANEL], part_idx: usize) {
+    let quads = blocks.each_ref().map(|block| &block.codes.as_chunks::<4>().0.as_chunks::<8>().0[part_idx]);
+    let word = |lane: usize, i: usize| u32::from_le_bytes(quads[lane][i]);
+    if let Ok(lines) = <&mut [Line; 8]>::try_from(&mut *lines) {
+        for lane in 0..PANEL {
+            (0..8).for_each(|i| lines[i].0.as_chunks_mut().0[lane] = word(lane, i).to_le_bytes());
+        }
+    } else if let Ok(lines) = <&mut [Line; 4]>::try_from(lines) {
+        for lane in 0..PANEL {
+            // No code reaches the next byte: it has four bits.
+            let both = |i: usize| word(lane, i) | word(lane, i + 4) << 4;
+            (0..4).for_each(|i| lines[i].0.as_chunks_mut().0[lane] = both(i).to_le_bytes());
+        }
     }
 }
 
-/// Reads one of the codes that [`insert_codes`] wrote.
+/// Reads one of the codes that [`put_codes`] wrote.
 fn extract_code(lines: &[Line], lane: usize, col: usize) -> u8 {
     let (quad_idx, n_lines) = (col / 4, lines.len());
     let byte = lines[quad_idx % n_lines].0[4 * lane + col % 4];
     if n_lines == 8 { byte } else { byte >> (4 * (quad_idx / n_lines)) & 15 }
+}
+
+#[cfg(test)]
+mod tests {
+    use lockstep_checkpoint::Encoding;
+
+    use super::{Format, Integers, pack_floats};
+    use crate::EncodedRows;
+
+    /// The arrays of a packed matrix, to be compared.
+    fn arrays(packed: Integers) -> impl PartialEq + std::fmt::Debug {
+        let codes: Vec<[u8; 64]> = packed.codes.iter().map(|line| line.0).collect();
+        (codes, packed.scales, packed.minimums, packed.sub_scales, packed.sub_minimums)
+    }
+
+    #[test]
+    fn any_number_of_threads_packs_the_same() {
+        for encoding in Encoding::ALL {
+            let n_bytes = 70 * encoding.row_bytes(512).unwrap();
+            let bytes: Vec<u8> = (0..n_bytes as u32).map(|i| (i.wrapping_mul(0x9E37_79B1) >> 24) as u8).collect();
+            let source = EncodedRows::new(encoding, &bytes, 70, 512).unwrap();
+            match Format::of(encoding) {
+                Some(format) => {
+                    let pack = |n_threads| arrays(Integers::pack(&source, format, n_threads));
+                    assert_eq!(pack(1), pack(3), "{encoding}");
+                }
+                None if encoding == Encoding::F32 => {
+                    let pack = |n_threads| pack_floats(&source, u32::from_le_bytes, n_threads);
+                    assert_eq!(pack(1), pack(3), "{encoding}");
+                }
+                None => {
+                    let pack = |n_threads| pack_floats(&source, u16::from_le_bytes, n_threads);
+                    assert_eq!(pack(1), pack(3), "{encoding}");
+                }
+            }
+        }
+    }
 }

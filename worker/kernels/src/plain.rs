@@ -55,7 +55,7 @@ fn dot_quantized(weights: &EncodedRows<'_>, out_idx: usize, format: Format, x: &
     for start in cols.step_by(format.group_len) {
         let block_bytes = weights.encoding().block_bytes();
         let bytes = &weights.row(out_idx)[start / block_len * block_bytes..][..block_bytes];
-        quant::decode(weights.encoding(), bytes, &mut block);
+        quant::decoder(weights.encoding())(bytes, &mut block);
         let in_block = start % block_len;
         let codes = &block.codes[in_block..in_block + format.group_len];
         let (activations, scale) = quantize_around(x, start);

@@ -13,7 +13,7 @@ mod blocks;
 use half::{bf16, f16};
 use lockstep_checkpoint::Encoding;
 
-pub(crate) use blocks::{Block, decode};
+pub(crate) use blocks::{Block, decoder};
 
 /// What all blocks of a quantized encoding have in common.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -84,9 +84,9 @@ pub fn dequantize(encoding: Encoding, bytes: &[u8], out: &mut [f32]) {
 
 fn dequantize_blocks(encoding: Encoding, bytes: &[u8], out: &mut [f32]) {
     let format = Format::of(encoding).expect("floats are handled by the caller");
-    let mut block = Block::default();
+    let (decode, mut block) = (decoder(encoding), Block::default());
     for (bytes, out) in bytes.chunks_exact(encoding.block_bytes()).zip(out.chunks_exact_mut(encoding.block_len())) {
-        decode(encoding, bytes, &mut block);
+        decode(bytes, &mut block);
         for (group_idx, (out, codes)) in
             out.chunks_exact_mut(format.group_len).zip(block.codes.chunks_exact(format.group_len)).enumerate()
         {

@@ -117,14 +117,16 @@ impl Source {
     /// A tensor that is missing, of the wrong shape, or that the backend refuses.
     pub fn load<B: Backend>(&self, ops: &mut B) -> Result<Llama<B>, LoadError> {
         let hidden_dim = self.config.hidden_dim;
-        let layers = (0..self.config.n_layers).map(|layer| self.load_layer(ops, layer)).collect::<Result<_, _>>()?;
         let output = if self.checkpoint.find(OUTPUT).is_some() { OUTPUT } else { Embedding::TENSOR };
         let vocab = &self.plan.vocab[self.plan.rank];
+        // The largest tensor comes first: while one is loaded, its bytes are in memory twice.
+        let output = self.column_parallel(ops, output, self.config.vocab_size, vocab)?;
+        let layers = (0..self.config.n_layers).map(|layer| self.load_layer(ops, layer)).collect::<Result<_, _>>()?;
         Ok(Llama {
             embedding: Embedding::new(Arc::clone(&self.checkpoint), hidden_dim)?,
             layers,
             norm: self.load_vector(ops, OUTPUT_NORM, hidden_dim)?,
-            output: self.column_parallel(ops, output, self.config.vocab_size, vocab)?,
+            output,
             vocab: self.plan.vocab.clone(),
             config: self.config.clone(),
         })
@@ -167,7 +169,10 @@ impl Source {
             let source = encoded(&tensor)?.rows(rows.clone())?;
             ops.load_matrix(&source, None)
         };
-        Ok(ColumnParallel { weight: named(name, load)? })
+        let weight = named(name, load)?;
+        // The backend has its own copy.
+        self.checkpoint.release(name);
+        Ok(ColumnParallel { weight })
     }
 
     /// The reduction's columns of a weight `[hidden_dim, n_cols]`.
@@ -184,7 +189,9 @@ impl Source {
             let source = encoded(&tensor)?.cols(reduction.columns.clone())?;
             ops.load_matrix(&source, Some(reduction))
         };
-        Ok(RowParallel { weight: named(name, load)?, reduction: reduction.clone() })
+        let weight = named(name, load)?;
+        self.checkpoint.release(name);
+        Ok(RowParallel { weight, reduction: reduction.clone() })
     }
 
     fn load_vector<B: Backend>(&self, ops: &mut B, name: &str, width: usize) -> Result<B::Tensor, LoadError> {

@@ -52,23 +52,22 @@ impl Block {
     }
 }
 
-/// Unpacks one block of a quantized encoding.
+/// What unpacks the blocks of a quantized encoding, one at a call: exactly its bytes.
 ///
 /// # Panics
-/// If `bytes` is not one block, or the encoding stores floats.
-pub(crate) fn decode(encoding: Encoding, bytes: &[u8], block: &mut Block) {
-    assert_eq!(bytes.len(), encoding.block_bytes(), "one block of {encoding}");
+/// If the encoding stores floats.
+pub(crate) fn decoder(encoding: Encoding) -> fn(&[u8], &mut Block) {
     match encoding {
-        Encoding::Q4_0 => decode_q4(bytes, 2, block),
-        Encoding::Q4_1 => decode_q4(bytes, 4, block),
-        Encoding::Q5_0 => decode_q5(bytes, 2, block),
-        Encoding::Q5_1 => decode_q5(bytes, 4, block),
-        Encoding::Q8_0 => decode_q8(bytes, block),
-        Encoding::Q2K => decode_q2k(bytes, block),
-        Encoding::Q3K => decode_q3k(bytes, block),
-        Encoding::Q4K => decode_q4k(bytes, block),
-        Encoding::Q5K => decode_q5k(bytes, block),
-        Encoding::Q6K => decode_q6k(bytes, block),
+        Encoding::Q4_0 => decode_q4::<2>,
+        Encoding::Q4_1 => decode_q4::<4>,
+        Encoding::Q5_0 => decode_q5::<2>,
+        Encoding::Q5_1 => decode_q5::<4>,
+        Encoding::Q8_0 => decode_q8,
+        Encoding::Q2K => decode_q2k,
+        Encoding::Q3K => decode_q3k,
+        Encoding::Q4K => decode_q4k,
+        Encoding::Q5K => decode_q5k,
+        Encoding::Q6K => decode_q6k,
         Encoding::F32 | Encoding::F16 | Encoding::BF16 => panic!("{encoding} has no blocks"),
     }
 }
@@ -78,20 +77,17 @@ fn f16_at(bytes: &[u8], start: usize) -> f16 {
 }
 
 /// Scale, minimum if the header is 4 bytes, then 16 bytes: low nibbles are values 0..16, high ones 16..32.
-fn decode_q4(bytes: &[u8], header: usize, block: &mut Block) {
+fn decode_q4<const HEADER: usize>(bytes: &[u8], block: &mut Block) {
     block.scale = f16_at(bytes, 0);
-    block.minimum = if header == 4 { f16_at(bytes, 2) } else { f16::ZERO };
-    for (i, byte) in bytes[header..].iter().enumerate() {
-        block.codes[i] = byte & 15;
-        block.codes[i + 16] = byte >> 4;
-    }
+    block.minimum = if HEADER == 4 { f16_at(bytes, 2) } else { f16::ZERO };
+    split_nibbles(part::<16>(bytes, HEADER), &mut block.codes[..32]);
 }
 
 /// As [`decode_q4`], with the fifth bits of all 32 values in a word before the nibbles.
-fn decode_q5(bytes: &[u8], header: usize, block: &mut Block) {
+fn decode_q5<const HEADER: usize>(bytes: &[u8], block: &mut Block) {
     block.scale = f16_at(bytes, 0);
-    block.minimum = if header == 4 { f16_at(bytes, 2) } else { f16::ZERO };
-    let (fifth_bits, nibbles) = bytes[header..].split_at(4);
+    block.minimum = if HEADER == 4 { f16_at(bytes, 2) } else { f16::ZERO };
+    let (fifth_bits, nibbles) = bytes[HEADER..].split_at(4);
     for (i, byte) in nibbles.iter().enumerate() {
         block.codes[i] = byte & 15 | bit(fifth_bits[i / 8], i % 8) << 4;
         block.codes[i + 16] = byte >> 4 | bit(fifth_bits[2 + i / 8], i % 8) << 4;
@@ -101,7 +97,7 @@ fn decode_q5(bytes: &[u8], header: usize, block: &mut Block) {
 /// Scale, then 32 signed bytes.
 fn decode_q8(bytes: &[u8], block: &mut Block) {
     block.scale = f16_at(bytes, 0);
-    for (code, byte) in block.codes.iter_mut().zip(&bytes[2..]) {
+    for (code, byte) in block.codes.iter_mut().zip(part::<32>(bytes, 2)) {
         *code = byte ^ 0x80;
     }
 }
@@ -140,8 +136,8 @@ fn decode_q3k(bytes: &[u8], block: &mut Block) {
 /// one group of 32 and the high nibbles of the next.
 fn decode_q4k(bytes: &[u8], block: &mut Block) {
     decode_k_header(bytes, block);
-    for (i, code) in block.codes.iter_mut().enumerate() {
-        *code = nibble(bytes[16 + i / 64 * 32 + i % 32], i / 32 % 2);
+    for (codes, bytes) in block.codes.as_chunks_mut::<64>().0.iter_mut().zip(bytes[16..].as_chunks::<32>().0) {
+        split_nibbles(bytes, codes);
     }
 }
 
@@ -159,9 +155,12 @@ fn decode_q5k(bytes: &[u8], block: &mut Block) {
 fn decode_q6k(bytes: &[u8], block: &mut Block) {
     let (nibbles, rest) = bytes.split_at(128);
     let (high_bits, rest) = rest.split_at(64);
-    for (i, code) in block.codes.iter_mut().enumerate() {
-        let low = nibble(nibbles[i / 128 * 64 + i % 64], i / 64 % 2);
-        *code = low | crumb(high_bits, i) << 4;
+    let halves = nibbles.as_chunks::<64>().0.iter().zip(high_bits.as_chunks::<32>().0);
+    for (codes, (nibbles, high_bits)) in block.codes.as_chunks_mut::<128>().0.iter_mut().zip(halves) {
+        split_nibbles(nibbles, codes);
+        for (quarter, codes) in codes.as_chunks_mut::<32>().0.iter_mut().enumerate() {
+            codes.iter_mut().zip(high_bits).for_each(|(code, bits)| *code |= (bits >> (2 * quarter) & 3) << 4);
+        }
     }
     for (scale, byte) in block.sub_scales.iter_mut().zip(rest) {
         *scale = *byte as i8;
@@ -181,6 +180,20 @@ fn decode_k_header(bytes: &[u8], block: &mut Block) {
         block.sub_minimums[i] = (packed[i + 4] & 63) as i8;
         block.sub_scales[i + 4] = (packed[i + 8] & 15 | packed[i] >> 6 << 4) as i8;
         block.sub_minimums[i + 4] = (packed[i + 8] >> 4 | packed[i + 4] >> 6 << 4) as i8;
+    }
+}
+
+/// `N` bytes from `start` on: a length that the compiler knows, which makes vectors of the loops over it.
+fn part<const N: usize>(bytes: &[u8], start: usize) -> &[u8; N] {
+    bytes[start..].first_chunk().expect("the block's length was checked")
+}
+
+/// Low nibbles to the first half of `codes`, high ones to the second.
+fn split_nibbles<const N: usize>(bytes: &[u8; N], codes: &mut [u8]) {
+    let (low, high) = codes.split_at_mut(N);
+    for ((byte, low), high) in bytes.iter().zip(low).zip(high) {
+        *low = byte & 15;
+        *high = byte >> 4;
     }
 }
 
