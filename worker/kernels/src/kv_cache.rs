@@ -8,7 +8,7 @@ use std::ops::Range;
 
 use half::f16;
 
-use crate::KernelError;
+use crate::{KernelError, memory};
 
 /// Slots in a tile: the unit in which attention visits keys, aligned to absolute positions.
 pub(crate) const TILE: usize = 16;
@@ -73,7 +73,10 @@ impl KvCache {
         }
         drop(probe);
         let layout = KvLayout { n_layers, n_blocks, block_size, n_kv_heads, head_dim };
-        Ok(Self { layout, bits: vec![0; size] })
+        let mut bits = vec![0; size];
+        // SAFETY: the bytes are the vector's.
+        unsafe { memory::advise_huge_pages(bits.as_mut_ptr().cast(), size * size_of::<u16>()) };
+        Ok(Self { layout, bits })
     }
 
     /// Layers.

@@ -1,19 +1,58 @@
 //! Memory for arrays that a step streams through: on huge pages where the system has them, since with small ones a
 //! stream of weights pays for an address translation every 4 KiB.
 
+use std::alloc::{self, Layout};
 use std::mem::MaybeUninit;
+use std::ops::Deref;
+use std::ptr::NonNull;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+
+/// Bytes of a huge page, and the alignment of regions.
+const HUGE_PAGE: usize = 2 << 20;
+
+/// Bytes of a region that arrays share: a small model's matrices are far smaller than a huge page.
+const REGION_BYTES: usize = 32 << 20;
+
+/// Bytes that arrays are aligned to: a cache line.
+const LINE: usize = 64;
+
+/// Memory that arrays lie in, aligned to huge pages; freed with the last array.
+#[derive(Debug)]
+struct Region {
+    start: NonNull<u8>,
+    layout: Layout,
+}
+
+/// The region that the next small array goes to, and how much of it is taken.
+static OPEN: Mutex<(Weak<Region>, usize)> = Mutex::new((Weak::new(), 0));
+
+/// Values in a region. They are written before anybody reads them, and never afterwards.
+#[derive(Debug)]
+pub(crate) struct Array<T> {
+    start: NonNull<T>,
+    len: usize,
+    region: Arc<Region>,
+}
 
 /// An array in the making: pieces of equal length, which any threads fill in any order. Its pages are first written by
 /// who fills them, so nothing is written twice, and threads share the system's work of providing pages.
 #[derive(Debug)]
 pub(crate) struct Pieces<T> {
-    /// Empty, with room for all pieces.
-    values: Vec<T>,
+    values: Array<MaybeUninit<T>>,
     n_pieces: usize,
     piece_len: usize,
     n_filled: AtomicUsize,
 }
+
+// SAFETY: a region is memory without a thread of its own; it is only freed.
+unsafe impl Send for Region {}
+// SAFETY: as above; nothing in it is reached through a shared reference to it.
+unsafe impl Sync for Region {}
+// SAFETY: an array owns its values, as a vector does.
+unsafe impl<T: Send> Send for Array<T> {}
+// SAFETY: as above.
+unsafe impl<T: Sync> Sync for Array<T> {}
 
 /// A piece to fill.
 #[derive(Debug)]
@@ -22,15 +61,81 @@ pub(crate) struct Piece<'a, T> {
     n_filled: &'a AtomicUsize,
 }
 
+// === impl Region ===
+
+impl Region {
+    fn new(n_bytes: usize) -> Arc<Self> {
+        let n_bytes = n_bytes.max(1).next_multiple_of(HUGE_PAGE);
+        let layout = Layout::from_size_align(n_bytes, HUGE_PAGE).expect("weights fit the address space");
+        // SAFETY: the layout has a size.
+        let start = NonNull::new(unsafe { alloc::alloc(layout) }).unwrap_or_else(|| alloc::handle_alloc_error(layout));
+        let region = Arc::new(Self { start, layout });
+        // Advice counts for pages that are not there yet, so it is given before the first write.
+        // SAFETY: the bytes are the region's own.
+        unsafe { advise_huge_pages(start.as_ptr(), n_bytes) };
+        region
+    }
+
+    /// A region with `n_bytes` that no array has, and where in it they begin.
+    fn with_room(n_bytes: usize) -> (Arc<Self>, usize) {
+        if n_bytes > REGION_BYTES / 4 {
+            return (Self::new(n_bytes), 0);
+        }
+        let mut open = OPEN.lock().unwrap_or_else(PoisonError::into_inner);
+        let (region, first) = match open.0.upgrade() {
+            Some(region) if open.1 + n_bytes <= region.layout.size() => (region, open.1),
+            _ => (Self::new(REGION_BYTES), 0),
+        };
+        *open = (Arc::downgrade(&region), (first + n_bytes).next_multiple_of(LINE));
+        (region, first)
+    }
+}
+
+impl Drop for Region {
+    fn drop(&mut self) {
+        // SAFETY: allocated with this layout by `new`, and no array is left.
+        unsafe { alloc::dealloc(self.start.as_ptr(), self.layout) };
+    }
+}
+
+// === impl Array ===
+
+impl<T: Copy> Array<MaybeUninit<T>> {
+    fn new(len: usize) -> Self {
+        assert!(align_of::<T>() <= LINE, "arrays begin on cache lines");
+        let n_bytes = len.checked_mul(size_of::<T>()).expect("weights fit the address space");
+        let (region, first) = Region::with_room(n_bytes);
+        // SAFETY: `first + n_bytes` lies within the region.
+        let start = unsafe { region.start.add(first) }.cast();
+        Self { start, len, region }
+    }
+
+    fn as_mut_slice(&mut self) -> &mut [MaybeUninit<T>] {
+        // SAFETY: the region's bytes from `start` on belong to this array alone and need no value yet.
+        unsafe { std::slice::from_raw_parts_mut(self.start.as_ptr(), self.len) }
+    }
+
+    /// # Safety
+    /// Every value must have been written.
+    unsafe fn assume_init(self) -> Array<T> {
+        Array { start: self.start.cast(), len: self.len, region: self.region }
+    }
+}
+
+impl<T> Deref for Array<T> {
+    type Target = [T];
+
+    fn deref(&self) -> &[T] {
+        // SAFETY: the values were written before the array became one of `T` (`assume_init`), and the region lives.
+        unsafe { std::slice::from_raw_parts(self.start.as_ptr(), self.len) }
+    }
+}
+
 // === impl Pieces ===
 
 impl<T: Copy> Pieces<T> {
     pub(crate) fn new(n_pieces: usize, piece_len: usize) -> Self {
-        let mut values = Vec::with_capacity(n_pieces * piece_len);
-        // Advice counts for pages that are not there yet, so it is given before the first write.
-        #[cfg(target_os = "linux")]
-        advise_huge_pages(&mut values);
-        Self { values, n_pieces, piece_len, n_filled: AtomicUsize::new(0) }
+        Self { values: Array::new(n_pieces * piece_len), n_pieces, piece_len, n_filled: AtomicUsize::new(0) }
     }
 
     /// All pieces, in order.
@@ -38,7 +143,7 @@ impl<T: Copy> Pieces<T> {
         // Pieces of an earlier call are gone, so each counts once.
         *self.n_filled.get_mut() = 0;
         let (n_filled, piece_len) = (&self.n_filled, self.piece_len);
-        let mut rest = self.values.spare_capacity_mut();
+        let mut rest = self.values.as_mut_slice();
         (0..self.n_pieces).map(move |_| {
             let (room, others) = std::mem::take(&mut rest).split_at_mut(piece_len);
             rest = others;
@@ -50,12 +155,11 @@ impl<T: Copy> Pieces<T> {
     ///
     /// # Panics
     /// If a piece was not filled.
-    pub(crate) fn into_vec(mut self) -> Vec<T> {
+    pub(crate) fn into_array(mut self) -> Array<T> {
         assert_eq!(*self.n_filled.get_mut(), self.n_pieces, "pieces that were filled");
         // SAFETY: the pieces are distinct parts of the room, `iter_mut` starts the count anew whenever it hands them
         // out, and a piece counts once, when all of it has been written. So all values have been.
-        unsafe { self.values.set_len(self.n_pieces * self.piece_len) };
-        self.values
+        unsafe { self.values.assume_init() }
     }
 }
 
@@ -72,19 +176,25 @@ impl<'a, T: Copy> Piece<'a, T> {
     }
 }
 
-#[cfg(target_os = "linux")]
-fn advise_huge_pages<T>(values: &mut Vec<T>) {
-    use rustix::mm::{Advice, madvise};
+/// Asks for huge pages where whole ones fit.
+///
+/// # Safety
+/// The bytes must be part of one allocation.
+pub(crate) unsafe fn advise_huge_pages(start: *mut u8, n_bytes: usize) {
+    #[cfg(all(target_os = "linux", not(miri)))]
+    {
+        use rustix::mm::{Advice, madvise};
 
-    let page_size = rustix::param::page_size();
-    let spare = values.spare_capacity_mut().as_mut_ptr_range();
-    let start = spare.start.map_addr(|addr| addr.next_multiple_of(page_size));
-    let len = spare.end.addr().saturating_sub(start.addr()) / page_size * page_size;
-    if len > 0 {
-        // SAFETY: the pages lie within the vector's own allocation, and advice about huge pages changes no contents.
-        // A system that has none says so, and all goes on as before.
-        let _unsupported = unsafe { madvise(start.cast(), len, Advice::LinuxHugepage) };
+        let first = start.map_addr(|addr| addr.next_multiple_of(HUGE_PAGE));
+        let len = (start.addr() + n_bytes).saturating_sub(first.addr()) / HUGE_PAGE * HUGE_PAGE;
+        if len > 0 {
+            // SAFETY: the pages lie within the allocation, and advice about huge pages changes no contents. A system that
+            // has none says so, and all goes on as before.
+            let _unsupported = unsafe { madvise(first.cast(), len, Advice::LinuxHugepage) };
+        }
     }
+    #[cfg(not(all(target_os = "linux", not(miri))))]
+    let _ = (start, n_bytes);
 }
 
 #[cfg(test)]
@@ -98,10 +208,10 @@ mod tests {
         for (value, piece) in pieces.iter_mut().enumerate() {
             piece.fill(0)[1] = value;
         }
-        assert_eq!(pieces.into_vec(), [0, 0, 0, 1, 0, 2]);
+        assert_eq!(pieces.into_array()[..], [0, 0, 0, 1, 0, 2]);
         let mut empty = Pieces::new(3, 0);
         assert_eq!(empty.iter_mut().map(|piece| piece.fill(1).len()).sum::<usize>(), 0);
-        assert_eq!(empty.into_vec(), [0; 0]);
+        assert_eq!(empty.into_array()[..], [0; 0]);
     }
 
     #[test]
@@ -110,6 +220,6 @@ mod tests {
         let mut pieces = Pieces::new(3, 2);
         pieces.iter_mut().take(2).for_each(|piece| _ = piece.fill(0));
         pieces.iter_mut().skip(1).for_each(|piece| _ = piece.fill(0));
-        pieces.into_vec();
+        pieces.into_array();
     }
 }

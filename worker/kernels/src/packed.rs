@@ -24,7 +24,7 @@ use std::thread;
 use half::f16;
 use lockstep_checkpoint::Encoding;
 
-use crate::memory::Pieces;
+use crate::memory::{Array, Pieces};
 use crate::quant::{self, Block, Format};
 use crate::segments::SegmentPlan;
 use crate::{EncodedRows, KernelError};
@@ -57,11 +57,11 @@ pub(crate) enum Weights {
     /// Quantized.
     Integers(Integers),
     /// F32, row by row.
-    Singles(Vec<f32>),
+    Singles(Array<f32>),
     /// F16 bits, row by row.
-    Halves(Vec<u16>),
+    Halves(Array<u16>),
     /// BF16 bits, row by row.
-    Brains(Vec<u16>),
+    Brains(Array<u16>),
 }
 
 /// The integer family's arrays, each panel by panel.
@@ -69,15 +69,15 @@ pub(crate) enum Weights {
 pub(crate) struct Integers {
     pub(crate) format: Format,
     /// `[n_panels, n_in / 32, 4 or 8]`.
-    pub(crate) codes: Vec<Line>,
+    pub(crate) codes: Array<Line>,
     /// f16 bits: `[n_panels, n_groups]`; with two levels `[n_panels, ceil(n_in / 256)]`.
-    pub(crate) scales: Vec<[u16; PANEL]>,
+    pub(crate) scales: Array<[u16; PANEL]>,
     /// As `scales`; empty without minimums.
-    pub(crate) minimums: Vec<[u16; PANEL]>,
+    pub(crate) minimums: Array<[u16; PANEL]>,
     /// `[n_panels, n_groups]`; empty with one level.
-    pub(crate) sub_scales: Vec<[i8; PANEL]>,
+    pub(crate) sub_scales: Array<[i8; PANEL]>,
     /// As `sub_scales`; empty without minimums or with one level.
-    pub(crate) sub_minimums: Vec<[i8; PANEL]>,
+    pub(crate) sub_minimums: Array<[i8; PANEL]>,
     /// Groups of 16 or 32 in a row.
     pub(crate) n_groups: usize,
     /// Entries of `scales` for a row.
@@ -220,13 +220,13 @@ fn pack_floats<T: Copy + Default + Send, const BYTES: usize>(
     source: &EncodedRows<'_>,
     from_bytes: fn([u8; BYTES]) -> T,
     n_threads: usize,
-) -> Vec<T> {
+) -> Array<T> {
     let mut rows = Pieces::new(source.n_rows(), source.n_cols());
     share(n_threads, rows.iter_mut().enumerate(), |(row_idx, values)| {
         let words = source.row(row_idx).as_chunks::<BYTES>().0;
         values.fill(T::default()).iter_mut().zip(words).for_each(|(value, word)| *value = from_bytes(*word));
     });
-    rows.into_vec()
+    rows.into_array()
 }
 
 // === impl Integers ===
@@ -260,11 +260,11 @@ impl Integers {
         });
         Self {
             format,
-            codes: codes.into_vec(),
-            scales: scales.into_vec(),
-            minimums: minimums.into_vec(),
-            sub_scales: sub_scales.into_vec(),
-            sub_minimums: sub_minimums.into_vec(),
+            codes: codes.into_array(),
+            scales: scales.into_array(),
+            minimums: minimums.into_array(),
+            sub_scales: sub_scales.into_array(),
+            sub_minimums: sub_minimums.into_array(),
             n_groups,
             n_scales,
             groups_per_scale,
@@ -397,7 +397,13 @@ mod tests {
     /// The arrays of a packed matrix, to be compared.
     fn arrays(packed: Integers) -> impl PartialEq + std::fmt::Debug {
         let codes: Vec<[u8; 64]> = packed.codes.iter().map(|line| line.0).collect();
-        (codes, packed.scales, packed.minimums, packed.sub_scales, packed.sub_minimums)
+        (
+            codes,
+            packed.scales.to_vec(),
+            packed.minimums.to_vec(),
+            packed.sub_scales.to_vec(),
+            packed.sub_minimums.to_vec(),
+        )
     }
 
     #[test]
@@ -413,11 +419,11 @@ mod tests {
                 }
                 None if encoding == Encoding::F32 => {
                     let pack = |n_threads| pack_floats(&source, u32::from_le_bytes, n_threads);
-                    assert_eq!(pack(1), pack(3), "{encoding}");
+                    assert_eq!(pack(1)[..], pack(3)[..], "{encoding}");
                 }
                 None => {
                     let pack = |n_threads| pack_floats(&source, u16::from_le_bytes, n_threads);
-                    assert_eq!(pack(1), pack(3), "{encoding}");
+                    assert_eq!(pack(1)[..], pack(3)[..], "{encoding}");
                 }
             }
         }
