@@ -15,7 +15,8 @@ use lockstep_proto::{
     worker::v1::{GetStatusRequest, Status, worker_service_client::WorkerServiceClient},
 };
 use tokio::{
-    io::{AsyncBufReadExt, BufReader},
+    io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader},
+    net::TcpStream,
     process::{Child, Command},
 };
 use tonic::transport::Channel;
@@ -280,9 +281,18 @@ impl Process {
         &self.grpc
     }
 
-    /// `host:port` of its metrics.
-    pub fn metrics(&self) -> Option<&str> {
-        self.metrics.as_deref()
+    /// What one of its metrics is now, by the name that Prometheus sees.
+    ///
+    /// # Errors
+    /// If it does not answer, or has no such metric.
+    pub async fn metric(&self, name: &str) -> Result<f64> {
+        let address = self.metrics.as_deref().context("no metrics")?;
+        let mut stream = TcpStream::connect(address).await?;
+        stream.write_all(b"GET /metrics HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n").await?;
+        let mut answer = String::new();
+        tokio::time::timeout(PATIENCE, stream.read_to_string(&mut answer)).await??;
+        let line = answer.lines().find(|line| line.starts_with(name)).with_context(|| format!("{name} in {answer}"))?;
+        Ok(line.rsplit(' ').next().context("a value")?.parse()?)
     }
 
     /// Its process id, while it runs.

@@ -151,6 +151,42 @@ async fn a_stop_string_ends_the_text_before_it() -> Result<()> {
     cluster.stop().await
 }
 
+#[tokio::test]
+async fn speculation_changes_nothing_that_a_client_sees() -> Result<()> {
+    let off = SamplingParams { max_new_tokens: Some(48), do_sample: Some(false), ..SamplingParams::default() };
+    let penalised = SamplingParams { repetition_penalty: Some(1.05), frequency_penalty: Some(0.05), ..off.clone() };
+    let all = [
+        off.clone(),
+        penalised.clone(),
+        SamplingParams { do_sample: Some(true), n: Some(2), ..sampled(3) },
+        SamplingParams { do_sample: None, temperature: Some(0.4), seed: Some(5), ..penalised },
+        SamplingParams { stop: vec!["masons from".into()], ..off },
+    ];
+    let sentence = "The lighthouse was built in 1874 by a company of masons from the next town. ";
+    let mut told = Vec::new();
+    for speculation in ["off", "ngram"] {
+        let cluster = Cluster::builder().world_size(2).worker_arg("--engine.speculation").worker_arg(speculation);
+        let cluster = cluster.worker_arg("--engine.max-prefill-chunk").worker_arg("24").start().await?;
+        let mut client = cluster.inference().await?;
+        let mut choices = Vec::new();
+        for sampling in &all {
+            let request = GenerateRequest {
+                prompt: Some(text(&sentence.repeat(4))),
+                sampling: Some(sampling.clone()),
+                output: Some(OutputOptions { logprobs: Some(1), ..OutputOptions::default() }),
+                ..GenerateRequest::default()
+            };
+            choices.push(client.generate(request).await?.into_inner().choices);
+        }
+        let accepted = cluster.groups[0][0].metric("lockstep_worker_accepted_tokens_total").await?;
+        assert_eq!(accepted >= 50.0, speculation == "ngram", "{accepted} drafts were accepted");
+        told.push(choices);
+        cluster.stop().await?;
+    }
+    assert_eq!(told[0], told[1]);
+    Ok(())
+}
+
 /// Asks a worker for two choices that go on for much longer than a test.
 fn two_choices() -> worker::GenerateRequest {
     let sampling = worker::ResolvedSampling {

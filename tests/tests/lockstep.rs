@@ -13,14 +13,25 @@ use lockstep_worker::{
     model_runner::BackendChoice,
     scheduler::{
         NewSequence, Sampled, Scheduler, SchedulerConfig,
-        plan::{LogitsRows, SeqId},
+        plan::{LogitsRows, SeqId, SequenceStep},
+        speculation::Speculation,
     },
 };
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
+/// Decides prompts.
+const SEED: u64 = 20_261_123;
+
 /// Room for sixteen requests.
 const N_TOKENS: usize = 16 * 256;
+
+/// "The lighthouse was built in 1874 by a company of masons from the next town. It stands on a small rock, two miles from
+/// the shore." as the demo model's tokens.
+const SENTENCE: [u32; 34] = [
+    504, 33059, 436, 2837, 281, 216, 33, 40, 39, 36, 411, 253, 2727, 282, 283, 3130, 429, 260, 1867, 3102, 30, 657,
+    6443, 335, 253, 1165, 4022, 28, 827, 4158, 429, 260, 10393, 30,
+];
 
 /// More than any prompt has.
 const WHOLE: usize = 1_024;
@@ -33,12 +44,37 @@ struct Condition {
     chunk: usize,
     /// Other requests that run beside it.
     others: usize,
+    /// Tokens that the first of them generates, and up to 8 fewer the others. At least 9.
+    others_generate: u32,
     /// Whether the same prompt has run before, so that its prefix is cached.
     cached: bool,
+    speculation: Speculation,
+    /// Blocks of keys and values. With few of them, the youngest sequence is preempted: the prompt's.
+    n_blocks: usize,
 }
 
-/// Alone, whole, on one rank and one thread.
-const PLAIN: Condition = Condition { world_size: 1, threads: 1, chunk: WHOLE, others: 0, cached: false };
+/// Alone, whole, on one rank and one thread, a token in a step.
+const PLAIN: Condition = Condition {
+    world_size: 1,
+    threads: 1,
+    chunk: WHOLE,
+    others: 0,
+    others_generate: 9,
+    cached: false,
+    speculation: Speculation::Off,
+    n_blocks: N_TOKENS / BLOCK_SIZE,
+};
+
+/// How a prompt went on.
+#[derive(Debug, Default)]
+struct Continuation {
+    /// The logits of every row that its tokens were chosen from.
+    logits: Vec<Vec<f32>>,
+    /// Tokens that were drafted.
+    n_accepted: usize,
+    /// How often it gave its blocks up.
+    n_preempted: usize,
+}
 
 /// Ranks of a model and how they are loaded.
 fn load(model: &Path, condition: Condition) -> Ranks {
@@ -46,23 +82,24 @@ fn load(model: &Path, condition: Condition) -> Ranks {
 }
 
 /// A scheduler for the ranks.
-fn scheduler(chunk: usize, max_prompt_logits_rows: usize) -> Scheduler {
+fn scheduler(condition: Condition, max_prompt_logits_rows: usize) -> Scheduler {
     Scheduler::new(SchedulerConfig {
-        max_step_tokens: chunk.max(32),
-        max_prefill_chunk: chunk,
+        max_step_tokens: condition.chunk.max(32),
+        max_prefill_chunk: condition.chunk,
         max_prompt_logits_rows,
         max_running: 32,
         max_waiting: 32,
-        n_blocks: (N_TOKENS / BLOCK_SIZE) as u32,
+        n_blocks: condition.n_blocks as u32,
         block_size: BLOCK_SIZE as u32,
         context_length: WHOLE as u32,
+        speculation: condition.speculation,
     })
     .expect("a scheduler")
 }
 
-/// The logits of every row that `prompt`'s next `n_tokens` tokens are chosen from, greedily.
-fn logits(ranks: &mut Ranks, condition: Condition, prompt: &[u32], n_tokens: u32, seed: u64) -> Vec<Vec<f32>> {
-    let mut scheduler = scheduler(condition.chunk, WHOLE);
+/// How `prompt` goes on for `n_tokens` tokens, greedily.
+fn go_on(ranks: &mut Ranks, condition: Condition, prompt: &[u32], n_tokens: u32, seed: u64) -> Continuation {
+    let mut scheduler = scheduler(condition, WHOLE);
     ranks.group.reset();
     let now = Instant::now();
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
@@ -77,37 +114,48 @@ fn logits(ranks: &mut Ranks, condition: Condition, prompt: &[u32], n_tokens: u32
     for other in 0..condition.others {
         let length = rng.random_range(1..100);
         let ids = (0..length).map(|_| rng.random_range(0..ranks.vocab_size as u32)).collect();
-        add(&mut scheduler, ids, 1 + other as u32 % 9);
+        add(&mut scheduler, ids, condition.others_generate - other as u32 % 9);
     }
     let target = add(&mut scheduler, prompt.to_vec(), n_tokens);
-    let logits = run(ranks, &mut scheduler, target);
-    assert_eq!(logits.len(), n_tokens as usize);
-    logits
+    let found = run(ranks, &mut scheduler, target);
+    assert_eq!(found.logits.len(), n_tokens as usize);
+    found
 }
 
-/// Runs until nothing is left; the logits that `target`'s tokens were chosen from.
-fn run(ranks: &mut Ranks, scheduler: &mut Scheduler, target: SeqId) -> Vec<Vec<f32>> {
-    let mut found = Vec::new();
+/// Runs until nothing is left; how `target` went on.
+fn run(ranks: &mut Ranks, scheduler: &mut Scheduler, target: SeqId) -> Continuation {
+    let mut found = Continuation::default();
+    let mut has_ended = false;
     while let Some(plan) = scheduler.schedule(Instant::now()).plan {
+        found.n_preempted += usize::from(!has_ended && plan.released.contains(&target));
         let logits = ranks.group.run(&plan).expect("the step runs");
-        let with_logits = plan.sequences.iter().filter(|step| step.logits != LogitsRows::None);
-        let rows = with_logits.zip(logits.chunks_exact(ranks.vocab_size));
-        let sampled: Vec<Sampled> = rows
-            .map(|(step, row)| {
-                if step.id == target {
-                    found.push(row.to_vec());
-                }
-                Sampled { id: step.id, token: argmax(row), stop: false }
-            })
-            .collect();
-        scheduler.commit(&sampled);
+        let mut rows = logits.chunks_exact(ranks.vocab_size);
+        let mut sampled = Vec::new();
+        for step in plan.sequences.iter().filter(|step| step.logits != LogitsRows::None) {
+            let rows: Vec<&[f32]> = rows.by_ref().take(step.n_logits_rows()).collect();
+            let tokens = verify(step, &rows);
+            if step.id == target {
+                found.n_accepted += tokens.len() - 1;
+                found.logits.extend(rows[..tokens.len()].iter().map(|row| row.to_vec()));
+            }
+            sampled.push(Sampled { id: step.id, tokens, stop: false });
+        }
+        has_ended |= scheduler.commit(&sampled).iter().any(|(id, _)| *id == target);
     }
     found
 }
 
+/// The likeliest tokens after a decoding sequence's first row and after each draft that is the likeliest token.
+fn verify(step: &SequenceStep, rows: &[&[f32]]) -> Vec<u32> {
+    let drafts = &step.token_ids[step.token_ids.len() - (rows.len() - 1)..];
+    let likeliest: Vec<u32> = rows.iter().map(|row| argmax(row)).collect();
+    let n_accepted = drafts.iter().zip(&likeliest).take_while(|(draft, token)| draft == token).count();
+    likeliest[..=n_accepted].to_vec()
+}
+
 /// The logits of every position of two prompts that are computed side by side, at most so many rows of them in a step.
 fn prompt_logits(ranks: &mut Ranks, prompts: [&[u32]; 2], max_prompt_logits_rows: usize) -> [Vec<f32>; 2] {
-    let mut scheduler = scheduler(WHOLE, max_prompt_logits_rows);
+    let mut scheduler = scheduler(PLAIN, max_prompt_logits_rows);
     ranks.group.reset();
     let ids = prompts.map(|prompt| {
         let new =
@@ -124,7 +172,7 @@ fn prompt_logits(ranks: &mut Ranks, prompts: [&[u32]; 2], max_prompt_logits_rows
             rest = after;
             found[usize::from(step.id == ids[1])].extend_from_slice(rows);
         }
-        let sampled: Vec<Sampled> = scheduler.due().map(|id| Sampled { id, token: 0, stop: true }).collect();
+        let sampled: Vec<Sampled> = scheduler.due().map(|id| Sampled { id, tokens: vec![0], stop: true }).collect();
         scheduler.commit(&sampled);
     }
     found
@@ -135,14 +183,24 @@ fn prompt(n_tokens: usize, vocab_size: u32, seed: u64) -> Vec<u32> {
     (0..n_tokens).map(|_| rng.random_range(0..vocab_size)).collect()
 }
 
-/// Computes the same prompt plainly and under `conditions`, and compares every bit.
+/// Computes the same random prompt plainly and under `conditions`, and compares every bit.
 fn check(model: &Path, n_prompt: usize, conditions: &[Condition]) {
-    let seed = 20_261_123;
-    println!("seed {seed}");
+    check_text(model, |vocab_size| prompt(n_prompt, vocab_size, SEED), 8, conditions);
+}
+
+/// The same for any prompt. Returns how it went on under each of the conditions.
+fn check_text(
+    model: &Path,
+    prompt: impl Fn(u32) -> Vec<u32>,
+    n_tokens: u32,
+    conditions: &[Condition],
+) -> Vec<Continuation> {
+    println!("seed {SEED}");
     let mut plain = load(model, PLAIN);
-    let prompt = prompt(n_prompt, plain.vocab_size as u32, seed);
-    let wanted = logits(&mut plain, PLAIN, &prompt, 8, seed);
+    let prompt = prompt(plain.vocab_size as u32);
+    let wanted = go_on(&mut plain, PLAIN, &prompt, n_tokens, SEED).logits;
     assert!(wanted.iter().flatten().all(|logit| logit.is_finite()));
+    let mut all = Vec::new();
     let mut ranks: Option<(usize, usize, Ranks)> = None;
     for &condition in conditions {
         let key = (condition.world_size, condition.threads);
@@ -150,13 +208,15 @@ fn check(model: &Path, n_prompt: usize, conditions: &[Condition]) {
             Some((world_size, threads, loaded)) if (world_size, threads) == key => loaded,
             _ => load(model, condition),
         };
-        let got = logits(&mut loaded, condition, &prompt, 8, seed);
-        for (step, (wanted, got)) in wanted.iter().zip(&got).enumerate() {
+        let got = go_on(&mut loaded, condition, &prompt, n_tokens, SEED);
+        for (step, (wanted, got)) in wanted.iter().zip(&got.logits).enumerate() {
             let differ = wanted.iter().zip(got).filter(|(a, b)| a.to_bits() != b.to_bits()).count();
             assert_eq!(differ, 0, "{differ} of {} logits differ at token {step} under {condition:?}", wanted.len());
         }
         ranks = Some((key.0, key.1, loaded));
+        all.push(got);
     }
+    all
 }
 
 #[test]
@@ -201,6 +261,30 @@ fn the_world_size_does_not_change_a_bit() {
 fn all_at_once_does_not_change_a_bit() {
     let all = [2, 3].map(|world_size| Condition { world_size, others: 15, cached: true, chunk: 7, ..PLAIN });
     check(&demo_model(), 100, &all);
+}
+
+#[test]
+fn speculation_does_not_change_a_bit() {
+    let ngram = Condition { speculation: Speculation::Ngram, ..PLAIN };
+    let beside = Condition { others: 3, others_generate: 40, ..ngram };
+    let conditions = [
+        ngram,
+        Condition { cached: true, chunk: 7, ..ngram },
+        beside,
+        Condition { chunk: 7, ..beside },
+        Condition { n_blocks: 22, ..beside },
+        Condition { world_size: 2, ..ngram },
+        Condition { world_size: 2, cached: true, chunk: 7, ..beside },
+        Condition { world_size: 2, n_blocks: 22, ..beside },
+    ];
+    // The model says it again once more.
+    let all = check_text(&demo_model(), |_| SENTENCE.repeat(4), 40, &conditions);
+    for (condition, found) in conditions.iter().zip(&all) {
+        let Continuation { n_accepted, n_preempted, .. } = found;
+        println!("{n_accepted} drafts accepted, {n_preempted} times preempted: {condition:?}");
+        assert!(*n_accepted >= 10, "{n_accepted} drafts were accepted under {condition:?}");
+        assert_eq!(*n_preempted > 0, condition.n_blocks < PLAIN.n_blocks, "{condition:?}");
+    }
 }
 
 /// Attention adds up 256 positions by themselves and then merges: shorter prompts never see that.

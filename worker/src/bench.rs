@@ -20,6 +20,7 @@ use crate::{
     scheduler::{
         NewSequence, Sampled, Scheduler, SchedulerConfig,
         plan::{LogitsRows, SeqId},
+        speculation::Speculation,
     },
 };
 
@@ -167,6 +168,8 @@ impl EngineBench {
             n_blocks: self.n_blocks() as u32,
             block_size: BLOCK_SIZE as u32,
             context_length: (self.prompt + self.generate) as u32,
+            // A token of each sequence in a step, so that the rate does not depend on what the model says.
+            speculation: Speculation::Off,
         })?;
         let mut sampler = Sampler::new(vocab_size);
         let params = SamplingParams::default();
@@ -186,7 +189,7 @@ impl EngineBench {
                 .zip(logits.chunks_exact(vocab_size))
                 .map(|(step, row)| {
                     let token = sampler.sample(row, &params, &[], &[], 0);
-                    Sampled { id: step.id, token, stop: false }
+                    Sampled { id: step.id, tokens: vec![token], stop: false }
                 })
                 .collect();
             scheduler.commit(&sampled);

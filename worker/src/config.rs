@@ -13,7 +13,7 @@ use crate::{
     group::{self, GroupConfig},
     model::config::ModelConfig,
     model_runner::{BackendChoice, RunnerSettings},
-    scheduler::SchedulerConfig,
+    scheduler::{SchedulerConfig, speculation::Speculation},
 };
 
 /// Everything that an operator can choose about a worker.
@@ -70,6 +70,8 @@ pub struct EngineSettings {
     pub max_running: usize,
     /// Sequences that may wait.
     pub max_waiting: usize,
+    /// Whether, and from what, tokens are drafted.
+    pub speculation: Speculation,
     /// A step loop that has not gone round for so long makes the worker not ready.
     pub stall_after_ms: u64,
 }
@@ -120,6 +122,13 @@ pub const KEYS: &[Key] = &[
         help: "Sequences that may wait; further ones are refused with RESOURCE_EXHAUSTED. Default: 256.",
     },
     Key {
+        path: "engine.speculation",
+        help: "ngram (while at most 4 sequences decode, each also computes up to 7 tokens that it may be about to repeat, \
+               and keeps those that turn out right) or off. Default: ngram. Text that copies comes faster; other text \
+               at most 2 % slower, and who shares a step with one that copies waits longer for it. What comes is the \
+               same. Rank 0 decides; the others need not have the same value.",
+    },
+    Key {
         path: "engine.stall_after_ms",
         help: "A step loop that has not gone round for so long makes the worker not ready. Default: 60000. Must be \
                more than the longest step takes.",
@@ -159,6 +168,7 @@ impl Default for EngineSettings {
             max_prefill_chunk: 256,
             max_running: 64,
             max_waiting: 256,
+            speculation: Speculation::Ngram,
             stall_after_ms: 60_000,
         }
     }
@@ -231,6 +241,7 @@ impl EngineSettings {
             n_blocks: runner.n_blocks as u32,
             block_size: runner.block_size as u32,
             context_length: runner.context_length as u32,
+            speculation: self.speculation,
         }
     }
 }

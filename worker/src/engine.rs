@@ -33,7 +33,7 @@ const COMMAND_QUEUE: usize = 256;
 const EVENT_QUEUE: usize = 2048;
 
 /// One client's request, ready to run.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Job {
     /// Names it in logs.
     pub request_id: String,

@@ -15,6 +15,7 @@
 //! 1. One row for each running sequence that needs only one: decodes are never held up by prefills.
 //! 2. Prefill chunks of running sequences, oldest first, of at most `max_prefill_chunk` rows each.
 //! 3. Chunks of sequences that are admitted now, oldest first, while there are rows, places and blocks left.
+//! 4. Drafts of the sequences that decode, while there are few of them ([`speculation`]).
 //!
 //! Logits take much more memory than anything else that a row leaves behind. Whoever samples needs one row of them, so
 //! there are at most `max_running` of those. Prompts whose logits are asked for at every position share
@@ -22,7 +23,7 @@
 //! nothing left waits for a later step. By the lockstep rule no cut shows in the logits.
 //!
 //! A sequence gets the blocks of all its known tokens when it is admitted, so a prefill that has begun never lacks
-//! blocks; only decodes grow a table. When one of them finds no block, the youngest running sequence is preempted: it
+//! blocks; only decodes, with their drafts, grow a table. When one of them finds no block, the youngest running sequence is preempted: it
 //! gives its blocks up, waits again, and computes its tokens anew later (what it had computed often still is in the
 //! prefix cache). Sampled tokens are never lost, and by the lockstep rule the recomputed logits are the same bits.
 //!
@@ -44,18 +45,22 @@
 //! that arrives behind `a` others within (a + 1)(2M + 1)·C. The simulation holds it to that.
 
 mod admission;
+mod allowance;
+mod drafter;
 mod integrity;
 pub mod plan;
 mod sequence;
 #[cfg(test)]
 mod simulation;
+pub mod speculation;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Instant;
 
 pub use integrity::Stats;
-use plan::{SeqId, SequenceStep, StepPlan};
+use plan::{LogitsRows, SeqId, SequenceStep, StepPlan};
 use sequence::{Chunk, Room, Sequence};
+use speculation::Speculation;
 
 use crate::kv::prefix_cache::PrefixCache;
 
@@ -80,6 +85,8 @@ pub struct SchedulerConfig {
     pub block_size: u32,
     /// Longest prompt and output together. Unit: tokens.
     pub context_length: u32,
+    /// Whether, and from what, tokens are drafted.
+    pub speculation: Speculation,
 }
 
 /// A configuration that no scheduler can work with.
@@ -164,14 +171,14 @@ pub struct Scheduled {
     pub expired: Vec<SeqId>,
 }
 
-/// The token that was sampled for a sequence.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+/// The tokens that were sampled for a sequence in one step.
+#[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Sampled {
     /// The sequence.
     pub id: SeqId,
-    /// Its next token.
-    pub token: u32,
-    /// Whether this token ends it.
+    /// Its next tokens, at least one. All but the last are [`drafts`](Scheduler::drafts) of the plan, from the first on.
+    pub tokens: Vec<u32>,
+    /// Whether the last of them ends it.
     pub stop: bool,
 }
 
@@ -185,7 +192,7 @@ pub enum Ended {
 }
 
 /// See the module's documentation.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Scheduler {
     config: SchedulerConfig,
     kv: PrefixCache,
@@ -291,20 +298,21 @@ impl Scheduler {
             // Whoever was preempted just now would only come back to take the same blocks.
             self.admit(&mut chunks, &mut room);
         }
+        self.draft(&mut chunks, &mut room);
         Scheduled { plan: self.make_plan(chunks), expired }
     }
 
-    /// The step has been computed: takes the sampled tokens, exactly one for each of [`due`](Self::due). Tokens of
-    /// sequences that were aborted meanwhile are ignored. Returns the sequences that ended by themselves, in the order
-    /// of `sampled`; they are gone.
+    /// The step has been computed: takes what was sampled, once for each of [`due`](Self::due). Tokens of sequences that
+    /// were aborted meanwhile are ignored. Returns the sequences that ended by themselves, in the order of `sampled`;
+    /// they are gone.
     ///
     /// # Panics
-    /// If no plan is under way, or a token is missing or sampled twice.
+    /// If no plan is under way, a token is missing, a sequence was sampled twice, or what it accepted was not drafted.
     pub fn commit(&mut self, sampled: &[Sampled]) -> Vec<(SeqId, Ended)> {
         let mut in_flight = self.in_flight.take().expect("a plan is under way");
         for (id, chunk) in &in_flight {
             let sequence = self.running.get_mut(id).expect("what is in flight runs");
-            for (key, block) in sequence.advance(*chunk) {
+            for (key, block) in sequence.advance(chunk) {
                 self.kv.insert(key, block);
             }
         }
@@ -315,7 +323,7 @@ impl Scheduler {
                 continue;
             };
             assert!(chunk.samples, "{:?} has more tokens to compute", sampled.id);
-            ended.extend(self.take_token(*sampled).map(|reason| (sampled.id, reason)));
+            ended.extend(self.take_tokens(sampled, &chunk.drafts).map(|reason| (sampled.id, reason)));
         }
         assert!(!in_flight.values().any(|chunk| chunk.samples), "a token is missing");
         ended
@@ -340,9 +348,16 @@ impl Scheduler {
         ended
     }
 
-    /// The sequences of the plan under way for which [`commit`](Self::commit) wants a token, oldest first.
+    /// The sequences of the plan under way for which [`commit`](Self::commit) wants tokens, oldest first.
     pub fn due(&self) -> impl Iterator<Item = SeqId> {
         self.in_flight.iter().flatten().filter(|(_, chunk)| chunk.samples).map(|(id, _)| *id)
+    }
+
+    /// The drafts that the plan under way has for a sequence: the tokens of its last rows. The row before each of them
+    /// is there to verify it, and the last one to sample what comes after all of them.
+    pub fn drafts(&self, id: SeqId) -> &[u32] {
+        let chunk = self.in_flight.as_ref().and_then(|chunks| chunks.get(&id));
+        chunk.map(|chunk| chunk.drafts.as_slice()).unwrap_or_default()
     }
 
     /// Prompt tokens that the prefix cache held when the sequence first ran. 0 before that, and once it is gone.
@@ -394,7 +409,7 @@ impl Scheduler {
         let ids: Vec<_> = self.running.keys().copied().collect();
         for id in ids {
             while let Some(sequence) = self.running.get_mut(&id)
-                && sequence.n_missing_blocks() > 0
+                && sequence.n_missing_blocks(0) > 0
             {
                 if let Some(block) = self.kv.allocate() {
                     sequence.push_block(block);
@@ -441,9 +456,9 @@ impl Scheduler {
                 id: *id,
                 // Below the context's length, which is a u32.
                 start_position: sequence.n_computed() as u32,
-                token_ids: sequence.rows(*chunk).to_vec(),
+                token_ids: sequence.rows(chunk),
                 new_blocks: sequence.take_new_blocks(),
-                logits: chunk.logits,
+                logits: if chunk.drafts.is_empty() { chunk.logits } else { LogitsRows::All },
             });
         }
         let plan = StepPlan { step_id: self.next_step_id, released: std::mem::take(&mut self.released), sequences };
@@ -452,9 +467,14 @@ impl Scheduler {
         Some(plan)
     }
 
-    fn take_token(&mut self, sampled: Sampled) -> Option<Ended> {
+    fn take_tokens(&mut self, sampled: &Sampled, drafts: &[u32]) -> Option<Ended> {
         let sequence = self.running.get_mut(&sampled.id).expect("what is in flight runs");
-        sequence.push(sampled.token);
+        let (_, accepted) = sampled.tokens.split_last().expect("a token is missing");
+        assert!(drafts.starts_with(accepted), "{:?} accepted {accepted:?} of the drafts {drafts:?}", sampled.id);
+        sampled.tokens.iter().for_each(|token| sequence.push(*token));
+        for (key, block) in sequence.accept(accepted.len()) {
+            self.kv.insert(key, block);
+        }
         let reason = if sampled.stop {
             Ended::Stop
         } else if sequence.is_at_max_len() {
@@ -495,6 +515,7 @@ mod tests {
             n_blocks: 16,
             block_size: 2,
             context_length: 16,
+            speculation: Speculation::Off,
         }
     }
 

@@ -24,7 +24,7 @@ use lockstep_worker::{
     model::StepError,
     model_runner::RunStep,
     sampler::SamplingParams,
-    scheduler::{Scheduler, SchedulerConfig, Stats, plan::StepPlan},
+    scheduler::{Scheduler, SchedulerConfig, Stats, plan::StepPlan, speculation::Speculation},
 };
 use prometheus_client::registry::Registry;
 use tokio::runtime::Runtime;
@@ -96,6 +96,7 @@ impl Engine {
             n_blocks: N_BLOCKS,
             block_size: BLOCK_SIZE,
             context_length: 128,
+            speculation: Speculation::Off,
         });
         let (plan_sender, plans) = channel();
         let (permits, permit_receiver) = channel();

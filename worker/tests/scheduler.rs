@@ -5,11 +5,11 @@
 //!
 //! | command | what it does |
 //! |---|---|
-//! | `config key=value...` | a new scheduler; keys: step, chunk, prompt_logits, running, waiting, blocks, block, context |
+//! | `config key=value...` | a new scheduler; keys: step, chunk, prompt_logits, running, waiting, blocks, block, context; also `ngram` |
 //! | `add NAME prompt=1-4,9 new=N` | adds a sequence; also `deadline=T`, `logprobs` and `after=NAME` |
 //! | `abort NAME` | aborts it |
 //! | `schedule` | plans a step; `at=T` moves the clock |
-//! | `commit NAME=TOKEN...` | commits it; `TOKEN!` ends the sequence |
+//! | `commit NAME=TOKENS...` | commits it; `TOKENS!` ends the sequence |
 //! | `steps TOKEN` | schedules and commits until nothing is left, sampling this token each time |
 //! | `reset` | forgets everything |
 //! | `stats` | shows the load |
@@ -24,6 +24,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use lockstep_worker::scheduler::plan::{LogitsRows, SeqId, SequenceStep, StepPlan};
+use lockstep_worker::scheduler::speculation::Speculation;
 use lockstep_worker::scheduler::{Ended, NewSequence, Sampled, Scheduler, SchedulerConfig};
 
 #[test]
@@ -86,6 +87,7 @@ impl Player {
             n_blocks: options.number("blocks", 16) as u32,
             block_size: options.number("block", 4) as u32,
             context_length: options.number("context", 64) as u32,
+            speculation: if options.get("ngram").is_some() { Speculation::Ngram } else { Speculation::Off },
         };
         let now = Instant::now();
         Self { scheduler: Scheduler::new(config).unwrap(), names: BTreeMap::new(), start: now, now }
@@ -152,9 +154,9 @@ impl Player {
         let sampled: Vec<Sampled> = rest
             .split_whitespace()
             .map(|pair| {
-                let (name, token) = pair.split_once('=').unwrap();
-                let stop = token.ends_with('!');
-                Sampled { id: self.id(name), token: token.trim_end_matches('!').parse().unwrap(), stop }
+                let (name, tokens) = pair.split_once('=').unwrap();
+                let stop = tokens.ends_with('!');
+                Sampled { id: self.id(name), tokens: token_ids(tokens.trim_end_matches('!')), stop }
             })
             .collect();
         self.commit_sampled(&sampled)
@@ -172,7 +174,7 @@ impl Player {
             if answer.ends_with("nothing to do\n") {
                 return answer;
             }
-            let due: Vec<_> = self.scheduler.due().map(|id| Sampled { id, token, stop: false }).collect();
+            let due: Vec<_> = self.scheduler.due().map(|id| Sampled { id, tokens: vec![token], stop: false }).collect();
             answer += &self.commit_sampled(&due);
             self.scheduler.check_integrity();
         }
@@ -202,6 +204,10 @@ impl Player {
         if !step.new_blocks.is_empty() {
             let blocks: Vec<_> = step.new_blocks.iter().map(|block| block.0).collect();
             write!(shown, "; blocks {}", join(&blocks)).unwrap();
+        }
+        let drafts = self.scheduler.drafts(step.id);
+        if !drafts.is_empty() {
+            write!(shown, "; drafts {}", join(drafts)).unwrap();
         }
         match step.logits {
             LogitsRows::None => {}
@@ -244,14 +250,18 @@ impl<'a> Options<'a> {
         self.get(key).map_or(default, |value| value.parse().unwrap_or_else(|_| panic!("{key}={value}")))
     }
 
-    /// `1-4,9` is 1, 2, 3, 4, 9.
     fn token_ids(&self, key: &str) -> Vec<u32> {
-        let ranges = self.get(key).unwrap_or("").split(',').filter(|range| !range.is_empty());
-        ranges
-            .flat_map(|range| {
-                let (first, last) = range.split_once('-').unwrap_or((range, range));
-                first.parse::<u32>().unwrap()..=last.parse().unwrap()
-            })
-            .collect()
+        token_ids(self.get(key).unwrap_or(""))
     }
+}
+
+/// `1-4,9` is 1, 2, 3, 4, 9.
+fn token_ids(text: &str) -> Vec<u32> {
+    let ranges = text.split(',').filter(|range| !range.is_empty());
+    ranges
+        .flat_map(|range| {
+            let (first, last) = range.split_once('-').unwrap_or((range, range));
+            first.parse::<u32>().unwrap()..=last.parse().unwrap()
+        })
+        .collect()
 }

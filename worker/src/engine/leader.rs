@@ -164,7 +164,7 @@ impl Leader {
         let logits = self.metrics.time_step(collective, |collective| runner.run(plan, collective))?;
 
         let (sampled, cut_off) = self.hand_out(plan, &logits);
-        self.metrics.generated_tokens.inc_by(sampled.len() as u64);
+        self.metrics.generated_tokens.inc_by(sampled.iter().map(|sampled| sampled.tokens.len() as u64).sum());
         for (id, ended) in self.scheduler.commit(&sampled) {
             let reason = match ended {
                 Ended::Stop => Reason::Stop,
@@ -196,9 +196,12 @@ impl Leader {
             if !due.contains(&step.id) {
                 continue;
             }
-            let last_row = &rows[rows.len() - vocab_size..];
+            let drafts = self.scheduler.drafts(step.id);
+            let rows = &rows[rows.len() - (1 + drafts.len()) * vocab_size..];
             let cached_tokens = self.scheduler.cached_tokens(step.id);
-            if let Some(outcome) = self.live.advance(step.id, last_row, cached_tokens, &mut self.sampler) {
+            if let Some(outcome) = self.live.advance(step.id, rows, drafts, cached_tokens, &mut self.sampler) {
+                self.metrics.drafted_tokens.inc_by(drafts.len() as u64);
+                self.metrics.accepted_tokens.inc_by(outcome.sampled.tokens.len() as u64 - 1);
                 sampled.push(outcome.sampled);
                 if outcome.cut_off {
                     cut_off.push(step.id);

@@ -125,33 +125,39 @@ impl LiveJobs {
         }
     }
 
-    /// Samples a sequence's next token from its last row of logits, `[vocab_size]`, and tells the reader.
+    /// Samples a sequence's next tokens and tells the reader: one from the first row of `logits`,
+    /// `[1 + drafts.len(), vocab_size]`, and one from each further row, as long as the draft that the row is of is the
+    /// token that came before. Every token is sampled from what it would be sampled from without drafts.
     ///
     /// `cached_tokens`: prompt tokens that the prefix cache held when the sequence started.
     pub(super) fn advance(
         &mut self,
         id: SeqId,
         logits: &[f32],
+        drafts: &[u32],
         cached_tokens: u32,
         sampler: &mut Sampler,
     ) -> Option<Outcome> {
         let sequence = self.sequences.get_mut(&id)?;
         let live = self.jobs.get_mut(&sequence.generation)?;
-        let job = &live.job;
-        let token = sampler.sample(logits, &job.params, &job.prompt, &sequence.emitted, sequence.choice);
-        let logprobs = job.logprobs.map(|n_top| sampler.logprobs(logits, token, n_top as usize));
-        let mut delivered = true;
-        if !std::mem::replace(&mut live.started, true) {
-            delivered &= live.outlet.send(Event::Started { generation: sequence.generation, cached_tokens });
-            if job.prompt_logprobs.is_some() {
-                delivered &= live.outlet.send(Event::PromptLogprobs(std::mem::take(&mut live.prompt_logprobs)));
+        let mut delivered = live.start(sequence.generation, cached_tokens);
+        let mut tokens = Vec::with_capacity(1 + drafts.len());
+        let mut stop = false;
+        for row in logits.chunks_exact(sampler.vocab_size()) {
+            let job = &live.job;
+            let token = sampler.sample(row, &job.params, &job.prompt, &sequence.emitted, sequence.choice);
+            let logprobs = job.logprobs.map(|n_top| sampler.logprobs(row, token, n_top as usize));
+            let position = sequence.emitted.len() as u32;
+            let event = Event::Token { choice: sequence.choice, position, token_id: token, logprobs };
+            delivered &= live.outlet.send(event);
+            sequence.emitted.push(token);
+            stop = job.params.stop_token_ids.contains(&token);
+            tokens.push(token);
+            if stop || drafts.get(tokens.len() - 1) != Some(&token) {
+                break;
             }
         }
-        let position = sequence.emitted.len() as u32;
-        delivered &= live.outlet.send(Event::Token { choice: sequence.choice, position, token_id: token, logprobs });
-        sequence.emitted.push(token);
-        let stop = job.params.stop_token_ids.contains(&token);
-        Some(Outcome { sampled: Sampled { id, token, stop }, cut_off: !delivered })
+        Some(Outcome { sampled: Sampled { id, tokens, stop }, cut_off: !delivered })
     }
 
     /// Ends one choice, which the scheduler has ended.
@@ -209,6 +215,20 @@ impl LiveJobs {
     }
 }
 
+impl LiveJob {
+    /// Tells the reader that tokens follow, once. False if it is too slow.
+    fn start(&mut self, generation: GenerationId, cached_tokens: u32) -> bool {
+        if std::mem::replace(&mut self.started, true) {
+            return true;
+        }
+        let mut delivered = self.outlet.send(Event::Started { generation, cached_tokens });
+        if self.job.prompt_logprobs.is_some() {
+            delivered &= self.outlet.send(Event::PromptLogprobs(std::mem::take(&mut self.prompt_logprobs)));
+        }
+        delivered
+    }
+}
+
 /// Why a choice ends.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Reason {
@@ -253,7 +273,7 @@ mod tests {
     use super::*;
     use crate::{
         sampler::SamplingParams,
-        scheduler::{SchedulerConfig, plan::LogitsRows},
+        scheduler::{SchedulerConfig, plan::LogitsRows, speculation::Speculation},
     };
 
     const VOCAB_SIZE: usize = 8;
@@ -282,6 +302,7 @@ mod tests {
                 n_blocks: 64,
                 block_size: 2,
                 context_length: 64,
+                speculation: Speculation::Off,
             };
             let scheduler = Scheduler::new(config).unwrap();
             Self { live: LiveJobs::default(), scheduler, sampler: Sampler::new(VOCAB_SIZE) }
@@ -307,7 +328,7 @@ mod tests {
             let due: Vec<SeqId> = self.scheduler.due().collect();
             let mut sample = |id| {
                 let cached_tokens = self.scheduler.cached_tokens(id);
-                self.live.advance(id, &[0.0; VOCAB_SIZE], cached_tokens, &mut self.sampler)
+                self.live.advance(id, &[0.0; VOCAB_SIZE], &[], cached_tokens, &mut self.sampler)
             };
             let sampled: Vec<Sampled> =
                 due.into_iter().filter_map(&mut sample).map(|outcome| outcome.sampled).collect();

@@ -24,6 +24,10 @@ pub struct Metrics {
     pub prompt_tokens: Counter,
     /// Tokens sampled.
     pub generated_tokens: Counter,
+    /// Tokens guessed in advance; each took a row of a step.
+    pub drafted_tokens: Counter,
+    /// Those of them that were then sampled; each saved a step.
+    pub accepted_tokens: Counter,
     /// Jobs whose reader went away.
     pub cancelled: Counter,
     /// Jobs whose reader was too slow.
@@ -51,6 +55,8 @@ impl Metrics {
             collective: Histogram::new(step_buckets()),
             prompt_tokens: Counter::<u64, AtomicU64>::default(),
             generated_tokens: Counter::default(),
+            drafted_tokens: Counter::default(),
+            accepted_tokens: Counter::default(),
             cancelled: Counter::default(),
             slow_readers: Counter::default(),
             epochs: Counter::default(),
@@ -67,6 +73,8 @@ impl Metrics {
         sub.register_with_unit("collective", help, Unit::Seconds, metrics.collective.clone());
         sub.register("prompt_tokens", "Prompt tokens of admitted jobs", metrics.prompt_tokens.clone());
         sub.register("generated_tokens", "Tokens sampled", metrics.generated_tokens.clone());
+        sub.register("drafted_tokens", "Tokens guessed in advance", metrics.drafted_tokens.clone());
+        sub.register("accepted_tokens", "Tokens guessed in advance and then sampled", metrics.accepted_tokens.clone());
         sub.register("cancelled_jobs", "Jobs whose reader went away", metrics.cancelled.clone());
         sub.register("slow_reader_jobs", "Jobs whose reader was cut off", metrics.slow_readers.clone());
         sub.register("epochs", "Times that the group has formed", metrics.epochs.clone());

@@ -6,7 +6,7 @@
 use crate::scheduler::plan::BlockId;
 
 /// Reference counts over a fixed number of blocks.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct BlockPool {
     /// By block.
     ref_counts: Vec<u32>,

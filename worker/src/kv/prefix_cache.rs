@@ -47,7 +47,7 @@ pub struct BlockCounts {
 }
 
 /// All blocks, and what the full ones hold.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct PrefixCache {
     pool: BlockPool,
     /// The block that holds a content. Two blocks may hold the same one (two sequences computed it at the same time);

@@ -67,7 +67,7 @@ impl Scheduler {
             return Verdict::PrefillUnderWay;
         }
         let shared = self.kv.acquire(sequence.shareable_keys());
-        let n_missing = sequence.n_missing_blocks() - shared.len();
+        let n_missing = sequence.n_missing_blocks(0) - shared.len();
         if self.kv.n_available() < n_missing + self.running.len() {
             self.kv.release(&shared);
             return Verdict::NoBlocks;

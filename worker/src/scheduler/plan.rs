@@ -23,8 +23,8 @@ pub enum LogitsRows {
     None,
     /// The last row alone, which the next token is sampled from.
     Last,
-    /// Every row, for the log-probabilities of the prompt. The next token is sampled from the last one if the chunk
-    /// ends the prompt.
+    /// Every row: for the log-probabilities of the prompt, where the next token is sampled from the last one if the chunk
+    /// ends the prompt; or of a decoding sequence whose rows but the first are drafts.
     All,
 }
 

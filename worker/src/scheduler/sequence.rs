@@ -3,7 +3,7 @@
 //! Its positions fall into three regions:
 //!
 //! ```text
-//! [0, n_computed)            keys and values are in its blocks
+//! [0, n_computed)            keys and values are in its blocks (beyond, rejected drafts may have left theirs)
 //! [n_computed, n_known)      tokens known, still to be computed
 //! [n_known, max_len)         tokens that may yet be sampled
 //! ```
@@ -13,11 +13,13 @@
 
 use std::time::Instant;
 
+use super::allowance::Allowance;
+use super::drafter::Drafter;
 use super::plan::{BlockId, LogitsRows, SeqId};
 use crate::kv::prefix_cache::BlockKey;
 
 /// See the module's documentation.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Sequence {
     /// Prompt, then what was sampled.
     token_ids: Vec<u32>,
@@ -41,15 +43,21 @@ pub(super) struct Sequence {
     n_planned_blocks: usize,
     n_computed: usize,
     block_size: usize,
+    drafter: Drafter,
+    allowance: Allowance,
 }
 
 /// What one step computes of a sequence.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Debug)]
 pub(super) struct Chunk {
+    /// Rows of known tokens.
     pub(super) n_rows: usize,
+    /// Which of them need logits.
     pub(super) logits: LogitsRows,
     /// Whether the last row's logits decide the sequence's next token.
     pub(super) samples: bool,
+    /// Rows after them, all of which need logits: guesses at the next tokens. None unless the chunk samples.
+    pub(super) drafts: Vec<u32>,
 }
 
 /// What is left of a step.
@@ -95,6 +103,8 @@ impl Sequence {
             n_planned_blocks: 0,
             n_computed: 0,
             block_size,
+            drafter: Drafter::default(),
+            allowance: Allowance::default(),
         };
         sequence.extend_keys();
         sequence
@@ -164,9 +174,14 @@ impl Sequence {
         &self.blocks
     }
 
-    /// Blocks that the known tokens need beyond the table.
-    pub(super) fn n_missing_blocks(&self) -> usize {
-        self.n_known().div_ceil(self.block_size).saturating_sub(self.blocks.len())
+    /// Blocks that the known tokens and so many drafts need beyond the table.
+    pub(super) fn n_missing_blocks(&self, n_drafts: usize) -> usize {
+        (self.n_known() + n_drafts).div_ceil(self.block_size).saturating_sub(self.blocks.len())
+    }
+
+    /// Drafts that the table has room for.
+    pub(super) fn n_free_slots(&self) -> usize {
+        self.blocks.len() * self.block_size - self.n_known()
     }
 
     /// The keys of the blocks that may come from the prefix cache: full ones before the last known token, whose logits
@@ -197,6 +212,7 @@ impl Sequence {
 
     /// Gives the block table up, and with it all that was computed.
     pub(super) fn stop(&mut self) -> Vec<BlockId> {
+        self.drafter = Drafter::default();
         self.n_computed = 0;
         self.n_planned_blocks = 0;
         std::mem::take(&mut self.blocks)
@@ -220,12 +236,24 @@ impl Sequence {
             (false, true) => LogitsRows::Last,
             (false, false) => LogitsRows::None,
         };
-        (n_rows > 0).then_some(Chunk { n_rows, logits, samples })
+        (n_rows > 0).then_some(Chunk { n_rows, logits, samples, drafts: Vec::new() })
+    }
+
+    /// Guesses at the tokens after the known ones, at most `max_drafts`, in a step with `n_decoding` sequences.
+    pub(super) fn draft(&mut self, max_drafts: usize, n_decoding: usize) -> Vec<u32> {
+        // A token is sampled after the last draft, too.
+        let max_drafts = max_drafts.min(self.max_len - self.n_known() - 1).min(self.allowance.n_drafts(n_decoding));
+        if max_drafts == 0 { Vec::new() } else { self.drafter.propose(&self.token_ids, max_drafts) }
+    }
+
+    /// So many drafts are in the plan.
+    pub(super) fn pay(&mut self, n_drafts: usize, n_decoding: usize) {
+        self.allowance.pay(n_drafts, n_decoding);
     }
 
     /// The tokens of a chunk.
-    pub(super) fn rows(&self, chunk: Chunk) -> &[u32] {
-        &self.token_ids[self.n_computed..self.n_computed + chunk.n_rows]
+    pub(super) fn rows(&self, chunk: &Chunk) -> Vec<u32> {
+        [&self.token_ids[self.n_computed..self.n_computed + chunk.n_rows], &chunk.drafts].concat()
     }
 
     /// The blocks of the table that no plan has carried yet; the caller puts them into one.
@@ -235,13 +263,24 @@ impl Sequence {
         new
     }
 
-    /// The chunk has been computed. Returns the blocks that it filled, each with its key.
-    pub(super) fn advance(&mut self, chunk: Chunk) -> impl Iterator<Item = (BlockKey, BlockId)> {
-        let n_full_before = self.n_computed / self.block_size;
-        self.n_computed += chunk.n_rows;
+    /// The chunk's known tokens have been computed. Returns the blocks that they filled, each with its key.
+    pub(super) fn advance(&mut self, chunk: &Chunk) -> impl Iterator<Item = (BlockKey, BlockId)> {
         if chunk.logits == LogitsRows::All {
-            self.n_prompt_rows_delivered = self.n_computed;
+            self.n_prompt_rows_delivered = self.n_computed + chunk.n_rows;
         }
+        self.count_computed(chunk.n_rows)
+    }
+
+    /// The first `n_accepted` drafts of the chunk have been computed and sampled. Returns the blocks that they filled,
+    /// each with its key.
+    pub(super) fn accept(&mut self, n_accepted: usize) -> impl Iterator<Item = (BlockKey, BlockId)> {
+        self.allowance.earn(n_accepted);
+        self.count_computed(n_accepted)
+    }
+
+    fn count_computed(&mut self, n_rows: usize) -> impl Iterator<Item = (BlockKey, BlockId)> {
+        let n_full_before = self.n_computed / self.block_size;
+        self.n_computed += n_rows;
         let filled = n_full_before..self.n_computed / self.block_size;
         self.keys[filled.clone()].iter().copied().zip(self.blocks[filled].iter().copied())
     }

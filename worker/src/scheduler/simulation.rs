@@ -1,4 +1,5 @@
-//! A long random life of the scheduler: arrivals, aborts, deadlines, preemptions, shared prefixes, tiny pools, resets.
+//! A long random life of the scheduler: arrivals, aborts, deadlines, preemptions, shared prefixes, tiny pools, resets,
+//! drafts that turn out right and wrong.
 //!
 //! Beside the scheduler runs a follower that knows nothing but the plans. It keeps block tables and a KV storage in which
 //! each slot remembers the tokens that its keys and values stand for. Every row that a plan computes must find, in every
@@ -13,7 +14,8 @@ use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use super::plan::{BlockId, LogitsRows, SeqId, SequenceStep, StepPlan};
-use super::{Ended, NewSequence, Refusal, Sampled, Scheduler, SchedulerConfig};
+use super::speculation::{MAX_ROWS, Speculation};
+use super::{Ended, NewSequence, Refusal, Sampled, Scheduled, Scheduler, SchedulerConfig};
 use crate::test_seed::seed;
 
 /// Steps in which something was computed.
@@ -57,6 +59,10 @@ struct Seen {
     resets: u64,
     queue_full: u64,
     never_fits: u64,
+    drafts_accepted: u64,
+    drafts_rejected: u64,
+    drafts_cut_by_a_stop: u64,
+    blocks_for_drafts: u64,
 }
 
 impl Seen {
@@ -77,6 +83,10 @@ impl Seen {
             self.resets,
             self.queue_full,
             self.never_fits,
+            self.drafts_accepted,
+            self.drafts_rejected,
+            self.drafts_cut_by_a_stop,
+            self.blocks_for_drafts,
         ];
         assert!(counts.iter().all(|count| *count >= 20), "{self:?}");
     }
@@ -138,10 +148,13 @@ impl Follower {
         }
     }
 
-    fn compute(&mut self, step: &SequenceStep, token_ids: &[u32], block_size: usize) {
+    /// `known`: the sequence's tokens. Rows of the step beyond them are drafts.
+    fn compute(&mut self, step: &SequenceStep, known: &[u32], block_size: usize) {
         let start = step.start_position as usize;
         let end = start + step.token_ids.len();
-        assert_eq!(step.token_ids, token_ids[start..end], "{step:?}");
+        let token_ids = [&known[..start], &step.token_ids].concat();
+        let n_known = known.len().min(end);
+        assert_eq!(token_ids[..n_known], known[..n_known], "{step:?}");
         let table = &self.tables[&step.id];
         let slot = |position: usize| (table[position / block_size], position % block_size);
         for position in start..end {
@@ -163,6 +176,8 @@ struct World {
     now: Instant,
     next_step_id: u64,
     arrival_probability: f64,
+    /// Text mostly repeats what stands so many tokens before.
+    period: Option<usize>,
 }
 
 impl World {
@@ -177,6 +192,7 @@ impl World {
             n_blocks: rng.random_range(4..24),
             block_size: *[1, 2, 3, 4].choose(rng).unwrap(),
             context_length: rng.random_range(2..50),
+            speculation: *[Speculation::Off, Speculation::Ngram, Speculation::Ngram].choose(rng).unwrap(),
         };
         Self {
             scheduler: Scheduler::new(config.clone()).unwrap(),
@@ -186,6 +202,7 @@ impl World {
             now: Instant::now(),
             next_step_id: 0,
             arrival_probability: *[0.05, 0.3, 0.9].choose(rng).unwrap(),
+            period: rng.random_bool(0.8).then(|| rng.random_range(1..8)),
             config,
         }
     }
@@ -282,8 +299,12 @@ impl World {
     fn step(&mut self, rng: &mut ChaCha8Rng, seen: &mut Seen) {
         seen.steps += 1;
         self.now += Duration::from_millis(rng.random_range(0..3));
+        let without_drafts = rng.random_bool(0.1).then(|| self.schedule_without_drafts());
         let scheduled = self.scheduler.schedule(self.now);
         self.scheduler.check_integrity();
+        if let Some(without_drafts) = without_drafts {
+            self.check_that_nobody_pays(&scheduled, &without_drafts, seen);
+        }
         self.check_expired(&scheduled.expired, seen);
         let Some(plan) = scheduled.plan else {
             assert!(self.clients.is_empty(), "there is work, and no plan for it");
@@ -315,6 +336,34 @@ impl World {
         assert!(!self.clients.values().any(is_late), "whoever is late has expired");
     }
 
+    fn schedule_without_drafts(&self) -> Scheduled {
+        let mut scheduler = self.scheduler.clone();
+        scheduler.config.speculation = Speculation::Off;
+        scheduler.schedule(self.now)
+    }
+
+    /// Drafts come on top of the plan that would be made without them.
+    fn check_that_nobody_pays(&self, scheduled: &Scheduled, without_drafts: &Scheduled, seen: &mut Seen) {
+        assert_eq!(scheduled.expired, without_drafts.expired);
+        let (Some(plan), Some(plain)) = (&scheduled.plan, &without_drafts.plan) else {
+            assert_eq!(scheduled, without_drafts);
+            return;
+        };
+        assert_eq!((plan.sequences.len(), &plan.released), (plain.sequences.len(), &plain.released));
+        for (step, plain) in plan.sequences.iter().zip(&plain.sequences) {
+            let n_drafts = self.scheduler.drafts(step.id).len();
+            let token_ids = step.token_ids[..step.token_ids.len() - n_drafts].to_vec();
+            let new_blocks = step.new_blocks[..plain.new_blocks.len()].to_vec();
+            let logits = if n_drafts > 0 { LogitsRows::Last } else { step.logits };
+            assert_eq!(SequenceStep { token_ids, new_blocks, logits, ..*step }, *plain, "{step:?}");
+            if step.new_blocks.len() > plain.new_blocks.len() {
+                let stats = self.scheduler.stats();
+                assert!(stats.waiting == 0 && stats.blocks.free + stats.blocks.cached >= stats.running, "{stats:?}");
+                seen.blocks_for_drafts += 1;
+            }
+        }
+    }
+
     fn check_plan(&mut self, plan: &StepPlan, seen: &mut Seen) {
         assert_eq!(plan.step_id, self.next_step_id);
         self.next_step_id += 1;
@@ -341,7 +390,10 @@ impl World {
     /// The logits of a step are bounded, whatever the prompts are.
     fn check_logits_rows(&self, plan: &StepPlan, seen: &mut Seen) {
         let SchedulerConfig { max_prompt_logits_rows, max_running, .. } = self.config;
-        let rows_of = |kind| plan.sequences.iter().filter(move |step| step.logits == kind);
+        let (drafting, others): (Vec<_>, Vec<_>) =
+            plan.sequences.iter().partition(|step| !self.scheduler.drafts(step.id).is_empty());
+        assert!(drafting.iter().map(|step| step.token_ids.len()).sum::<usize>() <= MAX_ROWS, "{plan:?}");
+        let rows_of = |kind| others.iter().copied().filter(move |step| step.logits == kind);
         let n_prompt_rows: usize = rows_of(LogitsRows::All).map(SequenceStep::n_logits_rows).sum();
         assert!(n_prompt_rows <= max_prompt_logits_rows, "{plan:?}");
         assert!(rows_of(LogitsRows::Last).count() <= max_running);
@@ -363,11 +415,17 @@ impl World {
         }
         let client = self.clients.get_mut(&step.id).expect("only the living are in plans");
         let (start, end) = (step.start_position as usize, step.start_position as usize + step.token_ids.len());
-        assert!((1..=self.config.max_prefill_chunk).contains(&step.token_ids.len()));
+        let n_drafts = self.scheduler.drafts(step.id).len();
+        assert!(end < client.max_len, "no row is past the last token that may be sampled: {step:?}");
+        let end = end - n_drafts;
+        assert!((1..=self.config.max_prefill_chunk).contains(&(end - start)));
         let is_due = self.scheduler.due().any(|id| id == step.id);
         assert_eq!(is_due, end == client.token_ids.len(), "{step:?}");
         let expected = if client.owes_prompt_logits() && start >= client.n_delivered {
             assert_eq!(start, client.n_delivered, "no prompt position is left out: {step:?}");
+            LogitsRows::All
+        } else if n_drafts > 0 {
+            assert!(is_due, "{step:?}");
             LogitsRows::All
         } else if is_due {
             LogitsRows::Last
@@ -386,17 +444,18 @@ impl World {
 
     fn commit(&mut self, plan: &StepPlan, rng: &mut ChaCha8Rng, seen: &mut Seen) {
         let due: Vec<_> = self.scheduler.due().collect();
-        let sample = |id| Sampled { id, token: next_token(&self.clients[&id].token_ids), stop: rng.random_bool(0.05) };
-        let sampled: Vec<Sampled> = due.into_iter().map(sample).collect();
+        let sampled: Vec<Sampled> = due.into_iter().map(|id| self.sample(id, rng, seen)).collect();
         for step in plan.sequences.iter().filter(|step| step.logits == LogitsRows::All) {
-            if let Some(client) = self.clients.get_mut(&step.id) {
+            if let Some(client) = self.clients.get_mut(&step.id)
+                && client.owes_prompt_logits()
+            {
                 client.n_delivered += step.token_ids.len();
             }
         }
         let mut expected = Vec::new();
-        for Sampled { id, token, stop } in &sampled {
+        for Sampled { id, tokens, stop } in &sampled {
             let client = self.clients.get_mut(id).unwrap();
-            client.token_ids.push(*token);
+            client.token_ids.extend(tokens);
             let is_full = client.token_ids.len() == client.max_len;
             if *stop || is_full {
                 assert!(!client.owes_prompt_logits(), "{client:?}");
@@ -408,6 +467,26 @@ impl World {
         assert_eq!(self.scheduler.commit(&sampled), expected);
         self.scheduler.check_integrity();
     }
+
+    /// Verifies the drafts: goes on for as long as they are what the model says.
+    fn sample(&self, id: SeqId, rng: &mut ChaCha8Rng, seen: &mut Seen) -> Sampled {
+        let mut token_ids = self.clients[&id].token_ids.clone();
+        let n_known = token_ids.len();
+        let mut drafts = self.scheduler.drafts(id).iter();
+        let stop = loop {
+            let token_id = next_token(&token_ids, self.period);
+            token_ids.push(token_id);
+            let stop = rng.random_bool(0.05);
+            let draft = drafts.next();
+            seen.drafts_cut_by_a_stop += u64::from(stop && draft.is_some());
+            seen.drafts_rejected += u64::from(!stop && draft.is_some_and(|draft| *draft != token_id));
+            if stop || draft != Some(&token_id) {
+                break stop;
+            }
+            seen.drafts_accepted += 1;
+        };
+        Sampled { id, tokens: token_ids.split_off(n_known), stop }
+    }
 }
 
 fn any_tokens(rng: &mut ChaCha8Rng, n: usize) -> Vec<u32> {
@@ -415,6 +494,8 @@ fn any_tokens(rng: &mut ChaCha8Rng, n: usize) -> Vec<u32> {
 }
 
 /// The model: what follows depends on the tokens before it, and on nothing else.
-fn next_token(token_ids: &[u32]) -> u32 {
-    token_ids.iter().fold(1, |sum, token_id| sum * 5 % 1009 + token_id) % VOCAB_SIZE
+fn next_token(token_ids: &[u32], period: Option<usize>) -> u32 {
+    let mixed = token_ids.iter().fold(1, |sum, token_id| sum * 5 % 1009 + token_id);
+    let repeated = period.and_then(|period| token_ids.iter().nth_back(period - 1)).filter(|_| mixed % 10 < 8);
+    repeated.copied().unwrap_or(mixed % VOCAB_SIZE)
 }

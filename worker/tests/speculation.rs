@@ -1,0 +1,284 @@
+//! Speculation changes nothing but the number of steps: the same jobs, with and without it, through the leader's loop.
+//!
+//! The model is a parrot. It keeps its tokens in slots, as others keep keys and values, and reads what it has heard from
+//! there: a draft that was rejected and not written over would be heard.
+
+#![allow(clippy::unwrap_used, reason = "a test's helpers panic as tests do")]
+
+use std::{
+    collections::{HashMap, HashSet},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    thread::JoinHandle,
+    time::{Duration, Instant},
+};
+
+use lockstep_collectives::Collective;
+use lockstep_worker::{
+    engine::{
+        Event, FinishReason, Job,
+        handle::{self, EngineHandle},
+        leader::Leader,
+        metrics::Metrics,
+    },
+    group::{Attestation, GroupConfig, LeaderGroup},
+    model::StepError,
+    model_runner::RunStep,
+    sampler::{SamplingParams, TokenLogprobs},
+    scheduler::{
+        Scheduler, SchedulerConfig,
+        plan::{LogitsRows, SeqId, StepPlan},
+        speculation::Speculation,
+    },
+};
+use prometheus_client::registry::Registry;
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+use tokio::runtime::Runtime;
+use tokio_stream::StreamExt as _;
+
+const VOCAB_SIZE: usize = 24;
+const BLOCK_SIZE: usize = 4;
+
+/// What is said repeats what was said so many tokens before, mostly.
+const PERIOD: usize = 9;
+
+/// Far longer than anything here takes: a test that would hang fails instead.
+const HANG: Duration = Duration::from_secs(60);
+
+/// See the module's documentation.
+#[derive(Debug)]
+struct Parrot {
+    slots: HashMap<usize, u32>,
+    tables: HashMap<SeqId, Vec<usize>>,
+    gone: HashSet<SeqId>,
+    /// Sequences that came back after they had been preempted.
+    n_came_back: Arc<AtomicU64>,
+}
+
+/// All that a job's reader was told, choice by choice.
+#[derive(Clone, Default, PartialEq, Debug)]
+struct Heard {
+    prompt_logprobs: Option<Vec<TokenLogprobs>>,
+    tokens: HashMap<u32, Vec<(u32, Option<TokenLogprobs>)>>,
+    finishes: HashMap<u32, FinishReason>,
+}
+
+/// A leader without followers.
+struct Engine {
+    handle: EngineHandle,
+    metrics: Metrics,
+    n_came_back: Arc<AtomicU64>,
+    thread: JoinHandle<()>,
+    runtime: Runtime,
+}
+
+// === impl Parrot ===
+
+impl Parrot {
+    /// Logits after a text: noise that depends on every token of it, and a liking for what it repeats.
+    fn logits(heard: &[u32]) -> Vec<f32> {
+        let seed = heard.iter().fold(1, |seed: u64, token| seed.wrapping_mul(0x100_0000_01B3) ^ u64::from(*token));
+        let mut noise = ChaCha8Rng::seed_from_u64(seed);
+        let mut logits: Vec<f32> = (0..VOCAB_SIZE).map(|_| noise.random_range(-2.0..2.0)).collect();
+        if let Some(repeated) = heard.iter().nth_back(PERIOD - 1) {
+            logits[*repeated as usize] += 3.0;
+        }
+        logits
+    }
+}
+
+impl RunStep for Parrot {
+    fn run(&mut self, plan: &StepPlan, _: &mut dyn Collective) -> Result<Vec<f32>, StepError> {
+        for id in &plan.released {
+            self.tables.remove(id);
+            self.gone.insert(*id);
+        }
+        let mut logits = Vec::new();
+        for step in &plan.sequences {
+            self.n_came_back.fetch_add(u64::from(self.gone.remove(&step.id)), Ordering::Relaxed);
+            let table = self.tables.entry(step.id).or_default();
+            table.extend(step.new_blocks.iter().map(|block| block.0 as usize));
+            let slot = |position: usize| table[position / BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE;
+            let rows = step.start_position as usize..step.start_position as usize + step.token_ids.len();
+            self.slots.extend(rows.clone().map(slot).zip(step.token_ids.iter().copied()));
+            let wanted = match step.logits {
+                LogitsRows::None => rows.end..rows.end,
+                LogitsRows::Last => rows.end - 1..rows.end,
+                LogitsRows::All => rows,
+            };
+            for row in wanted {
+                let heard: Vec<u32> = (0..=row).map(|position| self.slots[&slot(position)]).collect();
+                logits.extend(Self::logits(&heard));
+            }
+        }
+        Ok(logits)
+    }
+
+    fn reset(&mut self) {
+        self.slots.clear();
+        self.tables.clear();
+    }
+
+    fn vocab_size(&self) -> usize {
+        VOCAB_SIZE
+    }
+
+    fn block_size(&self) -> usize {
+        BLOCK_SIZE
+    }
+}
+
+// === impl Engine ===
+
+impl Engine {
+    fn start(speculation: Speculation, n_blocks: u32) -> Self {
+        let runtime = Runtime::new().unwrap();
+        let attestation = Attestation::from_iter([("test", "")]);
+        let (group, _rpc) = LeaderGroup::new(GroupConfig::default(), attestation, runtime.handle()).unwrap();
+        let scheduler = Scheduler::new(SchedulerConfig {
+            max_step_tokens: 16,
+            max_prefill_chunk: 7,
+            max_prompt_logits_rows: 8,
+            max_running: 4,
+            max_waiting: 16,
+            n_blocks,
+            block_size: BLOCK_SIZE as u32,
+            context_length: 128,
+            speculation,
+        });
+        let n_came_back = Arc::new(AtomicU64::new(0));
+        let runner = Parrot {
+            slots: HashMap::new(),
+            tables: HashMap::new(),
+            gone: HashSet::new(),
+            n_came_back: Arc::clone(&n_came_back),
+        };
+        let (handle, port) = handle::channel(Instant::now());
+        let metrics = Metrics::register(&mut Registry::default());
+        let leader = Leader::new(group, Box::new(runner), scheduler.unwrap(), metrics.clone(), port);
+        let thread = std::thread::spawn(move || leader.run());
+        let engine = Self { handle, metrics, n_came_back, thread, runtime };
+        engine.wait(async { engine.handle.status().wait_for(|status| status.ready).await.map(drop) }).unwrap();
+        engine
+    }
+
+    fn wait<T>(&self, future: impl Future<Output = T>) -> T {
+        self.runtime.block_on(async { tokio::time::timeout(HANG, future).await }).unwrap()
+    }
+
+    /// Runs jobs side by side.
+    fn run(&self, jobs: &[Job]) -> Vec<Heard> {
+        self.wait(async {
+            let mut streams = Vec::new();
+            for job in jobs {
+                streams.push(self.handle.submit(job.clone()).await.unwrap());
+            }
+            let mut all = Vec::new();
+            for mut stream in streams {
+                let mut heard = Heard::default();
+                while let Some(event) = stream.next().await {
+                    heard.note(event.unwrap());
+                }
+                all.push(heard);
+            }
+            all
+        })
+    }
+
+    fn stop(self) {
+        self.handle.stop();
+        self.thread.join().unwrap();
+    }
+}
+
+// === impl Heard ===
+
+impl Heard {
+    fn note(&mut self, event: Event) {
+        match event {
+            Event::Started { .. } => {}
+            Event::PromptLogprobs(logprobs) => self.prompt_logprobs = Some(logprobs),
+            Event::Token { choice, position, token_id, logprobs } => {
+                let tokens = self.tokens.entry(choice).or_default();
+                assert_eq!(tokens.len(), position as usize);
+                tokens.push((token_id, logprobs));
+            }
+            Event::Finish { choice, reason } => assert_eq!(self.finishes.insert(choice, reason), None),
+        }
+    }
+}
+
+/// A prompt that has begun to repeat itself.
+fn job(params: SamplingParams) -> Job {
+    Job {
+        request_id: "test".into(),
+        prompt: (0..2 * PERIOD).map(|i| (i % PERIOD) as u32).collect(),
+        params: SamplingParams { seed: 7, ..params },
+        max_new_tokens: 60,
+        n: 1,
+        logprobs: Some(2),
+        prompt_logprobs: None,
+        deadline: None,
+    }
+}
+
+fn jobs() -> Vec<Job> {
+    let off = SamplingParams::default;
+    let penalised = SamplingParams { presence_penalty: 0.4, frequency_penalty: 0.2, ..off() };
+    let stops = SamplingParams { stop_token_ids: vec![3, 20], min_new_tokens: 16, ..off() };
+    let warped = SamplingParams { temperature: 0.6, top_p: 0.9, top_k: 8, ..off() };
+    vec![
+        job(off()),
+        job(SamplingParams { temperature: 0.8, ..off() }),
+        job(penalised.clone()),
+        job(SamplingParams { temperature: 0.5, repetition_penalty: 1.2, ..penalised }),
+        job(stops.clone()),
+        job(SamplingParams { temperature: 0.7, ..stops }),
+        Job { n: 3, ..job(warped.clone()) },
+        Job { n: 2, prompt_logprobs: Some(1), max_new_tokens: 33, ..job(warped) },
+        Job { prompt: (0..100).map(|i| i * i % VOCAB_SIZE as u32).collect(), ..job(off()) },
+        Job { max_new_tokens: 1, ..job(off()) },
+        Job { max_new_tokens: 2, ..job(off()) },
+    ]
+}
+
+/// Runs jobs with and without speculation, so many at a time, and compares all that their readers are told.
+#[track_caller]
+fn check(n_blocks: u32, at_a_time: usize) {
+    let plain = Engine::start(Speculation::Off, n_blocks);
+    let speculative = Engine::start(Speculation::Ngram, n_blocks);
+    for jobs in jobs().chunks(at_a_time) {
+        let (wanted, got) = (plain.run(jobs), speculative.run(jobs));
+        for ((job, wanted), got) in jobs.iter().zip(wanted).zip(got) {
+            assert_eq!(got, wanted, "{job:?}");
+        }
+    }
+    let steps = |engine: &Engine| engine.metrics.generated_tokens.get() - engine.metrics.accepted_tokens.get();
+    println!("{} steps of sequences, {} without drafts", steps(&speculative), steps(&plain));
+    assert_eq!(plain.metrics.drafted_tokens.get(), 0);
+    let (drafted, accepted) = (speculative.metrics.drafted_tokens.get(), speculative.metrics.accepted_tokens.get());
+    assert!(accepted >= 50 && drafted >= accepted + 20, "{accepted} of {drafted} drafts were right");
+    if n_blocks < 50 {
+        assert!(speculative.n_came_back.load(Ordering::Relaxed) > 0, "somebody was preempted");
+    }
+    plain.stop();
+    speculative.stop();
+}
+
+#[test]
+fn a_job_alone_is_told_the_same() {
+    check(64, 1);
+}
+
+#[test]
+fn jobs_side_by_side_are_told_the_same() {
+    check(256, 3);
+}
+
+#[test]
+fn jobs_that_preempt_one_another_are_told_the_same() {
+    check(36, 4);
+}
