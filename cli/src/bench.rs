@@ -1,10 +1,12 @@
 //! `lockstep bench`: how fast a running cluster is, as its clients see it, or the engine alone.
 
 mod load;
+mod prompts;
 mod report;
 
 use std::{
     io::{self, IsTerminal as _, Write as _},
+    path::PathBuf,
     process::ExitCode,
 };
 
@@ -12,7 +14,10 @@ use clap::{Args, Subcommand};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use lockstep_proto::v1::GetModelRequest;
 
-use self::load::{Load, Plan};
+use self::{
+    load::{Load, Plan},
+    prompts::Prompts,
+};
 use crate::{
     failure::{Done, Failure, line},
     target::Target,
@@ -34,13 +39,17 @@ pub(crate) struct Options {
     /// Requests at a time
     #[arg(long, default_value_t = 32, value_parser = clap::value_parser!(u32).range(1..=4096))]
     concurrency: u32,
-    /// Requests in all
-    #[arg(long, default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
-    requests: u32,
+    /// Requests in all; default: 256, or each line of --prompts once
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    requests: Option<u32>,
     /// Tokens of each prompt, random ones, so that no prefix is in a cache
     #[arg(long, default_value_t = 200, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     prompt_tokens: u32,
-    /// Tokens to generate for each request; end-of-turn tokens are ignored
+    /// Prompts to ask in turn instead of random ones: JSON lines, each {"prompt": TEXT} or {"messages": [{"role": ROLE,
+    /// "content": TEXT}, ...]}
+    #[arg(long, value_name = "FILE", conflicts_with = "prompt_tokens")]
+    prompts: Option<PathBuf>,
+    /// Tokens to generate for each request; end-of-turn tokens are ignored after random prompts
     #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     max_new_tokens: u32,
     /// Requests that arrive each second, at random times; default: the next as soon as one ends
@@ -65,17 +74,20 @@ pub(crate) async fn serve(options: Options) -> Done {
     let request = target.request(GetModelRequest { name: options.model.clone() })?;
     let answer = target.models()?.get_model(request).await.map_err(|status| target.failure(&status))?;
     let model = answer.into_inner().model.unwrap_or_default();
+    let prompts = match &options.prompts {
+        Some(path) => Prompts::read(path)?,
+        None => Prompts::Random { tokens: options.prompt_tokens, vocab_size: model.vocab_size, seed: options.seed },
+    };
     let plan = Plan {
         concurrency: options.concurrency,
-        requests: options.requests,
-        prompt_tokens: options.prompt_tokens,
+        requests: options.requests.unwrap_or(prompts.default_requests()),
+        prompts,
         max_new_tokens: options.max_new_tokens,
         rate: options.rate,
         seed: options.seed,
-        vocab_size: model.vocab_size,
         model: model.name,
     };
-    let progress = progress_bar(options.requests);
+    let progress = progress_bar(plan.requests);
     let load = Load::new(plan.clone(), options.target.clone())?;
     let outcomes = load.run(|_| progress.inc(1)).await;
     progress.finish_and_clear();

@@ -6,18 +6,13 @@ use std::{
     time::{Duration, Instant},
 };
 
-use lockstep_proto::{
-    error::Error,
-    v1::{
-        RawPrompt, SamplingParams, StreamGenerateRequest, TokenIds, inference_service_client::InferenceServiceClient,
-        raw_prompt,
-    },
-};
+use lockstep_proto::{error::Error, v1::inference_service_client::InferenceServiceClient};
 use rand::{RngExt as _, SeedableRng as _};
 use rand_chacha::ChaCha8Rng;
 use tokio::{sync::Semaphore, task::JoinSet};
-use tonic::{Status, transport::Channel};
+use tonic::{Request, Status, Streaming, transport::Channel};
 
+use super::prompts::{Call, Prompts};
 use crate::{events::Event, failure::Failure, target::Target};
 
 /// Requests that share a connection: well below the streams that a gateway allows on one.
@@ -27,13 +22,13 @@ const REQUESTS_PER_CONNECTION: u32 = 128;
 #[derive(Debug, Clone)]
 pub(super) struct Plan {
     pub(super) model: String,
-    pub(super) vocab_size: u32,
     pub(super) requests: u32,
     pub(super) concurrency: u32,
-    pub(super) prompt_tokens: u32,
+    pub(super) prompts: Prompts,
     pub(super) max_new_tokens: u32,
     /// Arrivals a second. `None`: a request follows as soon as one has ended.
     pub(super) rate: Option<f64>,
+    /// Decides arrival times.
     pub(super) seed: u64,
 }
 
@@ -54,6 +49,8 @@ pub(super) struct Outcome {
     pub(super) gaps: Vec<f64>,
     /// From sending to the end.
     pub(super) total: f64,
+    /// Tokens of the prompt, as the cluster counted them.
+    pub(super) prompt_tokens: u32,
     /// Tokens generated.
     pub(super) tokens: u32,
     /// Why it failed, if it did.
@@ -91,9 +88,10 @@ impl Load {
                 tokio::time::sleep_until((started + due).into()).await;
             }
             let Ok(slot) = Arc::clone(&slots).acquire_owned().await else { break };
-            let (message, target) = (request(&self.plan, index), self.target.clone());
+            let call = self.plan.prompts.call(index, &self.plan.model, self.plan.max_new_tokens);
+            let target = self.target.clone();
             running.spawn(async move {
-                let outcome = send(&mut client, &target, message).await;
+                let outcome = send(&mut client, &target, call).await;
                 drop(slot);
                 outcome
             });
@@ -114,56 +112,53 @@ fn pause(rate: f64, random: &mut impl rand::Rng) -> Duration {
     Duration::from_secs_f64(-(1.0 - uniform).ln() / rate)
 }
 
-/// The request of this index: random ids from the middle of the vocabulary, as control tokens stand at its ends.
-fn request(plan: &Plan, index: u32) -> StreamGenerateRequest {
-    let mut random = ChaCha8Rng::seed_from_u64(plan.seed);
-    random.set_stream(u64::from(index) + 1);
-    let eighth = plan.vocab_size / 8;
-    let ids = eighth..(plan.vocab_size - eighth).max(eighth + 1);
-    let ids = (0..plan.prompt_tokens).map(|_| random.random_range(ids.clone())).collect();
-    StreamGenerateRequest {
-        model: plan.model.clone(),
-        prompt: Some(RawPrompt { prompt: Some(raw_prompt::Prompt::TokenIds(TokenIds { ids })) }),
-        sampling: Some(SamplingParams {
-            max_new_tokens: Some(plan.max_new_tokens),
-            do_sample: Some(false),
-            ignore_eos: Some(true),
-            ..SamplingParams::default()
-        }),
-        output: None,
-    }
-}
-
-async fn send(
-    client: &mut InferenceServiceClient<Channel>,
-    target: &Target,
-    message: StreamGenerateRequest,
-) -> Outcome {
+async fn send(client: &mut InferenceServiceClient<Channel>, target: &Target, call: Call) -> Outcome {
     let started = Instant::now();
     let mut outcome = Outcome::default();
-    if let Err(status) = follow(client, target, message, started, &mut outcome).await {
+    if let Err(status) = ask(client, target, call, started, &mut outcome).await {
         outcome.error = Some(Error::from_status(&status));
     }
     outcome.total = started.elapsed().as_secs_f64();
     outcome
 }
 
-/// Reads the stream to its end, noting when tokens come.
-async fn follow(
+async fn ask(
     client: &mut InferenceServiceClient<Channel>,
     target: &Target,
-    message: StreamGenerateRequest,
+    call: Call,
     started: Instant,
     outcome: &mut Outcome,
 ) -> Result<(), Status> {
-    let request = target.request(message).map_err(|failure| Status::invalid_argument(failure.to_string()))?;
-    let mut stream = client.stream_generate(request).await?.into_inner();
+    match call {
+        Call::Generate(message) => {
+            let answer = client.stream_generate(request(target, message)?).await?;
+            follow(answer.into_inner(), started, outcome).await
+        }
+        Call::Chat(message) => {
+            let answer = client.stream_chat(request(target, message)?).await?;
+            follow(answer.into_inner(), started, outcome).await
+        }
+    }
+}
+
+fn request<T>(target: &Target, message: T) -> Result<Request<T>, Status> {
+    target.request(message).map_err(|failure| Status::invalid_argument(failure.to_string()))
+}
+
+/// Reads a stream to its end, noting when tokens come.
+async fn follow<T>(mut stream: Streaming<T>, started: Instant, outcome: &mut Outcome) -> Result<(), Status>
+where
+    Event: TryFrom<T>,
+{
     let mut last = started;
     let mut finished = false;
     while let Some(message) = stream.message().await? {
         match Event::try_from(message) {
             Ok(Event::Chunk(chunk)) => last = outcome.note(chunk.token_ids.len(), started, last),
-            Ok(Event::Finish(_)) => finished = true,
+            Ok(Event::Finish(finish)) => {
+                finished = true;
+                outcome.prompt_tokens = finish.usage.map_or(0, |usage| usage.prompt_tokens);
+            }
             Ok(Event::Start) | Err(_) => {}
         }
     }
@@ -193,42 +188,6 @@ impl Outcome {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn plan(vocab_size: u32) -> Plan {
-        Plan {
-            model: "m".into(),
-            vocab_size,
-            requests: 2,
-            concurrency: 1,
-            prompt_tokens: 50,
-            max_new_tokens: 3,
-            rate: None,
-            seed: 9,
-        }
-    }
-
-    fn ids(request: StreamGenerateRequest) -> Vec<u32> {
-        match request.prompt.and_then(|prompt| prompt.prompt) {
-            Some(raw_prompt::Prompt::TokenIds(ids)) => ids.ids,
-            other => panic!("{other:?}"),
-        }
-    }
-
-    #[test]
-    fn prompts_differ_by_index_and_repeat_by_seed() {
-        let plan = plan(1000);
-        assert_eq!(ids(request(&plan, 0)), ids(request(&plan, 0)));
-        assert_ne!(ids(request(&plan, 0)), ids(request(&plan, 1)));
-        assert_ne!(ids(request(&plan, 0)), ids(request(&Plan { seed: 8, ..plan.clone() }, 0)));
-    }
-
-    #[test]
-    fn prompts_keep_to_the_middle_of_any_vocabulary() {
-        for vocab_size in [1, 2, 7, 8, 9, 1000] {
-            let eighth = vocab_size / 8;
-            assert!(ids(request(&plan(vocab_size), 0)).iter().all(|id| (eighth..vocab_size - eighth).contains(id)));
-        }
-    }
 
     #[test]
     fn arrivals_keep_the_rate_on_average() {

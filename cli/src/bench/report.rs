@@ -13,7 +13,6 @@ pub(super) struct Report {
     model: String,
     concurrency: u32,
     rate: Option<f64>,
-    prompt_tokens: u32,
     max_new_tokens: u32,
     requests: usize,
     pub(super) succeeded: usize,
@@ -21,10 +20,13 @@ pub(super) struct Report {
     errors: BTreeMap<&'static str, usize>,
     wall_s: f64,
     requests_per_s: f64,
-    /// Prompt tokens of successful requests.
+    /// Of successful requests.
+    prompt_tokens: u64,
     prompt_tokens_per_s: f64,
     output_tokens: u64,
     output_tokens_per_s: f64,
+    /// Of one stream after its first tokens: the inverse of the mean ITL.
+    stream_tokens_per_s: Option<f64>,
     ttft_ms: Percentiles,
     itl_ms: Percentiles,
     request_ms: Percentiles,
@@ -49,23 +51,27 @@ impl Report {
             *errors.entry(error.reason().name()).or_default() += 1;
         }
         let output_tokens: u64 = outcomes.each.iter().map(|outcome| u64::from(outcome.tokens)).sum();
+        let prompt_tokens: u64 = good.iter().map(|outcome| u64::from(outcome.prompt_tokens)).sum();
+        let gaps = || good.iter().flat_map(|outcome| outcome.gaps.iter().copied());
+        let time_between_tokens: f64 = gaps().sum();
         let per_second = |count: f64| if outcomes.wall > 0.0 { count / outcomes.wall } else { 0.0 };
         Self {
             model: plan.model.clone(),
             concurrency: plan.concurrency,
             rate: plan.rate,
-            prompt_tokens: plan.prompt_tokens,
             max_new_tokens: plan.max_new_tokens,
             requests: outcomes.each.len(),
             succeeded: good.len(),
             errors,
             wall_s: outcomes.wall,
             requests_per_s: per_second(good.len() as f64),
-            prompt_tokens_per_s: per_second(good.len() as f64 * f64::from(plan.prompt_tokens)),
+            prompt_tokens,
+            prompt_tokens_per_s: per_second(prompt_tokens as f64),
             output_tokens,
             output_tokens_per_s: per_second(output_tokens as f64),
+            stream_tokens_per_s: (time_between_tokens > 0.0).then(|| gaps().count() as f64 / time_between_tokens),
             ttft_ms: Percentiles::of_seconds(good.iter().filter_map(|outcome| outcome.first_token)),
-            itl_ms: Percentiles::of_seconds(good.iter().flat_map(|outcome| outcome.gaps.iter().copied())),
+            itl_ms: Percentiles::of_seconds(gaps()),
             request_ms: Percentiles::of_seconds(good.iter().map(|outcome| outcome.total)),
         }
     }
@@ -75,16 +81,19 @@ impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(
             f,
-            "{}: {} requests, {} at a time, {} prompt tokens, {} new tokens",
-            self.model, self.requests, self.concurrency, self.prompt_tokens, self.max_new_tokens
+            "{}: {} requests, {} at a time, at most {} new tokens each",
+            self.model, self.requests, self.concurrency, self.max_new_tokens
         )?;
         writeln!(f, "succeeded    {:>10}   in {:.2} s", self.succeeded, self.wall_s)?;
         for (reason, count) in &self.errors {
             writeln!(f, "failed       {count:>10}   {reason}")?;
         }
         writeln!(f, "requests/s   {:>10.2}", self.requests_per_s)?;
-        writeln!(f, "prompt tok/s {:>10.1}", self.prompt_tokens_per_s)?;
-        writeln!(f, "output tok/s {:>10.1}", self.output_tokens_per_s)?;
+        writeln!(f, "prompt tok/s {:>10.1}   {} tokens", self.prompt_tokens_per_s, self.prompt_tokens)?;
+        writeln!(f, "output tok/s {:>10.1}   {} tokens", self.output_tokens_per_s, self.output_tokens)?;
+        if let Some(rate) = self.stream_tokens_per_s {
+            writeln!(f, "stream tok/s {rate:>10.1}   each, after its first tokens")?;
+        }
         writeln!(f, "                    p50        p90        p99")?;
         writeln!(f, "TTFT ms      {}", self.ttft_ms)?;
         writeln!(f, "ITL ms       {}", self.itl_ms)?;
@@ -122,14 +131,14 @@ mod tests {
     use lockstep_proto::error::{Error, Reason};
 
     use super::*;
+    use crate::bench::prompts::Prompts;
 
     fn plan() -> Plan {
         Plan {
             model: "m".into(),
-            vocab_size: 10,
             requests: 3,
             concurrency: 2,
-            prompt_tokens: 100,
+            prompts: Prompts::Random { tokens: 100, vocab_size: 10, seed: 0 },
             max_new_tokens: 3,
             rate: None,
             seed: 0,
@@ -147,14 +156,21 @@ mod tests {
 
     #[test]
     fn failed_requests_count_by_reason_and_not_in_latencies() {
-        let good = Outcome { first_token: Some(0.1), gaps: vec![0.01, 0.03], total: 0.2, tokens: 3, error: None };
+        let good = Outcome {
+            first_token: Some(0.1),
+            gaps: vec![0.01, 0.03],
+            total: 0.2,
+            prompt_tokens: 100,
+            tokens: 3,
+            error: None,
+        };
         let draining = Some(Error::new(Reason::Draining, "later"));
         let bad = Outcome { first_token: Some(9.0), total: 9.0, tokens: 1, error: draining, ..good.clone() };
         let report = Report::new(&plan(), &Outcomes { each: vec![good, bad.clone(), bad], wall: 2.0 });
         assert_eq!((report.requests, report.succeeded, report.errors["DRAINING"]), (3, 1, 2));
         assert_eq!((report.output_tokens, report.output_tokens_per_s), (5, 2.5));
         assert_eq!((report.ttft_ms.p99, report.itl_ms.p50), (Some(100.0), Some(10.0)));
-        assert_eq!(report.prompt_tokens_per_s, 50.0);
+        assert_eq!((report.prompt_tokens_per_s, report.stream_tokens_per_s), (50.0, Some(50.0)));
         let text = report.to_string();
         assert!(text.contains("DRAINING") && text.lines().all(|line| line.len() < 100), "{text}");
     }
