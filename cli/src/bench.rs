@@ -29,6 +29,8 @@ use crate::{
 pub(crate) enum Command {
     /// The engine alone, in one process and without servers
     Engine(worker::Arguments),
+    /// How fast this machine reads memory: the limit of decoding
+    Memory(worker::Arguments),
     /// A running cluster under load
     Serve(Options),
 }

@@ -4,8 +4,8 @@
 //!
 //! * [`up`] runs a cluster in the foreground; [`status`] asks one how it is.
 //! * [`chat`] and [`generate`] talk to it: [`target`] finds it, [`sampling`] reads `--set`, [`events`] prints a stream.
-//! * [`bench`] measures it; [`worker`] hands `inspect`, `make-model`, `doctor` and `bench engine` to
-//!   the worker's own program.
+//! * [`bench`] measures it; [`worker`] hands `inspect`, `make-model`, `doctor`, `bench engine` and
+//!   `bench memory` to the worker's own program.
 //! * [`failure`] is the one way in which any of them fails.
 //!
 //! # Exit status
@@ -88,6 +88,7 @@ fn run(command: Command) -> Done {
         Command::MakeModel(arguments) => worker::run("make-model", &arguments),
         Command::Doctor(arguments) => worker::doctor(&arguments),
         Command::Bench(bench::Command::Engine(arguments)) => worker::run_in(&["bench", "engine"], &arguments),
+        Command::Bench(bench::Command::Memory(arguments)) => worker::run_in(&["bench", "memory"], &arguments),
         Command::Bench(bench::Command::Serve(options)) => runtime.block_on(bench::serve(options)),
     }
 }

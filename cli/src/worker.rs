@@ -1,5 +1,5 @@
-//! The worker's own program knows models and machines; `inspect`, `make-model`, `doctor` and `bench engine` are its
-//! subcommands, and this module passes them on. The command itself stays small and links no engine.
+//! The worker's own program knows models and machines; `inspect`, `make-model`, `doctor`, `bench engine` and
+//! `bench memory` are its subcommands, and this module passes them on. The command itself stays small and links no engine.
 
 use std::{
     ffi::OsString,

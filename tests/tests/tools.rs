@@ -1,5 +1,5 @@
-//! `lockstep inspect`, `make-model` and `bench engine`, which the worker's program carries out: what they do with a made
-//! model, what they refuse, and how.
+//! `lockstep inspect`, `make-model`, `bench engine` and `bench memory`, which the worker's program carries out: what they do with a
+//! made model, what they refuse, and how.
 
 use std::process::Command;
 
@@ -52,11 +52,23 @@ fn a_made_model_is_one_like_any_other() -> Result<()> {
 }
 
 #[test]
+fn memory_is_measured_with_each_number_of_threads() -> Result<()> {
+    let text = output(&["bench", "memory", "--threads", "3", "--size-mib", "8", "--json"])?;
+    let readings: serde_json::Value = serde_json::from_str(&text)?;
+    let column = |name: &str| readings.as_array().into_iter().flatten().map(|reading| reading[name].clone()).collect();
+    let (threads, rates): (Vec<_>, Vec<_>) = (column("threads"), column("bytes_per_s"));
+    assert_eq!(threads, [1, 1, 1, 2, 2, 2, 3, 3, 3]);
+    assert!(rates.iter().all(|rate| rate.as_f64().is_some_and(|rate| rate > 0.0)), "{text}");
+    Ok(())
+}
+
+#[test]
 fn a_wrong_command_line_has_the_status_of_wrong_usage() -> Result<()> {
     check_refused(&["inspect"], 64, &["required arguments"])?;
     check_refused(&["inspect", "m.gguf", "--ranks", "2"], 64, &["--ranks"])?;
     check_refused(&["make-model", "--shape", "llama-9"], 64, &["llama-9"])?;
-    check_refused(&["bench", "engine"], 64, &["required arguments"])
+    check_refused(&["bench", "engine"], 64, &["required arguments"])?;
+    check_refused(&["bench", "memory", "--threads", "0"], 1, &["--threads must be"])
 }
 
 #[test]

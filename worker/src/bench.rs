@@ -1,5 +1,7 @@
 //! Benchmark of the engine: prefill and decode rates of one model, in this process, without servers.
 
+mod memory;
+
 use std::{
     collections::HashSet,
     path::PathBuf,
@@ -23,6 +25,8 @@ use crate::{
         speculation::Speculation,
     },
 };
+
+pub use memory::MemoryBench;
 
 /// Positions in a block, as the worker's default.
 const BLOCK_SIZE: usize = 16;

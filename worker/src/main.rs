@@ -8,7 +8,12 @@ use anyhow::Result;
 use clap::{Parser, Subcommand};
 use lockstep_proto::config::{self, ConfigError};
 use lockstep_worker::{
-    bench::EngineBench, config::WorkerConfig, doctor, inspect::Inspect, make_model::MakeModel, serve,
+    bench::{EngineBench, MemoryBench},
+    config::WorkerConfig,
+    doctor,
+    inspect::Inspect,
+    make_model::MakeModel,
+    serve,
 };
 
 /// The words that name a [`Tool`].
@@ -33,6 +38,8 @@ enum Tool {
 enum Bench {
     /// Prefill and decode rates of a model, in this process, without servers
     Engine(EngineBench),
+    /// How fast memory is read: the limit of decoding
+    Memory(MemoryBench),
 }
 
 fn main() -> ExitCode {
@@ -61,6 +68,7 @@ fn run_tool(tool: Tool) -> Result<()> {
         Tool::Inspect(inspect) => inspect.run(),
         Tool::MakeModel(make) => make.run(),
         Tool::Bench(Bench::Engine(bench)) => bench.run(),
+        Tool::Bench(Bench::Memory(bench)) => bench.run(),
         Tool::Doctor => {
             doctor::run();
             Ok(())

@@ -15,10 +15,12 @@
 //!   each written once over the vectors of `cpu/simd.rs`.
 //! - [`KvCache`], [`RopeTable`]: what attention keeps and looks up.
 //! - [`plain`]: the standard.
+//! - [`read_bandwidth`]: the limit of what streams through memory.
 //!
 //! Wrong sizes of activations are bugs of the caller and panic; whatever comes from a file is checked and gives a
 //! [`KernelError`].
 
+mod bandwidth;
 mod cpu;
 mod encoded;
 mod error;
@@ -32,6 +34,7 @@ mod rope;
 mod segments;
 mod sum_tree;
 
+pub use bandwidth::read_bandwidth;
 pub use cpu::{Activations, AttentionBatch, AttentionRow, Cpu, Forms, Isa, MAX_PRODUCTS, NewTokens, Product};
 pub use encoded::EncodedRows;
 pub use error::KernelError;
