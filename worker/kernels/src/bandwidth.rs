@@ -23,7 +23,7 @@ pub fn read_bandwidth<const N_STREAMS: usize>(n_threads: usize, size_bytes: usiz
     assert!(n_words > 0, "{size_bytes} bytes for {n_threads} threads with {N_STREAMS} streams");
     let mut streams = Pieces::new(n_threads * N_STREAMS, n_words);
     streams.iter_mut().for_each(|stream| _ = stream.fill([1; 8]));
-    let memory: Vec<Words> = streams.into_vec();
+    let memory = streams.into_array();
     let streams: Vec<&[Words]> = memory.chunks_exact(n_words).collect();
     let pass = || {
         let start = Instant::now();
