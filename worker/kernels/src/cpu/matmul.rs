@@ -24,6 +24,7 @@
 //! meet; a panel times some rows is a [`Kernel`] of its own for each
 //! kind of weights and number of rows, so that the compiler keeps all of it in registers.
 
+use std::mem::MaybeUninit;
 use std::ops::Range;
 
 use crate::cpu::activations::{Activations, Places, STRIP, load, strip_rows};
@@ -293,19 +294,22 @@ impl<const N: usize, const NIBBLES: bool, const HALVES: bool, const MINIMUM: boo
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
         for (plane_idx, segments) in self.0.product.matrix.plan().subtrees().enumerate() {
-            let mut pending = [[simd.splat(0.0); N]; MAX_PENDING];
+            // Left unwritten: to clear it would take a twentieth of a narrow matrix's time.
+            let mut pending = [const { MaybeUninit::uninit() }; MAX_PENDING];
             let mut n_pending = 0;
+            let mut sums = [simd.splat(0.0); N];
             for segment in segments {
-                let mut sums = self.sum_segment(simd, &segment.cols);
+                sums = self.sum_segment(simd, &segment.cols);
                 for _ in 0..segment.n_merges {
                     n_pending -= 1;
-                    let left = pending[n_pending];
+                    // SAFETY: the entries below `n_pending` were written when it passed them, and it was above this one.
+                    let left: [S::F32; N] = unsafe { pending[n_pending].assume_init() };
                     unrolled!(i in 0..N { sums[i] = simd.add(left[i], sums[i]) });
                 }
-                pending[n_pending] = sums;
+                pending[n_pending] = MaybeUninit::new(sums);
                 n_pending += 1;
             }
-            self.store(simd, plane_idx, &pending[0]);
+            self.store(simd, plane_idx, &sums);
         }
     }
 }
