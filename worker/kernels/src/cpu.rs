@@ -58,6 +58,8 @@ pub enum Isa {
     Avx2,
     /// x86-64 with AVX-512 F, BW, DQ, VL and VNNI.
     Avx512,
+    /// As `Avx512`, with AMX tiles of 8-bit integers.
+    Amx,
 }
 
 /// An [`Isa`] whose instructions this processor has.
@@ -92,7 +94,7 @@ pub struct Product<'a> {
 
 impl Isa {
     /// Every instruction set, the slowest first.
-    pub const ALL: [Isa; 3] = [Isa::Portable, Isa::Avx2, Isa::Avx512];
+    pub const ALL: [Isa; 4] = [Isa::Portable, Isa::Avx2, Isa::Avx512, Isa::Amx];
 
     /// Whether this processor has it.
     pub fn is_supported(self) -> bool {
@@ -114,6 +116,7 @@ impl Detected {
             Isa::Portable => Some(Self::Portable(Portable)),
             Isa::Avx2 => x86::Avx2::detect().map(Self::Avx2),
             Isa::Avx512 => x86::Avx512::detect().map(Self::Avx512),
+            Isa::Amx => x86::Avx512::detect_with_tiles().map(Self::Avx512),
         }
     }
 
@@ -127,6 +130,8 @@ impl Detected {
             Self::Portable(_) => Isa::Portable,
             #[cfg(target_arch = "x86_64")]
             Self::Avx2(_) => Isa::Avx2,
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512(simd) if simd.has_tiles() => Isa::Amx,
             #[cfg(target_arch = "x86_64")]
             Self::Avx512(_) => Isa::Avx512,
         }

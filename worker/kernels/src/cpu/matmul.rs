@@ -18,7 +18,7 @@
 //! ```
 //!
 //! Segment sums are then added as [`SumTree`](crate::SumTree) says. Nothing here depends on how many rows there are: rows
-//! only share the loading and unpacking of weights, up to eight at a time.
+//! only share the loading and unpacking of weights, up to eight at a time, or sixteen with tiles (`x86/amx.rs`).
 //!
 //! [`PanelsTimesRows`] goes through a task's panels and rows, [`GatedRows`] through those of two matrices whose products
 //! meet; a panel times some rows is a [`Kernel`] of its own for each
@@ -27,7 +27,7 @@
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
-use crate::cpu::activations::{Activations, Places, STRIP, load, strip_rows};
+use crate::cpu::activations::{ActivationBlock, Activations, Places, STRIP, load, strip_rows};
 use crate::cpu::elementwise::silu_mul;
 use crate::cpu::shared_slice::SharedSlice;
 use crate::cpu::simd::{Kernel, LANES, Simd, unrolled};
@@ -83,8 +83,8 @@ impl PanelsTimesRows<'_> {
     /// Computes the task's outputs.
     pub(crate) fn run<S: Simd>(&self, simd: S) {
         for panel_idx in self.panels.clone() {
-            for rows in runs_of_rows(self.rows.clone(), self.product.x.n_rows()) {
-                self.product.panel(simd, Place { panel_idx, ..rows });
+            for strip in strips(self.rows.clone(), self.product.x.n_rows()) {
+                self.product.panel(simd, Place { panel_idx, ..strip });
             }
         }
     }
@@ -96,24 +96,24 @@ impl GatedRows<'_> {
     /// Computes the task's outputs.
     pub(crate) fn run<S: Simd>(&self, simd: S) {
         let n_panels = self.gate.n_panels();
-        let mut gate = [[0.0; BLOCK]; ABREAST];
-        let mut up = [[0.0; BLOCK]; ABREAST];
+        let mut gate = [[0.0; BLOCK]; STRIP];
+        let mut up = [[0.0; BLOCK]; STRIP];
         for pair_idx in self.pairs.clone() {
-            for rows in runs_of_rows(self.rows.clone(), self.x.n_rows()) {
+            for strip in strips(self.rows.clone(), self.x.n_rows()) {
                 for (matrix, sums) in [(self.gate, &mut gate), (self.up, &mut up)] {
                     let out = Outputs {
                         values: SharedSlice::new(sums.as_flattened_mut()),
-                        n_rows: ABREAST,
+                        n_rows: STRIP,
                         width: BLOCK,
-                        first_row: rows.first_row + rows.place,
+                        first_row: strip.first_row,
                         first_out: pair_idx * BLOCK,
                     };
                     let product = Multiplication { matrix, x: self.x, out };
                     for panel_idx in 2 * pair_idx..n_panels.min(2 * pair_idx + 2) {
-                        product.panel(simd, Place { panel_idx, ..rows });
+                        product.panel(simd, Place { panel_idx, ..strip });
                     }
                 }
-                simd.vectorize(Gate { gate: &gate, up: &up, pair_idx, rows, out: self.out });
+                simd.vectorize(Gate { gate: &gate, up: &up, pair_idx, strip, out: self.out });
             }
         }
     }
@@ -121,53 +121,73 @@ impl GatedRows<'_> {
 
 /// Gates the sums of a pair of panels and some rows.
 struct Gate<'a> {
-    gate: &'a [[f32; BLOCK]; ABREAST],
-    up: &'a [[f32; BLOCK]; ABREAST],
+    gate: &'a [[f32; BLOCK]; STRIP],
+    up: &'a [[f32; BLOCK]; STRIP],
     pair_idx: usize,
-    rows: Place,
+    strip: Place,
     out: Places<'a>,
 }
 
 impl Kernel for Gate<'_> {
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        let first_row = self.rows.first_row + self.rows.place;
-        for (i, (gate, up)) in self.gate.iter().zip(self.up).take(self.rows.n_rows).enumerate() {
+        for (i, (gate, up)) in self.gate.iter().zip(self.up).take(self.strip.n_rows).enumerate() {
             let (gate, up) = (load(simd, gate), load(simd, up));
             let lanes = [silu_mul(simd, gate[0], up[0]), silu_mul(simd, gate[1], up[1])];
             // SAFETY: the tasks of a job divide pairs and rows among them (`Cpu::gated`).
-            unsafe { self.out.put(simd, first_row + i, self.pair_idx, lanes) };
+            unsafe { self.out.put(simd, self.strip.first_row + i, self.pair_idx, lanes) };
         }
     }
 }
 
-/// A task's rows, as many at a time as kernels take: places without a panel yet.
-fn runs_of_rows(rows: Range<usize>, n_rows: usize) -> impl Iterator<Item = Place> {
-    rows.step_by(STRIP).flat_map(move |first_row| {
-        let n_in_strip = strip_rows(first_row, n_rows);
-        (0..n_in_strip).step_by(ABREAST).map(move |place| Place {
-            panel_idx: 0,
-            first_row,
-            place,
-            n_rows: ABREAST.min(n_in_strip - place),
-        })
-    })
+/// A task's rows, strip by strip: places without a panel yet.
+fn strips(rows: Range<usize>, n_rows: usize) -> impl Iterator<Item = Place> {
+    let strip = move |first_row| Place { panel_idx: 0, first_row, place: 0, n_rows: strip_rows(first_row, n_rows) };
+    rows.step_by(STRIP).map(strip)
 }
 
 // === impl Multiplication ===
 
-impl Multiplication<'_> {
-    /// One panel times some rows.
-    fn panel<S: Simd>(&self, simd: S, place: Place) {
-        match place.n_rows {
-            1 => self.rows::<S, 1>(simd, place),
-            2 => self.rows::<S, 2>(simd, place),
-            3 => self.rows::<S, 3>(simd, place),
-            4 => self.rows::<S, 4>(simd, place),
-            5 => self.rows::<S, 5>(simd, place),
-            6 => self.rows::<S, 6>(simd, place),
-            7 => self.rows::<S, 7>(simd, place),
-            _ => self.rows::<S, ABREAST>(simd, place),
+impl<'a> Multiplication<'a> {
+    /// One panel times the rows of a strip: with tiles, or as many rows at a time as vectors take.
+    fn panel<S: Simd>(&self, simd: S, strip: Place) {
+        if let Weights::Integers(integers) = self.matrix.weights()
+            && simd.sum_with_tiles(self, integers, strip)
+        {
+            return;
+        }
+        for place in (0..strip.n_rows).step_by(ABREAST) {
+            let place = Place { place, n_rows: ABREAST.min(strip.n_rows - place), ..strip };
+            match place.n_rows {
+                1 => self.rows::<S, 1>(simd, place),
+                2 => self.rows::<S, 2>(simd, place),
+                3 => self.rows::<S, 3>(simd, place),
+                4 => self.rows::<S, 4>(simd, place),
+                5 => self.rows::<S, 5>(simd, place),
+                6 => self.rows::<S, 6>(simd, place),
+                7 => self.rows::<S, 7>(simd, place),
+                _ => self.rows::<S, ABREAST>(simd, place),
+            }
+        }
+    }
+
+    /// The strip's quantized inputs, `[n_in / 32, rows of the strip]`.
+    #[inline(always)]
+    pub(crate) fn strip(&self, panel: Panel<'_>, place: Place) -> &'a [ActivationBlock] {
+        let n_parts = panel.integers.n_parts();
+        &self.x.blocks()[place.first_row * n_parts..][..strip_rows(place.first_row, self.x.n_rows()) * n_parts]
+    }
+
+    /// Stores the sums of a panel and the `i`-th of its rows.
+    #[inline(always)]
+    pub(crate) fn store<S: Simd>(&self, simd: S, plane_idx: usize, place: Place, i: usize, sums: S::F32) {
+        let out = self.out(plane_idx, place, i);
+        if let ([out], []) = out.as_chunks_mut() {
+            simd.store(sums, out);
+        } else {
+            let mut lanes = [0.0; PANEL];
+            simd.store(sums, &mut lanes);
+            out.copy_from_slice(&lanes[..out.len()]);
         }
     }
 
@@ -220,7 +240,7 @@ impl Multiplication<'_> {
 
     /// Where the sums of a panel and the `i`-th of its rows go.
     #[inline(always)]
-    fn out(&self, plane_idx: usize, place: Place, i: usize) -> &mut [f32] {
+    fn out(&self, plane_idx: usize, place: Place, i: usize) -> &'a mut [f32] {
         let Outputs { values, n_rows, width, first_row, first_out } = self.out;
         let row_idx = plane_idx * n_rows + place.first_row + place.place + i - first_row;
         let n_lanes = PANEL.min(self.matrix.n_out() - place.panel_idx * PANEL);
@@ -240,21 +260,21 @@ fn add<const N: usize>(mut left: [[f32; PANEL]; N], right: [[f32; PANEL]; N]) ->
 
 /// Some rows of a strip, and a panel.
 #[derive(Clone, Copy)]
-struct Place {
-    panel_idx: usize,
+pub(crate) struct Place {
+    pub(crate) panel_idx: usize,
     /// Where the strip begins.
     first_row: usize,
     /// The first row's place in the strip.
     place: usize,
     /// How many rows.
-    n_rows: usize,
+    pub(crate) n_rows: usize,
 }
 
 /// One panel of integer weights.
 #[derive(Clone, Copy)]
-struct Panel<'a> {
-    integers: &'a Integers,
-    panel_idx: usize,
+pub(crate) struct Panel<'a> {
+    pub(crate) integers: &'a Integers,
+    pub(crate) panel_idx: usize,
 }
 
 /// The products of a panel and `N` rows.
@@ -309,7 +329,7 @@ impl<const N: usize, const NIBBLES: bool, const HALVES: bool, const MINIMUM: boo
                 pending[n_pending] = MaybeUninit::new(sums);
                 n_pending += 1;
             }
-            self.store(simd, plane_idx, &sums);
+            unrolled!(i in 0..N { self.0.product.store(simd, plane_idx, self.0.place, i, sums[i]) });
         }
     }
 }
@@ -320,9 +340,8 @@ impl<const N: usize, const NIBBLES: bool, const HALVES: bool, const MINIMUM: boo
     #[inline(always)]
     fn sum_segment<S: Simd>(&self, simd: S, cols: &Range<usize>) -> [S::F32; N] {
         let SumIntegers { product, panel, place } = self.0;
-        let n_parts = panel.integers.n_parts();
+        let strip = product.strip(panel, place);
         let n_rows = strip_rows(place.first_row, product.x.n_rows());
-        let strip = &product.x.blocks()[place.first_row * n_parts..][..n_rows * n_parts];
         let first_part = cols.start / BLOCK;
         let parts = strip[first_part * n_rows..cols.end / BLOCK * n_rows].chunks_exact(n_rows);
         let mut sums = [simd.splat(0.0); N];
@@ -339,34 +358,20 @@ impl<const N: usize, const NIBBLES: bool, const HALVES: bool, const MINIMUM: boo
                     let [quads, more_quads] = [&x.quads.as_chunks::<4>().0[0], &x.quads.as_chunks::<4>().0[1]];
                     let [codes, more_codes] = [&codes.as_chunks::<4>().0[0], &codes.as_chunks::<4>().0[1]];
                     let dot = Self::dot(simd, panel.offset() * x.half_sums[0], codes, quads);
-                    sums[row_idx] = Self::add_group(simd, sums[row_idx], first, dot, x.scale, x.scaled_half_sums[0]);
+                    sums[row_idx] = add_group::<_, MINIMUM>(simd, sums[row_idx], first, dot, x.scale, x.scaled_half_sums[0]);
                     let dot = Self::dot(simd, panel.offset() * x.half_sums[1], more_codes, more_quads);
-                    sums[row_idx] = Self::add_group(simd, sums[row_idx], second, dot, x.scale, x.scaled_half_sums[1]);
+                    sums[row_idx] = add_group::<_, MINIMUM>(simd, sums[row_idx], second, dot, x.scale, x.scaled_half_sums[1]);
                 });
             } else {
                 let group = panel.group::<S, MINIMUM>(simd, part_idx);
                 unrolled!(row_idx in 0..N {
                     let x = &blocks[row_idx];
                     let dot = Self::dot(simd, panel.offset() * x.sum, &codes, &x.quads);
-                    sums[row_idx] = Self::add_group(simd, sums[row_idx], group, dot, x.scale, x.scaled_sum);
+                    sums[row_idx] = add_group::<_, MINIMUM>(simd, sums[row_idx], group, dot, x.scale, x.scaled_sum);
                 });
             }
         }
         sums
-    }
-
-    #[inline(always)]
-    fn store<S: Simd>(&self, simd: S, plane_idx: usize, sums: &[S::F32; N]) {
-        unrolled!(i in 0..N {
-            let out = self.0.product.out(plane_idx, self.0.place, i);
-            if let Some(out) = out.as_mut_array() {
-                simd.store(sums[i], out);
-            } else {
-                let mut lanes = [0.0; PANEL];
-                simd.store(sums[i], &mut lanes);
-                out.copy_from_slice(&lanes[..out.len()]);
-            }
-        });
     }
 
     /// The integer dot products of a group, less `correction` where the format has an offset.
@@ -387,33 +392,34 @@ impl<const N: usize, const NIBBLES: bool, const HALVES: bool, const MINIMUM: boo
         }
         dot
     }
+}
 
-    #[inline(always)]
-    fn add_group<S: Simd>(
-        simd: S,
-        sum: S::F32,
-        (scale, minimum): (S::F32, S::F32),
-        dot: S::I32,
-        x_scale: f32,
-        scaled_sum: f32,
-    ) -> S::F32 {
-        let sum = simd.fma(simd.mul(scale, simd.splat(x_scale)), simd.to_f32(dot), sum);
-        if MINIMUM { simd.fma(minimum, simd.splat(scaled_sum), sum) } else { sum }
-    }
+/// Scales the integers of a group and adds them to a row's sums.
+#[inline(always)]
+pub(crate) fn add_group<S: Simd, const MINIMUM: bool>(
+    simd: S,
+    sum: S::F32,
+    (scale, minimum): (S::F32, S::F32),
+    dot: S::I32,
+    x_scale: f32,
+    scaled_sum: f32,
+) -> S::F32 {
+    let sum = simd.fma(simd.mul(scale, simd.splat(x_scale)), simd.to_f32(dot), sum);
+    if MINIMUM { simd.fma(minimum, simd.splat(scaled_sum), sum) } else { sum }
 }
 
 // === impl Panel ===
 
 impl Panel<'_> {
     #[inline(always)]
-    fn offset(&self) -> i32 {
+    pub(crate) fn offset(&self) -> i32 {
         i32::from(self.integers.format.offset)
     }
 
     /// Begins to fetch the codes that come [`PREFETCH_PARTS`] later, beyond this panel's end in the next one: the
     /// processor by itself looks ahead less far, and not across pages.
     #[inline(always)]
-    fn prefetch<S: Simd, const NIBBLES: bool>(&self, simd: S, part_idx: usize) {
+    pub(crate) fn prefetch<S: Simd, const NIBBLES: bool>(&self, simd: S, part_idx: usize) {
         let n_lines = if NIBBLES { 4 } else { 8 };
         let first_line = (self.panel_idx * self.integers.n_parts() + part_idx + PREFETCH_PARTS) * n_lines;
         if let Some(lines) = self.integers.codes.get(first_line..first_line + n_lines) {
@@ -423,7 +429,7 @@ impl Panel<'_> {
 
     /// The codes of 32 inputs, by quads.
     #[inline(always)]
-    fn codes<S: Simd, const NIBBLES: bool>(&self, simd: S, part_idx: usize) -> [S::Bytes; 8] {
+    pub(crate) fn codes<S: Simd, const NIBBLES: bool>(&self, simd: S, part_idx: usize) -> [S::Bytes; 8] {
         let part_idx = self.panel_idx * self.integers.n_parts() + part_idx;
         if NIBBLES {
             let [a, b, c, d] = &self.integers.codes.as_chunks::<4>().0[part_idx];
@@ -450,7 +456,7 @@ impl Panel<'_> {
 
     /// Scales and minimums of a group.
     #[inline(always)]
-    fn group<S: Simd, const MINIMUM: bool>(&self, simd: S, group_idx: usize) -> (S::F32, S::F32) {
+    pub(crate) fn group<S: Simd, const MINIMUM: bool>(&self, simd: S, group_idx: usize) -> (S::F32, S::F32) {
         let integers = self.integers;
         let inner = self.panel_idx * integers.n_groups + group_idx;
         let outer = self.panel_idx * integers.n_scales + group_idx / integers.groups_per_scale;

@@ -8,7 +8,8 @@
 //! A value of a type that implements [`Simd`] is the proof that the processor has the instructions; that makes the
 //! operations safe to call. They must be inlined into [`Simd::vectorize`] to be fast.
 
-use crate::packed::Line;
+use crate::cpu::matmul::{Multiplication, Place};
+use crate::packed::{Integers, Line};
 
 /// Lanes of a vector.
 pub(crate) const LANES: usize = 16;
@@ -30,6 +31,12 @@ pub(crate) trait Simd: Copy + Send + Sync {
 
     /// Runs a kernel with this instruction set enabled.
     fn vectorize(self, kernel: impl Kernel);
+
+    /// Computes a panel's outputs for the rows of a strip with tiles; does nothing and says so if there are none, or if
+    /// vectors are as fast.
+    fn sum_with_tiles(self, _product: &Multiplication<'_>, _integers: &Integers, _strip: Place) -> bool {
+        false
+    }
 
     fn splat(self, value: f32) -> Self::F32;
     fn load(self, values: &[f32; LANES]) -> Self::F32;
@@ -93,7 +100,7 @@ pub(crate) trait Simd: Copy + Send + Sync {
     fn dot_bytes(self, sums: Self::I32, codes: Self::Bytes, quad: i32) -> Self::I32;
 }
 
-/// A loop of at most eight turns, written out, so that the sums it works on are registers: left to itself the compiler
+/// A loop of at most eight turns (or of those that are listed), written out, so that the sums it works on are registers: left to itself the compiler
 /// keeps the loop over eight rows and the sums in memory, at half the speed.
 macro_rules! unrolled {
     ($i:ident in 0..$n:ident $body:block) => {

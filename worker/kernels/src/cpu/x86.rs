@@ -1,5 +1,6 @@
 //! x86-64 instruction sets.
 
+mod amx;
 mod avx2;
 mod avx512;
 

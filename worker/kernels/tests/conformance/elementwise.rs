@@ -15,6 +15,7 @@ fn some_weights(rng: &mut ChaCha8Rng, n_out: usize, n_in: usize) -> Vec<u8> {
 }
 
 #[test]
+#[allow(clippy::single_range_in_vec_init, reason = "a subtree list of one")]
 fn rms_norm_of_a_sum_has_the_bits_of_the_plain_twins() {
     let rng = &mut random::seeded(30);
     for (width, n_rows) in WIDTHS.iter().flat_map(|width| ROW_COUNTS.map(|n_rows| (*width, n_rows))) {

@@ -2,12 +2,16 @@
 
 use std::arch::x86_64::*;
 
+use super::amx::Tiles;
+use crate::cpu::matmul::{Multiplication, Place};
 use crate::cpu::simd::{Kernel, LANES, Simd};
-use crate::packed::Line;
+use crate::packed::{Integers, Line};
 
-/// The proof that this processor has AVX-512 F, BW, DQ, VL and VNNI.
+/// The proof that this processor has AVX-512 F, BW, DQ, VL and VNNI, and perhaps tiles.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Avx512(());
+pub(crate) struct Avx512 {
+    tiles: Option<Tiles>,
+}
 
 // === impl Avx512 ===
 
@@ -22,7 +26,18 @@ impl Avx512 {
             && is_x86_feature_detected!("avx2")
             && is_x86_feature_detected!("fma")
             && is_x86_feature_detected!("f16c");
-        detected.then_some(Self(()))
+        detected.then_some(Self { tiles: None })
+    }
+
+    /// As [`Avx512::detect`], with tiles.
+    pub(crate) fn detect_with_tiles() -> Option<Self> {
+        let Self { .. } = Self::detect()?;
+        Some(Self { tiles: Some(Tiles::detect()?) })
+    }
+
+    /// Whether it uses tiles.
+    pub(crate) fn has_tiles(self) -> bool {
+        self.tiles.is_some()
     }
 }
 
@@ -55,6 +70,10 @@ impl Simd for Avx512 {
     fn vectorize(self, kernel: impl Kernel) {
         // SAFETY: `self` proves that the processor has the features (`Avx512::detect` is the only place that makes one).
         unsafe { run(self, kernel) }
+    }
+
+    fn sum_with_tiles(self, product: &Multiplication<'_>, integers: &Integers, strip: Place) -> bool {
+        self.tiles.is_some_and(|tiles| tiles.sum(self, product, integers, strip))
     }
 
     #[inline(always)]
