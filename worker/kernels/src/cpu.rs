@@ -21,7 +21,7 @@ pub use activations::{Activations, Forms};
 pub use attention::AttentionRow;
 
 use activations::{ActivationBlock, Quantize, STRIP};
-use attention::{Attend, HeadTimesRows, MAX_QUERIES, SCORES};
+use attention::{Attend, HeadTimesRows, MAX_QUERIES, MergeParts, Parts, SCORES, SPLIT};
 use elementwise::RmsNorm;
 use matmul::{GatedRows, Multiplication, Outputs, PanelsTimesRows};
 use pool::Pool;
@@ -45,6 +45,9 @@ const ACTIVATION_BYTES_PER_PASS: usize = 512 * 1024;
 /// Rows of a prompt that go through attention together, at most: with them, the queries of any number of heads fill the
 /// kernel's width.
 const ROWS_PER_RUN: usize = 8;
+
+/// Tasks of attention that a thread should have at least; with fewer, threads share splits.
+const TASKS_PER_THREAD: usize = 4;
 
 /// Products that may share an input in one call: query, key and value, or gate and up.
 pub const MAX_PRODUCTS: usize = 4;
@@ -79,6 +82,8 @@ pub struct Cpu {
     isa: Detected,
     /// Runs of rows that go through attention together.
     runs: Vec<Range<usize>>,
+    /// Splits that are not merged yet.
+    parts: Vec<f32>,
 }
 
 /// A product of a call that multiplies one input with several matrices.
@@ -188,7 +193,7 @@ impl Cpu {
     /// As [`Cpu::new`].
     pub fn with_isa(n_threads: usize, isa: Isa) -> Result<Self, KernelError> {
         let isa = Detected::new(isa).ok_or(KernelError::UnsupportedIsa { isa })?;
-        Ok(Self { pool: Pool::new(n_threads), isa, runs: Vec::new() })
+        Ok(Self { pool: Pool::new(n_threads), isa, runs: Vec::new(), parts: Vec::new() })
     }
 
     /// The instruction set in use.
@@ -336,26 +341,33 @@ impl Cpu {
         let mut runs = std::mem::take(&mut self.runs);
         let rows_per_run = (MAX_QUERIES / (n_heads / n_kv_heads)).clamp(1, ROWS_PER_RUN);
         find_runs(rows, rows_per_run, &mut runs);
+        let n_splits = rows.iter().map(|row| row.position as usize / SPLIT + 1).max().unwrap_or(0);
+        let n_tasks = runs.len() * n_kv_heads;
+        // The threads' shares of few tasks would be uneven.
+        let by_splits = n_splits > 1 && self.n_threads() > 1 && n_tasks < TASKS_PER_THREAD * self.n_threads();
+        if by_splits {
+            turn_queries(q, batch);
+        }
         let (isa, q, out) = (self.isa, SharedSlice::new(q), SharedSlice::new(out));
-        self.pool.run(runs.len() * n_kv_heads, &|task_idx| {
+        let task = |task_idx: usize| {
             // The last runs of a prompt are the longest: they go first.
             let rows_of_task = runs[runs.len() - 1 - task_idx / n_kv_heads].clone();
             let table = &tables[rows[rows_of_task.start].table];
             let kv_head = task_idx % n_kv_heads;
-            let task = HeadTimesRows {
-                cache,
-                layer,
-                kv_head,
-                n_heads,
-                rope,
-                q,
-                all_rows: rows,
-                rows: rows_of_task,
-                table,
-                out,
-            };
-            SCORES.with_borrow_mut(|scores| isa.run(Attend { task, scores }));
-        });
+            HeadTimesRows { cache, layer, kv_head, n_heads, rope, q, all_rows: rows, rows: rows_of_task, table, out }
+        };
+        let attend = |task_idx: usize, part| {
+            let task = task(task_idx);
+            SCORES.with_borrow_mut(|scores| isa.run(Attend { task, part, scores }));
+        };
+        if by_splits {
+            let n_queries = rows.len() * n_heads;
+            let parts = Parts::new(n_queries, cache.head_dim(), n_splits, &mut self.parts);
+            self.pool.run(n_tasks * n_splits, &|idx| attend(idx / n_splits, Some((idx % n_splits, parts))));
+            self.pool.run(n_tasks, &|task_idx| isa.run(MergeParts { task: task(task_idx), parts }));
+        } else {
+            self.pool.run(n_tasks, &|task_idx| attend(task_idx, None));
+        }
         self.runs = runs;
     }
 
@@ -418,6 +430,14 @@ fn check_input(weights: &PackedMatrix, x: &Activations) {
     assert_eq!(x.width(), weights.n_in(), "inputs of a product");
     let is_there = if weights.is_quantized() { !x.blocks().is_empty() } else { !x.values().is_empty() };
     assert!(is_there || x.n_rows() == 0, "inputs in the form that weights read");
+}
+
+/// Turns all queries to their rows' positions.
+fn turn_queries(q: &mut [f32], batch: &AttentionBatch<'_>) {
+    let head_dim = batch.cache.head_dim();
+    for (q, row) in q.chunks_exact_mut(batch.n_heads * head_dim).zip(batch.rows) {
+        q.chunks_exact_mut(head_dim).for_each(|head| batch.rope.turn(head, row.position as usize));
+    }
 }
 
 /// Neighbouring rows of one sequence, at most `max_len` to a run.

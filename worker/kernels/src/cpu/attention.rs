@@ -16,7 +16,8 @@
 //! ```
 //!
 //! Queries are turned to their positions first. Rows of one sequence and the query heads that share a KV head go through a split together, up to eight queries at a
-//! time: each key and value is loaded and converted once for all of them.
+//! time: each key and value is loaded and converted once for all of them. Where few rows attend to long sequences, threads
+//! take single splits instead, which are merged afterwards: the same sums in the same order.
 
 use std::cell::RefCell;
 use std::ops::Range;
@@ -75,11 +76,22 @@ pub(crate) struct HeadTimesRows<'a> {
     pub(crate) out: SharedSlice<'a, f32>,
 }
 
+/// What single splits came to, not merged yet: where few rows attend to long sequences, threads share their splits.
+#[derive(Clone, Copy)]
+pub(crate) struct Parts<'a> {
+    /// `[n_rows, n_heads, n_splits, 32 + head_dim]`: the largest score, 15 unused values, the 16 lanes of the total, and
+    /// the output.
+    values: SharedSlice<'a, f32>,
+    n_splits: usize,
+}
+
 /// A query on its way through the splits, with what was merged so far; its output accumulates in place.
 struct Query<'a> {
     q: &'a [f32],
     out: &'a mut [f32],
     position: usize,
+    /// Nothing was merged yet; `out` may hold anything.
+    is_fresh: bool,
     largest: f32,
     total: [f32; LANES],
 }
@@ -102,6 +114,7 @@ struct Split<'a> {
 /// How a query's split joins what was merged before: factors of either.
 #[derive(Clone, Copy)]
 struct Merge {
+    is_first: bool,
     before: f32,
     split: f32,
 }
@@ -109,45 +122,122 @@ struct Merge {
 /// A task at work.
 pub(crate) struct Attend<'a, 'b> {
     pub(crate) task: HeadTimesRows<'a>,
+    /// Without it, all splits, merged. With it, this split of queries that were turned before, to be merged later.
+    pub(crate) part: Option<(usize, Parts<'a>)>,
     pub(crate) scores: &'b mut Scores,
+}
+
+/// Merges the splits of one row's heads that share a KV head.
+pub(crate) struct MergeParts<'a> {
+    pub(crate) task: HeadTimesRows<'a>,
+    pub(crate) parts: Parts<'a>,
 }
 
 impl Kernel for Attend<'_, '_> {
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        let Self { task, scores } = self;
+        let Self { task, part, scores } = self;
         let group_len = task.n_heads / task.cache.n_kv_heads();
         let heads_at_once = group_len.min(MAX_QUERIES / task.rows.len());
         let first_head = task.kv_head * group_len;
         let mut start = 0;
         while start < group_len {
             let end = group_len.min(start + heads_at_once);
-            task.heads(simd, first_head + start..first_head + end, scores);
+            let heads = first_head + start..first_head + end;
+            match part {
+                None => task.heads(simd, heads, scores),
+                Some((split_idx, parts)) => task.part(simd, heads, scores, split_idx, parts),
+            }
             start = end;
         }
     }
 }
 
+impl Kernel for MergeParts<'_> {
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        let Self { task, parts } = self;
+        let group_len = task.n_heads / task.cache.n_kv_heads();
+        let heads = task.kv_head * group_len..(task.kv_head + 1) * group_len;
+        for (row_idx, head) in task.rows.clone().flat_map(|row_idx| heads.clone().map(move |head| (row_idx, head))) {
+            let mut query = task.query(row_idx, head);
+            for split_idx in 0..=query.position / SPLIT {
+                // SAFETY: this job only reads parts, each in one task, and the job that wrote them is over.
+                let part = unsafe { parts.part(&task, row_idx, head, split_idx) };
+                let (state, split) = part.split_at(STATE);
+                let total = simd.load(&state.as_chunks::<LANES>().0[1]);
+                let merge = query.merge(simd, state[0], total);
+                let outs = query.out.as_chunks_mut::<LANES>().0;
+                for (out, split) in outs.iter_mut().zip(split.as_chunks::<LANES>().0) {
+                    simd.store(merge.add(simd, out, simd.load(split)), out);
+                }
+            }
+            query.finish(simd);
+        }
+    }
+}
+
+// === impl Parts ===
+
+/// Values of a part before its output.
+const STATE: usize = 2 * LANES;
+
+impl<'a> Parts<'a> {
+    /// For rows whose longest has `n_splits` splits; `room` is what they lie in.
+    pub(crate) fn new(n_queries: usize, head_dim: usize, n_splits: usize, room: &'a mut Vec<f32>) -> Self {
+        room.resize(n_queries * n_splits * (STATE + head_dim), 0.0);
+        Self { values: SharedSlice::new(room), n_splits }
+    }
+
+    /// One split of one query.
+    ///
+    /// # Safety
+    /// As [`SharedSlice::part`].
+    #[inline(always)]
+    unsafe fn part(&self, task: &HeadTimesRows<'_>, row_idx: usize, head: usize, split_idx: usize) -> &'a mut [f32] {
+        let len = STATE + task.cache.head_dim();
+        let at = ((row_idx * task.n_heads + head) * self.n_splits + split_idx) * len;
+        // SAFETY: by the caller's promise.
+        unsafe { self.values.part(at..at + len) }
+    }
+}
+
 // === impl HeadTimesRows ===
 
-impl HeadTimesRows<'_> {
+impl<'a> HeadTimesRows<'a> {
+    /// A query that has seen nothing.
+    #[inline(always)]
+    fn query(&self, row_idx: usize, head: usize) -> Query<'a> {
+        let head_dim = self.cache.head_dim();
+        let at = (row_idx * self.n_heads + head) * head_dim;
+        // SAFETY: the tasks of a job divide rows and heads among them (`Cpu::attention`), and within a task every pair of
+        // row and head is one query, which was turned before.
+        let (q, out) = unsafe { (self.q.shared_part(at..at + head_dim), self.out.part(at..at + head_dim)) };
+        Query::new(q, out, self.all_rows[row_idx].position as usize)
+    }
+
+    /// Turns the queries of all rows and some of the heads to their positions.
+    #[inline(always)]
+    fn turn(&self, heads: Range<usize>) {
+        let head_dim = self.cache.head_dim();
+        for row_idx in self.rows.clone() {
+            let first = row_idx * self.n_heads;
+            // SAFETY: as in `query`; nobody else has a part of these queries.
+            let q = unsafe { self.q.part((first + heads.start) * head_dim..(first + heads.end) * head_dim) };
+            let position = self.all_rows[row_idx].position as usize;
+            q.chunks_exact_mut(head_dim).for_each(|head| self.rope.turn(head, position));
+        }
+    }
+
     /// All rows for some of the query heads.
     #[inline(always)]
     fn heads<S: Simd>(&self, simd: S, heads: Range<usize>, scores: &mut Scores) {
-        let head_dim = self.cache.head_dim();
+        self.turn(heads.clone());
         let n_queries = self.rows.len() * heads.len();
         let mut queries: [Option<Query<'_>>; MAX_QUERIES] = [const { None }; MAX_QUERIES];
         let places = self.rows.clone().flat_map(|row_idx| heads.clone().map(move |head| (row_idx, head)));
         for (query, (row_idx, head)) in queries.iter_mut().zip(places) {
-            let at = (row_idx * self.n_heads + head) * head_dim;
-            // SAFETY: the tasks of a job divide rows and heads among them (`Cpu::attention`), and within this task every
-            // pair of row and head is one query.
-            let out = unsafe { self.out.part(at..at + head_dim) };
-            let position = self.all_rows[row_idx].position as usize;
-            // SAFETY: as above.
-            let q = unsafe { self.q.part(at..at + head_dim) };
-            self.rope.turn(q, position);
-            *query = Some(Query { q, out, position, largest: f32::NEG_INFINITY, total: [0.0; LANES] });
+            *query = Some(self.query(row_idx, head));
         }
         let queries = &mut queries[..n_queries];
         let last = queries.iter().flatten().map(|query| query.position).max().unwrap_or(0);
@@ -157,6 +247,40 @@ impl HeadTimesRows<'_> {
         }
         for query in queries.iter_mut().flatten() {
             query.finish(simd);
+        }
+    }
+
+    /// One split for all rows and some of the query heads.
+    #[inline(always)]
+    fn part<S: Simd>(&self, simd: S, heads: Range<usize>, scores: &mut Scores, split_idx: usize, parts: Parts<'_>) {
+        let first = split_idx * SPLIT;
+        let mut queries: [Option<Query<'_>>; MAX_QUERIES] = [const { None }; MAX_QUERIES];
+        let mut n_queries = 0;
+        let mut last = 0;
+        let mut states: [Option<&mut [f32]>; MAX_QUERIES] = [const { None }; MAX_QUERIES];
+        for (row_idx, head) in self.rows.clone().flat_map(|row_idx| heads.clone().map(move |head| (row_idx, head))) {
+            let position = self.all_rows[row_idx].position as usize;
+            if position < first {
+                continue;
+            }
+            let at = (row_idx * self.n_heads + head) * self.cache.head_dim();
+            // SAFETY: the tasks of a job divide rows, KV heads and splits among them (`Cpu::attention_by_splits`), and
+            // all of them only read queries.
+            let (q, part) = unsafe {
+                (self.q.shared_part(at..at + self.cache.head_dim()), parts.part(self, row_idx, head, split_idx))
+            };
+            let (state, out) = part.split_at_mut(STATE);
+            states[n_queries] = Some(state);
+            queries[n_queries] = Some(Query::new(q, out, position));
+            (n_queries, last) = (n_queries + 1, last.max(position));
+        }
+        if n_queries > 0 {
+            let split = Split { task: self, first, last: last.min(first + SPLIT - 1) };
+            split.visit_all(simd, &mut queries[..n_queries], scores);
+        }
+        for (query, state) in queries.into_iter().flatten().zip(states.into_iter().flatten()) {
+            state[0] = query.largest;
+            state[LANES..].copy_from_slice(&query.total);
         }
     }
 
@@ -224,7 +348,7 @@ impl Split<'_> {
             first += TILE;
         }
         let mut n_valid = [0; N];
-        let mut merges = [Merge { before: 1.0, split: 0.0 }; N];
+        let mut merges = [Merge { is_first: false, before: 1.0, split: 0.0 }; N];
         unrolled!(i in 0..N {
             if queries[i].position >= self.first {
                 n_valid[i] = SPLIT.min(queries[i].position - self.first + 1);
@@ -339,22 +463,34 @@ impl Split<'_> {
             if n_valid[i] > 0 {
                 unrolled!(c in 0..CHUNKS {
                     let out = &mut queries[i].out.as_chunks_mut::<LANES>().0[chunk_idx + c];
-                    let merged = if self.first == 0 {
-                        sums[i][c]
-                    } else {
-                        let split = simd.mul(sums[i][c], simd.splat(merges[i].split));
-                        simd.fma(simd.load(out), simd.splat(merges[i].before), split)
-                    };
-                    simd.store(merged, out);
+                    simd.store(merges[i].add(simd, out, sums[i][c]), out);
                 });
             }
         });
     }
 }
 
+// === impl Merge ===
+
+impl Merge {
+    #[inline(always)]
+    fn add<S: Simd>(self, simd: S, before: &[f32; LANES], split: S::F32) -> S::F32 {
+        if self.is_first {
+            return split;
+        }
+        let split = simd.mul(split, simd.splat(self.split));
+        simd.fma(simd.load(before), simd.splat(self.before), split)
+    }
+}
+
 // === impl Query ===
 
-impl Query<'_> {
+impl<'a> Query<'a> {
+    #[inline(always)]
+    fn new(q: &'a [f32], out: &'a mut [f32], position: usize) -> Self {
+        Self { q, out, position, is_fresh: true, largest: f32::NEG_INFINITY, total: [0.0; LANES] }
+    }
+
     /// Turns the scores of a split, of which the first `n_valid` count, to softmax weights, and merges their total.
     #[inline(always)]
     fn weigh<S: Simd>(&mut self, simd: S, scores: &mut [f32; SPLIT], n_valid: usize) -> Merge {
@@ -372,10 +508,17 @@ impl Query<'_> {
             simd.store(weights, tile);
             total = simd.add(total, weights);
         }
+        self.merge(simd, largest, total)
+    }
+
+    /// Merges a split's largest score and total; its output is to follow.
+    #[inline(always)]
+    fn merge<S: Simd>(&mut self, simd: S, largest: f32, total: S::F32) -> Merge {
         let before = self.largest;
         self.largest = if largest > before { largest } else { before };
         let factor = |largest: f32| if self.largest == largest { 1.0 } else { exp(largest - self.largest) };
-        let merge = Merge { before: factor(before), split: factor(largest) };
+        let is_first = std::mem::replace(&mut self.is_fresh, false);
+        let merge = Merge { is_first, before: factor(before), split: factor(largest) };
         let split = simd.mul(total, simd.splat(merge.split));
         simd.store(simd.fma(simd.load(&self.total), simd.splat(merge.before), split), &mut self.total);
         merge

@@ -38,4 +38,17 @@ impl<'a, T> SharedSlice<'a, T> {
         // SAFETY: in bounds as just checked; exclusive by the caller's promise and this type's exclusive borrow.
         unsafe { std::slice::from_raw_parts_mut(self.start.add(range.start), range.end - range.start) }
     }
+    /// The elements `range`, to be read.
+    ///
+    /// # Panics
+    /// If the range is not within the slice.
+    ///
+    /// # Safety
+    /// While the part is in use, nobody may have a part from [`SharedSlice::part`] that overlaps it.
+    #[inline(always)]
+    pub(crate) unsafe fn shared_part(&self, range: Range<usize>) -> &'a [T] {
+        assert!(range.start <= range.end && range.end <= self.len, "{range:?} of a slice of {}", self.len);
+        // SAFETY: in bounds as just checked; by the caller's promise nobody writes to it.
+        unsafe { std::slice::from_raw_parts(self.start.add(range.start), range.end - range.start) }
+    }
 }

@@ -85,6 +85,30 @@ fn a_mixed_batch_has_the_bits_of_the_plain_twin() {
     }
 }
 
+/// Threads share the splits of such rows.
+#[test]
+fn a_few_rows_of_long_sequences_have_the_bits_of_the_plain_twin() {
+    for shape in SHAPES {
+        let rng = &mut random::seeded(46);
+        let (cache, tables) = cache_of(rng, shape, &[9, 800, 520]);
+        let (rope, n_heads) = (rope(shape), shape.n_heads);
+        let one = rows_of(1, [799]).collect::<Vec<_>>();
+        let chunk = rows_of(1, 253..259).collect();
+        let several = rows_of(0, [8]).chain(rows_of(1, [511])).chain(rows_of(2, [0, 519])).collect();
+        for rows in [one, chunk, several] {
+            let batch = AttentionBatch { cache: &cache, layer: 1, rows: &rows, tables: &tables, n_heads, rope: &rope };
+            let q = random::floats(rng, rows.len() * shape.n_heads * shape.head_dim);
+            let mut expected = vec![f32::NAN; q.len()];
+            plain::attention(&q, &batch, &mut expected);
+            on_every_cpu(|cpu| {
+                let mut out = vec![f32::NAN; q.len()];
+                cpu.attention(&mut q.clone(), &batch, &mut out);
+                assert_same_bits(&out, &expected, &format_args!("{shape:?}, {rows:?} on {cpu:?}"));
+            });
+        }
+    }
+}
+
 #[test]
 fn written_keys_and_values_have_the_bits_of_the_plain_twin() {
     for shape in SHAPES {
