@@ -88,7 +88,8 @@ impl Seen {
             self.drafts_cut_by_a_stop,
             self.blocks_for_drafts,
         ];
-        assert!(counts.iter().all(|count| *count >= 20), "{self:?}");
+        // The rarest happens about twenty times: so few that a higher limit would fail by chance now and then.
+        assert!(counts.iter().all(|count| *count >= 3), "{self:?}");
     }
 }
 
