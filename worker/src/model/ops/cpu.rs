@@ -1,15 +1,15 @@
 //! The `cpu` backend: our own kernels, which keep the lockstep rule.
 
-mod recycled;
-
 use lockstep_collectives::Collective;
 use lockstep_kernels::{
     Activations, AttentionBatch, AttentionRow, Cpu, EncodedRows, Forms, KvCache, NewTokens, PackedMatrix, Product,
     RopeTable, SumOrder, Terms,
 };
 
-use self::recycled::{Home, Recycled};
-use super::{AttentionShape, Backend, KvShape, RopeSpec};
+use super::{
+    AttentionShape, Backend, KvShape, RopeSpec,
+    recycled::{Home, Recycled},
+};
 use crate::model::{OpError, StepError, batch::Batch, shard::Reduction};
 
 /// Kernels on a pool of threads, and the memory that steps use in turn.
