@@ -1,5 +1,5 @@
-//! Recycled memory: what a step no longer needs goes to where the next one takes it from, so that steps allocate nothing
-//! once the largest of them has been seen.
+//! Recycled memory: what a step no longer needs goes to where the next one takes it from, so that ops allocate nothing
+//! once the largest step has been seen. (The rows of the embedding come from outside, and logits leave for it.)
 
 use std::{
     ops::{Deref, DerefMut},
