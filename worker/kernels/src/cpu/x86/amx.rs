@@ -139,12 +139,14 @@ impl<const N: usize, const NIBBLES: bool, const HALVES: bool, const MINIMUM: boo
         shapes.rows[..3].copy_from_slice(&[n_rows, n_rows, 8 / n_parts as u8]);
         // SAFETY: the processor has tiles (`Tiles::detect`), and these shapes are within palette 1.
         unsafe { asm!("ldtilecfg [{}]", in(reg) &raw const shapes, options(nostack, readonly)) };
+        // Cleared once a panel: a segment may be short.
+        let mut dots: [Dots; 2] = [[[[0; LANES]; STRIP]; 2]; 2];
         for (plane_idx, segments) in self.product.matrix.plan().subtrees().enumerate() {
             let mut pending = [const { MaybeUninit::uninit() }; MAX_PENDING];
             let mut n_pending = 0;
             let mut sums = [simd.splat(0.0); N];
             for segment in segments {
-                sums = self.sum_segment(simd, &segment.cols);
+                sums = self.sum_segment(simd, &segment.cols, &mut dots);
                 for _ in 0..segment.n_merges {
                     n_pending -= 1;
                     // SAFETY: the entries below `n_pending` were written when it passed them, and it was above this one.
@@ -163,10 +165,9 @@ impl<const N: usize, const NIBBLES: bool, const HALVES: bool, const MINIMUM: boo
     }
 
     #[inline(always)]
-    fn sum_segment(&self, simd: Avx512, cols: &Range<usize>) -> [__m512; N] {
+    fn sum_segment(&self, simd: Avx512, cols: &Range<usize>, dots: &mut [Dots; 2]) -> [__m512; N] {
         let parts = cols.start / BLOCK..cols.end / BLOCK;
         let mut sums = [simd.splat(0.0); N];
-        let mut dots: [Dots; 2] = [[[[0; LANES]; STRIP]; 2]; 2];
         self.multiply(simd, parts.start, &mut dots[parts.start % 2]);
         for part_idx in parts.clone() {
             if part_idx + 1 < parts.end {
