@@ -23,9 +23,9 @@
 //! nothing left waits for a later step. By the lockstep rule no cut shows in the logits.
 //!
 //! A sequence gets the blocks of all its known tokens when it is admitted, so a prefill that has begun never lacks
-//! blocks; only decodes, with their drafts, grow a table. When one of them finds no block, the youngest running sequence is preempted: it
-//! gives its blocks up, waits again, and computes its tokens anew later (what it had computed often still is in the
-//! prefix cache). Sampled tokens are never lost, and by the lockstep rule the recomputed logits are the same bits.
+//! blocks; only decodes, with their drafts, grow a table. When one of them finds no block, the youngest running sequence
+//! is preempted: it gives its blocks up, waits again, and computes its tokens anew later (what it had computed often still
+//! is in the prefix cache). Sampled tokens are never lost, and by the lockstep rule the recomputed logits are the same bits.
 //!
 //! # Sharing
 //!
