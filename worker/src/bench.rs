@@ -1,13 +1,9 @@
 //! Benchmark of the engine: prefill and decode rates of one model, in this process, without servers.
 
 mod memory;
+mod profile;
 
-use std::{
-    collections::HashSet,
-    path::PathBuf,
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::{collections::HashSet, path::PathBuf, sync::Arc, time::Instant};
 
 use anyhow::{Context, Result, ensure};
 use indicatif::ProgressBar;
@@ -16,7 +12,7 @@ use serde::Serialize;
 
 use crate::{
     local_group::LocalGroup,
-    model::load::Source,
+    model::{load::Source, ops::profiled::Profile},
     model_runner::{self, BackendChoice, RunStep, RunnerSettings},
     sampler::{Sampler, SamplingParams},
     scheduler::{
@@ -27,6 +23,7 @@ use crate::{
 };
 
 pub use memory::MemoryBench;
+use profile::Phase;
 
 /// Positions in a block, as the worker's default.
 const BLOCK_SIZE: usize = 16;
@@ -60,6 +57,9 @@ pub struct EngineBench {
     /// cpu or reference
     #[arg(long, default_value = "cpu", value_parser = parse_backend)]
     backend: BackendChoice,
+    /// Also print where the time of rank 0's prefill and decode steps goes; the stopwatches take a little themselves
+    #[arg(long)]
+    profile: bool,
     /// Print one JSON object
     #[arg(long)]
     json: bool,
@@ -91,6 +91,9 @@ struct Report {
     load_s: f64,
     /// Of the whole process.
     peak_memory_mib: Option<u64>,
+    /// Of the last run; empty without `--profile`.
+    prefill_profile: Vec<profile::Line>,
+    decode_profile: Vec<profile::Line>,
 }
 
 impl EngineBench {
@@ -106,20 +109,22 @@ impl EngineBench {
             "--threads must be at least --world-size, and that at least 1"
         );
         let start = Instant::now();
-        let mut group = self.load()?;
+        let profile = Profile::default();
+        let mut group = self.load(&profile)?;
         let load = start.elapsed();
         let progress = ProgressBar::new((self.repeat * self.batch * self.generate) as u64);
         let mut runs = Vec::new();
         for seed in 0..self.repeat {
-            runs.push(self.measure(&mut group, seed as u32, &progress)?);
+            runs.push(self.measure(&mut group, seed as u32, &profile, &progress)?);
         }
         progress.finish_and_clear();
         group.0.stop()?;
-        let median = |rate: fn(&Times) -> f64| {
-            let mut rates: Vec<f64> = runs.iter().map(rate).collect();
+        let median = |phase: fn(&Run) -> &Phase| {
+            let mut rates: Vec<f64> = runs.iter().map(|run| phase(run).tokens_per_s()).collect();
             rates.sort_by(f64::total_cmp);
             rates[rates.len() / 2]
         };
+        let last = runs.last().context("--repeat is at least 1")?;
         self.print(&Report {
             model: self.model.display().to_string(),
             backend: self.backend,
@@ -128,10 +133,12 @@ impl EngineBench {
             batch: self.batch,
             prompt_tokens: self.prompt,
             generated_tokens: self.generate,
-            prefill_tokens_per_s: median(|run| run.prefilled as f64 / run.prefill.as_secs_f64()),
-            decode_tokens_per_s: median(|run| run.decoded as f64 / run.decode.as_secs_f64()),
+            prefill_tokens_per_s: median(|run| &run.prefill),
+            decode_tokens_per_s: median(|run| &run.decode),
             load_s: load.as_secs_f64(),
             peak_memory_mib: peak_memory_mib(),
+            prefill_profile: self.profile.then(|| last.prefill.lines()).unwrap_or_default(),
+            decode_profile: self.profile.then(|| last.decode.lines()).unwrap_or_default(),
         })
     }
 
@@ -139,7 +146,7 @@ impl EngineBench {
         self.batch * (self.prompt + self.generate).div_ceil(BLOCK_SIZE)
     }
 
-    fn load(&self) -> Result<(LocalGroup, usize)> {
+    fn load(&self, profile: &Profile) -> Result<(LocalGroup, usize)> {
         let checkpoint = Arc::new(Checkpoint::open(&self.model)?);
         let settings = RunnerSettings {
             backend: self.backend,
@@ -154,13 +161,23 @@ impl EngineBench {
             let source = Source::open(Arc::clone(&checkpoint), rank, self.world_size)
                 .with_context(|| self.model.display().to_string())?;
             vocab_size = source.config().vocab_size;
-            runners.push(model_runner::build(&source, &settings)?);
+            let is_profiled = self.profile && rank == 0;
+            runners.push(match is_profiled {
+                true => model_runner::build_profiled(&source, &settings, profile.clone())?,
+                false => model_runner::build(&source, &settings)?,
+            });
         }
         Ok((LocalGroup::start(runners)?, vocab_size))
     }
 
     /// One run: every prompt, then every token, greedily.
-    fn measure(&self, group: &mut (LocalGroup, usize), seed: u32, progress: &ProgressBar) -> Result<Times> {
+    fn measure(
+        &self,
+        group: &mut (LocalGroup, usize),
+        seed: u32,
+        profile: &Profile,
+        progress: &ProgressBar,
+    ) -> Result<Run> {
         let (group, vocab_size) = (&mut group.0, group.1);
         group.reset();
         let mut scheduler = Scheduler::new(SchedulerConfig {
@@ -184,10 +201,12 @@ impl EngineBench {
             scheduler.add(NewSequence { prompt, max_new_tokens, ..NewSequence::default() }, start)?;
         }
         let mut started: HashSet<SeqId> = HashSet::new();
-        let mut prefill = None;
-        let mut decoded = 0;
+        let mut run = Run::default();
+        profile.take();
+        let mut phase_start = start;
         while let Some(plan) = scheduler.schedule(start).plan {
             let logits = group.run(&plan).context("a step failed")?;
+            let sampling = Instant::now();
             let due = plan.sequences.iter().filter(|step| step.logits != LogitsRows::None);
             let sampled: Vec<Sampled> = due
                 .zip(logits.chunks_exact(vocab_size))
@@ -196,18 +215,25 @@ impl EngineBench {
                     Sampled { id: step.id, tokens: vec![token], stop: false }
                 })
                 .collect();
+            profile.add_other("sample", sampling.elapsed());
             scheduler.commit(&sampled);
             progress.inc(sampled.len() as u64);
-            if prefill.is_some() {
-                decoded += sampled.len();
-            }
+            let n_prompts_started = started.len();
             started.extend(sampled.iter().map(|sampled| sampled.id));
-            if started.len() == self.batch && prefill.is_none() {
-                prefill = Some(start.elapsed());
+            if n_prompts_started == self.batch {
+                run.decode.n_steps += 1;
+                run.decode.n_tokens += sampled.len();
+                continue;
+            }
+            run.prefill.n_steps += 1;
+            if started.len() == self.batch {
+                run.prefill.n_tokens = self.batch * self.prompt;
+                run.prefill.end(&mut phase_start, profile);
             }
         }
-        let prefill = prefill.context("not every sequence was started")?;
-        Ok(Times { prefill, prefilled: self.batch * self.prompt, decode: start.elapsed() - prefill, decoded })
+        ensure!(started.len() == self.batch, "not every sequence was started");
+        run.decode.end(&mut phase_start, profile);
+        Ok(run)
     }
 
     #[allow(clippy::print_stdout, reason = "the report is the program's output")]
@@ -233,16 +259,17 @@ impl EngineBench {
         if let Some(mib) = report.peak_memory_mib {
             println!("memory    {mib} MiB at its peak");
         }
+        profile::print("prefill", &report.prefill_profile);
+        profile::print("decode", &report.decode_profile);
         Ok(())
     }
 }
 
-/// How long one run took, and for how many tokens.
-struct Times {
-    prefill: Duration,
-    prefilled: usize,
-    decode: Duration,
-    decoded: usize,
+/// One run: every prompt, then every token.
+#[derive(Default)]
+struct Run {
+    prefill: Phase,
+    decode: Phase,
 }
 
 /// Token ids that look random and share no prefix between seeds (a multiplicative hash, Knuth 1997, section 6.4).

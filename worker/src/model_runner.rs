@@ -14,7 +14,12 @@ use crate::{
         batch::Batch,
         llama::Llama,
         load::Source,
-        ops::{Backend, KvShape, cpu::CpuBackend, reference::ReferenceBackend},
+        ops::{
+            AttentionShape, Backend, KvShape,
+            cpu::CpuBackend,
+            profiled::{Profile, Profiled},
+            reference::ReferenceBackend,
+        },
     },
     scheduler::plan::{BlockId, LogitsRows, SeqId, SequenceStep, StepPlan},
 };
@@ -50,22 +55,50 @@ pub struct RunnerSettings {
 /// # Errors
 /// See [`Source::load`].
 pub fn build(source: &Source, settings: &RunnerSettings) -> Result<Box<dyn RunStep>, LoadError> {
-    let RunnerSettings { backend, threads, n_blocks, block_size, context_length } = *settings;
-    let shape = source.attention_shape(context_length)?;
+    let shape = source.attention_shape(settings.context_length)?;
+    match settings.backend {
+        BackendChoice::Cpu => build_on(cpu(settings, shape)?, source, settings),
+        BackendChoice::Reference => build_on(reference(shape), source, settings),
+    }
+}
+
+/// As [`build`], with a stopwatch around every op.
+///
+/// # Errors
+/// See [`Source::load`].
+pub fn build_profiled(
+    source: &Source,
+    settings: &RunnerSettings,
+    profile: Profile,
+) -> Result<Box<dyn RunStep>, LoadError> {
+    let shape = source.attention_shape(settings.context_length)?;
+    match settings.backend {
+        BackendChoice::Cpu => build_on(Profiled::new(cpu(settings, shape)?, profile), source, settings),
+        BackendChoice::Reference => build_on(Profiled::new(reference(shape), profile), source, settings),
+    }
+}
+
+fn build_on<B: Backend + 'static>(
+    mut ops: B,
+    source: &Source,
+    settings: &RunnerSettings,
+) -> Result<Box<dyn RunStep>, LoadError> {
+    let RunnerSettings { n_blocks, block_size, context_length, .. } = *settings;
     let kv_shape = KvShape { n_layers: source.config().n_layers, n_blocks, block_size };
-    let failed = |source| LoadError::Tensor { tensor: "key and value cache".into(), source };
-    Ok(match backend {
-        BackendChoice::Cpu => {
-            let mut ops = CpuBackend::new(Cpu::new(threads), shape).map_err(failed)?;
-            let model = source.load(&mut ops)?;
-            Box::new(ModelRunner::new(ops, model, kv_shape, context_length).map_err(failed)?)
-        }
-        BackendChoice::Reference => {
-            let mut ops = ReferenceBackend::new(candle_core::Device::Cpu, shape);
-            let model = source.load(&mut ops)?;
-            Box::new(ModelRunner::new(ops, model, kv_shape, context_length).map_err(failed)?)
-        }
-    })
+    let model = source.load(&mut ops)?;
+    Ok(Box::new(ModelRunner::new(ops, model, kv_shape, context_length).map_err(no_cache)?))
+}
+
+fn cpu(settings: &RunnerSettings, shape: AttentionShape) -> Result<CpuBackend, LoadError> {
+    CpuBackend::new(Cpu::new(settings.threads), shape).map_err(no_cache)
+}
+
+fn reference(shape: AttentionShape) -> ReferenceBackend {
+    ReferenceBackend::new(candle_core::Device::Cpu, shape)
+}
+
+fn no_cache(source: OpError) -> LoadError {
+    LoadError::Tensor { tensor: "key and value cache".into(), source }
 }
 
 /// Runs steps, whatever the backend.

@@ -5,6 +5,7 @@
 //! on row `i` of the operands alone (and, in attention, on the cached keys and values of its own sequence).
 
 pub mod cpu;
+pub mod profiled;
 mod recycled;
 pub mod reference;
 

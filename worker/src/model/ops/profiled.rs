@@ -1,0 +1,261 @@
+//! A profile: where the time of steps goes. [`Profiled`] is any backend with a stopwatch around every op.
+
+use std::{
+    sync::{Arc, Mutex, PoisonError},
+    time::{Duration, Instant},
+};
+
+use lockstep_collectives::{AbortHandle, Collective, CollectiveError};
+use lockstep_kernels::{AttentionRow, EncodedRows};
+
+use super::{Backend, KvShape};
+use crate::model::{OpError, StepError, batch::Batch, shard::Reduction};
+
+/// What all calls of one kind came to. Products of different shapes are different kinds.
+#[derive(Clone, Debug)]
+pub struct OpTime {
+    /// What was computed.
+    pub name: &'static str,
+    /// Outputs and inputs of a product: `[n_out, n_in]`, the outputs of all its weights.
+    pub shape: Option<[usize; 2]>,
+    /// How often.
+    pub n_calls: usize,
+    /// How long, in all.
+    pub time: Duration,
+    /// Bytes of weights that were read.
+    pub bytes: usize,
+    /// Multiplications of a weight and an activation.
+    pub n_products: usize,
+}
+
+/// The times of a backend's ops since they were last taken, shared by the backend and whoever reads them.
+#[derive(Clone, Debug, Default)]
+pub struct Profile(Arc<Mutex<Vec<OpTime>>>);
+
+/// A backend whose ops are timed.
+#[derive(Debug)]
+pub struct Profiled<B> {
+    ops: B,
+    profile: Profile,
+    /// Rows of the activations at hand.
+    n_rows: usize,
+}
+
+/// A weight that knows its shape, `[n_out, n_in]`.
+#[derive(Debug)]
+pub struct ProfiledMatrix<M> {
+    matrix: M,
+    shape: [usize; 2],
+}
+
+/// A collective whose calls are timed.
+#[derive(Debug)]
+struct ProfiledCollective<'a> {
+    collective: &'a mut dyn Collective,
+    time: Duration,
+}
+
+// === impl Profile ===
+
+impl Profile {
+    /// The times since the last call, in the order in which ops first ran.
+    pub fn take(&self) -> Vec<OpTime> {
+        std::mem::take(&mut *self.0.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    fn add(&self, time: OpTime) {
+        let mut times = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        match times.iter_mut().find(|known| known.name == time.name && known.shape == time.shape) {
+            None => times.push(time),
+            Some(known) => {
+                known.n_calls += time.n_calls;
+                known.time += time.time;
+                known.bytes += time.bytes;
+                known.n_products += time.n_products;
+            }
+        }
+    }
+
+    /// Adds what is no product.
+    pub fn add_other(&self, name: &'static str, time: Duration) {
+        self.add(OpTime { name, shape: None, n_calls: 1, time, bytes: 0, n_products: 0 });
+    }
+}
+
+// === impl Profiled ===
+
+impl<B: Backend> Profiled<B> {
+    /// `ops`, whose times go to `profile`.
+    pub fn new(ops: B, profile: Profile) -> Self {
+        Self { ops, profile, n_rows: 0 }
+    }
+
+    fn other<T>(&mut self, name: &'static str, run: impl FnOnce(&mut B) -> T) -> T {
+        let start = Instant::now();
+        let result = run(&mut self.ops);
+        self.profile.add_other(name, start.elapsed());
+        result
+    }
+
+    fn product<T, const N: usize>(
+        &mut self,
+        name: &'static str,
+        weights: [&ProfiledMatrix<B::Matrix>; N],
+        run: impl FnOnce(&mut B, [&B::Matrix; N]) -> (T, Duration),
+    ) -> T {
+        let start = Instant::now();
+        let (result, elsewhere) = run(&mut self.ops, weights.map(|weight| &weight.matrix));
+        let time = start.elapsed() - elsewhere;
+        let n_out = weights.iter().map(|weight| weight.shape[0]).sum();
+        let n_in = weights.first().map_or(0, |weight| weight.shape[1]);
+        self.profile.add(OpTime {
+            name,
+            shape: Some([n_out, n_in]),
+            n_calls: 1,
+            time,
+            bytes: weights.iter().map(|weight| self.ops.matrix_bytes(&weight.matrix)).sum(),
+            n_products: self.n_rows * n_out * n_in,
+        });
+        result
+    }
+}
+
+impl<B: Backend> Backend for Profiled<B> {
+    type Tensor = B::Tensor;
+    type Input = B::Input;
+    type Terms = B::Terms;
+    type Matrix = ProfiledMatrix<B::Matrix>;
+    type Kv = B::Kv;
+
+    fn load_matrix(
+        &mut self,
+        source: &EncodedRows<'_>,
+        reduction: Option<&Reduction>,
+    ) -> Result<Self::Matrix, OpError> {
+        let matrix = self.ops.load_matrix(source, reduction)?;
+        Ok(ProfiledMatrix { matrix, shape: [source.n_rows(), source.n_cols()] })
+    }
+
+    fn new_kv(&mut self, shape: KvShape) -> Result<B::Kv, OpError> {
+        self.ops.new_kv(shape)
+    }
+
+    fn matrix_bytes(&self, matrix: &Self::Matrix) -> usize {
+        self.ops.matrix_bytes(&matrix.matrix)
+    }
+
+    fn upload(&mut self, values: Vec<f32>, width: usize) -> Result<B::Tensor, OpError> {
+        self.n_rows = values.len() / width;
+        self.other("upload", |ops| ops.upload(values, width))
+    }
+
+    fn download(&mut self, x: B::Tensor) -> Result<Vec<f32>, OpError> {
+        self.other("download", |ops| ops.download(x))
+    }
+
+    fn rms_norm(
+        &mut self,
+        x: &mut B::Tensor,
+        terms: Option<B::Terms>,
+        weight: &B::Tensor,
+        eps: f32,
+    ) -> Result<B::Input, OpError> {
+        self.other("rms_norm", |ops| ops.rms_norm(x, terms, weight, eps))
+    }
+
+    fn matmul<const N: usize>(&mut self, weights: [&Self::Matrix; N], x: &B::Input) -> Result<[B::Tensor; N], OpError> {
+        self.product("matmul", weights, |ops, weights| (ops.matmul(weights, x), Duration::ZERO))
+    }
+
+    fn matmul_reduce(
+        &mut self,
+        weight: &Self::Matrix,
+        x: &B::Input,
+        reduction: &Reduction,
+        collective: &mut dyn Collective,
+    ) -> Result<B::Terms, StepError> {
+        let mut collective = ProfiledCollective { collective, time: Duration::ZERO };
+        let result = self.product("matmul_reduce", [weight], |ops, [weight]| {
+            let result = ops.matmul_reduce(weight, x, reduction, &mut collective);
+            (result, collective.time)
+        });
+        if collective.time > Duration::ZERO {
+            self.profile.add_other("all_gather", collective.time);
+        }
+        result
+    }
+
+    fn gated(&mut self, gate: &Self::Matrix, up: &Self::Matrix, x: &B::Input) -> Result<B::Input, OpError> {
+        self.product("gated", [gate, up], |ops, [gate, up]| (ops.gated(gate, up, x), Duration::ZERO))
+    }
+
+    fn write_kv(
+        &mut self,
+        kv: &mut B::Kv,
+        layer: usize,
+        batch: &Batch,
+        k: &B::Tensor,
+        v: &B::Tensor,
+    ) -> Result<(), OpError> {
+        self.other("write_kv", |ops| ops.write_kv(kv, layer, batch, k, v))
+    }
+
+    fn attention(
+        &mut self,
+        q: B::Tensor,
+        kv: &B::Kv,
+        layer: usize,
+        rows: &[AttentionRow],
+        block_tables: &[Vec<u32>],
+    ) -> Result<B::Input, OpError> {
+        self.other("attention", |ops| ops.attention(q, kv, layer, rows, block_tables))
+    }
+
+    fn select_rows(&mut self, x: B::Tensor, rows: &[u32]) -> Result<B::Tensor, OpError> {
+        self.n_rows = rows.len();
+        self.other("select_rows", |ops| ops.select_rows(x, rows))
+    }
+}
+
+// === impl ProfiledCollective ===
+
+impl ProfiledCollective<'_> {
+    fn timed<T>(&mut self, run: impl FnOnce(&mut dyn Collective) -> T) -> T {
+        let start = Instant::now();
+        let result = run(self.collective);
+        self.time += start.elapsed();
+        result
+    }
+}
+
+impl Collective for ProfiledCollective<'_> {
+    fn rank(&self) -> usize {
+        self.collective.rank()
+    }
+
+    fn world_size(&self) -> usize {
+        self.collective.world_size()
+    }
+
+    fn all_gather(&mut self, mine: &[f32], lengths: &[usize], out: &mut [f32]) -> Result<(), CollectiveError> {
+        self.timed(|collective| collective.all_gather(mine, lengths, out))
+    }
+
+    fn gather(
+        &mut self,
+        root: usize,
+        mine: &[f32],
+        lengths: &[usize],
+        out: Option<&mut [f32]>,
+    ) -> Result<(), CollectiveError> {
+        self.timed(|collective| collective.gather(root, mine, lengths, out))
+    }
+
+    fn barrier(&mut self) -> Result<(), CollectiveError> {
+        self.timed(|collective| collective.barrier())
+    }
+
+    fn abort_handle(&self) -> AbortHandle {
+        self.collective.abort_handle()
+    }
+}
