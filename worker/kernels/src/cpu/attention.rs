@@ -56,8 +56,8 @@ thread_local! {
 /// A split's scores of as many queries as go through it together.
 pub(crate) type Scores = [[f32; SPLIT]; WIDTH];
 
-/// Tiles ahead of their use that keys are fetched.
-const PREFETCH_TILES: usize = 4;
+/// Tiles ahead of their use that values are fetched. Keys are fetched as many ahead as go abreast.
+const PREFETCH_TILES: usize = 2;
 
 /// One task: rows of one sequence, for one KV head and the query heads that share it.
 pub(crate) struct HeadTimesRows<'a> {
@@ -382,16 +382,18 @@ impl Split<'_> {
         first: usize,
         scores: &mut Scores,
     ) {
-        let tiles: [Tile<'_>; TILES] = std::array::from_fn(|i| self.task.tile(first + i * TILE));
-        for i in 0..TILES {
-            self.prefetch(simd, first + i * TILE, tiles[i]);
-        }
         let head_dim = queries[0].len();
+        let tiles: [Tile<'_>; TILES] = std::array::from_fn(|i| self.task.tile(first + i * TILE));
         let keys = tiles.map(|tile| &tile.keys[..head_dim]);
+        let next: [&[[u16; LANES]]; TILES] = std::array::from_fn(|i| &self.after(first + i * TILE, TILES)[..head_dim]);
         let queries = queries.map(|query| &query[..head_dim]);
         let mut sums = [[simd.splat(0.0); N]; TILES];
         for dim in 0..head_dim {
             unrolled!(tile_idx in 0..TILES {
+                // Two vectors of f16 to a cache line.
+                if dim % 2 == 0 {
+                    simd.prefetch(&next[tile_idx][dim]);
+                }
                 let key = simd.load_f16(&keys[tile_idx][dim]);
                 unrolled!(i in 0..N { sums[tile_idx][i] = simd.fma(simd.splat(queries[i][dim]), key, sums[tile_idx][i]) });
             });
@@ -406,16 +408,15 @@ impl Split<'_> {
         });
     }
 
-    /// Begins to fetch the values of a tile whose keys are at hand, and the keys of one further on: tiles lie anywhere in
-    /// memory, where no hardware would look for them.
+    /// What is read `n_tiles` tiles after the keys of the one at `position`: keys, or after their last values.
     #[inline(always)]
-    fn prefetch<S: Simd>(self, simd: S, first_position: usize, tile: Tile<'_>) {
-        // Two vectors of f16 to a cache line.
-        tile.values.iter().step_by(2).for_each(|vector| simd.prefetch(vector));
-        let ahead = first_position + PREFETCH_TILES * TILE;
-        if ahead <= self.last {
-            self.task.tile(ahead).keys.iter().step_by(2).for_each(|vector| simd.prefetch(vector));
+    fn after(&self, position: usize, n_tiles: usize) -> &[[u16; LANES]] {
+        let position = position + n_tiles * TILE;
+        if position <= self.last {
+            return self.task.tile(position).keys;
         }
+        let n_keys = (self.last - self.first) / TILE + 1;
+        self.task.tile(self.last.min(position - n_keys * TILE)).values
     }
 
     /// Adds up `CHUNKS` vectors of every query's output and merges them.
@@ -435,10 +436,14 @@ impl Split<'_> {
         let n_most = n_valid.iter().copied().max().unwrap_or(0);
         let n_chunks = queries[0].q.len() / LANES;
         for first in (0..n_most).step_by(TILE) {
-            let values = self.task.tile(self.first + first).values;
-            let rows = values.chunks_exact(n_chunks).map(|value| &value[chunk_idx..chunk_idx + CHUNKS]);
+            let ahead = (first + PREFETCH_TILES * TILE).min(self.last - self.first);
+            let [values, ahead] = [first, ahead].map(|position| {
+                let values = self.task.tile(self.first + position).values;
+                values.chunks_exact(n_chunks).map(|value| &value[chunk_idx..chunk_idx + CHUNKS])
+            });
             let n_shared = n_common.saturating_sub(first).min(TILE);
-            for (p, value) in rows.enumerate() {
+            for (p, (value, ahead)) in values.zip(ahead).enumerate() {
+                ahead.iter().step_by(2).for_each(|vector| simd.prefetch(vector));
                 if p < n_shared {
                     unrolled!(c in 0..CHUNKS {
                         let value = simd.load_f16(&value[c]);
