@@ -46,6 +46,11 @@ fn main() {
             bench_products(&mut cpu, name, encoding, n_out, n_in);
         }
     }
+    for (name, encoding, n_out, n_in) in MATRICES.into_iter().filter(|matrix| matrix.0.ends_with("gate, up")) {
+        if format!("{name} {encoding} gated").contains(&filter) {
+            bench_gated(&mut cpu, name, encoding, n_out, n_in);
+        }
+    }
     if "attention".contains(&filter) {
         bench_attention(&mut cpu, "SmolLM2 attention", 9, 3, 64);
         bench_attention(&mut cpu, "Llama-3-8B attention", 32, 8, 128);
@@ -71,6 +76,29 @@ fn bench_products(cpu: &mut Cpu, name: &str, encoding: Encoding, n_out: usize, n
         let seconds = best_of(&mut call).as_secs_f64();
         let (read, ops) = (copies[0].size_bytes() as f64, (2 * n_rows * n_out * n_in) as f64);
         let (gbs, gops) = (read / seconds / 1e9, ops / seconds / 1e9);
+        println!("{name:<22} {encoding:>5} {n_rows:>5} {:>10.1} {gbs:>8.1} {gops:>8.0}", seconds * 1e6);
+    }
+}
+
+/// Both products of an MLP's first half, and what joins them.
+fn bench_gated(cpu: &mut Cpu, name: &str, encoding: Encoding, n_out: usize, n_in: usize) {
+    let bytes = random_bytes(encoding, n_out * n_in);
+    let source = EncodedRows::new(encoding, &bytes, n_out, n_in).expect("whole blocks");
+    let pack = || PackedMatrix::pack_whole(&source).expect("a whole matrix");
+    let pair_bytes = 2 * pack().size_bytes();
+    let copies: Vec<_> = (0..PASS_BYTES.div_ceil(pair_bytes)).map(|_| (pack(), pack())).collect();
+    for n_rows in ROW_COUNTS {
+        let x: Vec<f32> = (0..n_rows * n_in).map(|i| (i % 61) as f32 / 30.0 - 1.0).collect();
+        let mut next = copies.iter().cycle();
+        let (mut inputs, mut out) = (Activations::new(Forms::Quantized), Activations::new(Forms::Quantized));
+        let seconds = best_of(|| {
+            cpu.quantize(black_box(&x), n_in, &mut inputs);
+            let (gate, up) = next.next().expect("a cycle");
+            cpu.gated(gate, up, &inputs, &mut out);
+        })
+        .as_secs_f64();
+        let (gbs, gops) = (pair_bytes as f64 / seconds / 1e9, (4 * n_rows * n_out * n_in) as f64 / seconds / 1e9);
+        let name = format!("{name} gated");
         println!("{name:<22} {encoding:>5} {n_rows:>5} {:>10.1} {gbs:>8.1} {gops:>8.0}", seconds * 1e6);
     }
 }
