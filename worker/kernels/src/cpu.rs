@@ -38,6 +38,9 @@ const ELEMENTS_PER_TASK: usize = 4 * 1024;
 /// Bytes of weights that a product's task should have at least, for the same reason.
 const WEIGHT_BYTES_PER_TASK: usize = 8 * 1024;
 
+/// Runs of panels that a product is divided into at most, for the same reason: enough for threads to help each other out.
+const MAX_RUNS: usize = 256;
+
 /// Rows of a product that are taken through all panels together: their quantized inputs stay in the second-level cache
 /// while the weights stream by.
 const ACTIVATION_BYTES_PER_PASS: usize = 512 * 1024;
@@ -476,8 +479,9 @@ impl Division {
         let unit_bytes = matrix.size_bytes() / matrix.n_panels() * panels_per_unit;
         // With many rows, a small run of panels is work enough.
         let work = unit_bytes.max(1) * n_rows.min(rows_per_task).div_ceil(4).max(1);
-        let units_per_task = (WEIGHT_BYTES_PER_TASK / work).max(1);
-        Self { n_rows, n_units: matrix.n_panels().div_ceil(panels_per_unit), rows_per_task, units_per_task }
+        let n_units = matrix.n_panels().div_ceil(panels_per_unit);
+        let units_per_task = (WEIGHT_BYTES_PER_TASK / work).max(n_units / MAX_RUNS).max(1);
+        Self { n_rows, n_units, rows_per_task, units_per_task }
     }
 
     fn n_runs(&self) -> usize {
