@@ -16,13 +16,25 @@ const FIRST_RANKS: usize = 64;
 /// Candidates over `top_k` that are gathered, at least, before the surplus is dropped.
 const TOP_K_SLACK: usize = 1024;
 
+/// Logits whose highest is found before it is known where it stands.
+const ARGMAX_BLOCK: usize = 1024;
+/// Logits that are compared side by side.
+const ARGMAX_LANES: usize = 16;
+
 /// The id of the highest logit, the lowest id if there are several. 0 if there is none above minus infinity.
 pub(super) fn argmax(logits: &[f32]) -> u32 {
     let mut best = (0, f32::NEG_INFINITY);
-    for (token_id, &logit) in (0..).zip(logits) {
-        // Never true of NaN.
-        if logit > best.1 {
-            best = (token_id, logit);
+    for (block_idx, block) in logits.chunks(ARGMAX_BLOCK).enumerate() {
+        let (vectors, tail) = block.as_chunks::<ARGMAX_LANES>();
+        let mut highest = [best.1; ARGMAX_LANES];
+        for vector in vectors {
+            // Never true of NaN.
+            highest.iter_mut().zip(vector).for_each(|(best, &logit)| *best = if logit > *best { logit } else { *best });
+        }
+        let highest = highest.iter().chain(tail).fold(best.1, |best, &logit| if logit > best { logit } else { best });
+        if highest > best.1 {
+            let position = block.iter().position(|&logit| logit == highest).unwrap_or_default();
+            best = ((block_idx * ARGMAX_BLOCK + position) as u32, highest);
         }
     }
     best.0
