@@ -23,7 +23,7 @@ use lockstep_tests::cluster::{Cluster, Process, demo_model};
 use lockstep_worker::{
     config::EngineSettings,
     group::{FollowerGroup, GroupConfig},
-    model::load::Source,
+    model::{llama::LogitsRoom, load::Source},
     model_runner::{self, warm_up},
     serve::attest,
 };
@@ -179,12 +179,13 @@ impl StandIn {
             let mut group = FollowerGroup::new(config, attestation, &ClientLimits::default(), &runtime)?;
             let mut epoch = group.join()?;
             warm_up(runner.as_mut(), epoch.collective.as_mut())?;
+            let mut room = LogitsRoom::default();
             loop {
                 let plan = group.next_plan()?;
                 if asked.load(Ordering::SeqCst) {
                     break;
                 }
-                runner.run(&plan, epoch.collective.as_mut())?;
+                runner.run(&plan, epoch.collective.as_mut(), &mut room)?;
             }
             hanging.send(Instant::now())?;
             // Its heartbeats go on, on the runtime, and its end of the collective stays.

@@ -166,7 +166,7 @@ fn prompt_logits(ranks: &mut Ranks, prompts: [&[u32]; 2], max_prompt_logits_rows
     while let Some(plan) = scheduler.schedule(Instant::now()).plan {
         let logits = ranks.group.run(&plan).expect("the step runs");
         assert!(logits.len() <= max_prompt_logits_rows * ranks.vocab_size, "the rows of a step are bounded");
-        let mut rest = logits.as_slice();
+        let mut rest = logits;
         for step in &plan.sequences {
             let (rows, after) = rest.split_at(step.n_logits_rows() * ranks.vocab_size);
             rest = after;

@@ -12,7 +12,7 @@ use crate::{
     model::{
         LoadError, OpError, StepError,
         batch::Batch,
-        llama::Llama,
+        llama::{Llama, LogitsRoom},
         load::Source,
         ops::{
             AttentionShape, Backend, KvShape,
@@ -103,12 +103,13 @@ fn no_cache(source: OpError) -> LoadError {
 
 /// Runs steps, whatever the backend.
 pub trait RunStep: Send + std::fmt::Debug {
-    /// Executes one plan. On rank 0 the logits of the rows that the plan asks for, in its order, `[n, vocab_size]`;
-    /// empty on other ranks.
+    /// Executes one plan. On rank 0 `room.logits` becomes the logits of the rows that the plan asks for, in its order,
+    /// `[n, vocab_size]`; on other ranks they are void.
     ///
     /// # Errors
     /// See [`StepError`]. After an error only [`RunStep::reset`] makes the runner usable again.
-    fn run(&mut self, plan: &StepPlan, collective: &mut dyn Collective) -> Result<Vec<f32>, StepError>;
+    fn run(&mut self, plan: &StepPlan, collective: &mut dyn Collective, room: &mut LogitsRoom)
+    -> Result<(), StepError>;
     /// Forgets every sequence: a new epoch begins.
     fn reset(&mut self);
     /// Token ids are below this.
@@ -189,13 +190,18 @@ impl<B: Backend> RunStep for ModelRunner<B>
 where
     B::Tensor: Send,
 {
-    fn run(&mut self, plan: &StepPlan, collective: &mut dyn Collective) -> Result<Vec<f32>, StepError> {
+    fn run(
+        &mut self,
+        plan: &StepPlan,
+        collective: &mut dyn Collective,
+        room: &mut LogitsRoom,
+    ) -> Result<(), StepError> {
         let batch = self.batch(plan).map_err(|why| StepError::Plan { step_id: plan.step_id, why })?;
         if batch.n_rows() == 0 {
-            return Ok(Vec::new());
+            room.logits.clear();
+            return Ok(());
         }
-        let logits = self.model.forward(&mut self.ops, collective, &mut self.kv, &batch)?;
-        Ok(logits.unwrap_or_default())
+        self.model.forward(&mut self.ops, collective, &mut self.kv, &batch, room)
     }
 
     fn reset(&mut self) {
@@ -225,7 +231,8 @@ pub fn warm_up(runner: &mut dyn RunStep, collective: &mut dyn Collective) -> Res
         new_blocks: vec![BlockId(0)],
         logits: LogitsRows::Last,
     };
-    runner.run(&StepPlan { step_id: 0, released: Vec::new(), sequences: vec![prefill] }, collective)?;
+    let plan = StepPlan { step_id: 0, released: Vec::new(), sequences: vec![prefill] };
+    runner.run(&plan, collective, &mut LogitsRoom::default())?;
     runner.reset();
     Ok(())
 }

@@ -24,7 +24,7 @@ use lockstep_worker::{
         metrics::Metrics,
     },
     group::{Attestation, GroupConfig, LeaderGroup},
-    model::StepError,
+    model::{StepError, llama::LogitsRoom},
     model_runner::RunStep,
     sampler::{SamplingParams, TokenLogprobs},
     scheduler::{
@@ -91,12 +91,12 @@ impl Parrot {
 }
 
 impl RunStep for Parrot {
-    fn run(&mut self, plan: &StepPlan, _: &mut dyn Collective) -> Result<Vec<f32>, StepError> {
+    fn run(&mut self, plan: &StepPlan, _: &mut dyn Collective, room: &mut LogitsRoom) -> Result<(), StepError> {
         for id in &plan.released {
             self.tables.remove(id);
             self.gone.insert(*id);
         }
-        let mut logits = Vec::new();
+        room.logits.clear();
         for step in &plan.sequences {
             self.n_came_back.fetch_add(u64::from(self.gone.remove(&step.id)), Ordering::Relaxed);
             let table = self.tables.entry(step.id).or_default();
@@ -111,10 +111,10 @@ impl RunStep for Parrot {
             };
             for row in wanted {
                 let heard: Vec<u32> = (0..=row).map(|position| self.slots[&slot(position)]).collect();
-                logits.extend(Self::logits(&heard));
+                room.logits.extend(Self::logits(&heard));
             }
         }
-        Ok(logits)
+        Ok(())
     }
 
     fn reset(&mut self) {

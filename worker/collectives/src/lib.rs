@@ -14,6 +14,7 @@
 //! * [`collective`]: what a transport offers; [`call`] and [`error`]: the words of it; [`abort`]: ending a wait.
 //! * [`member`]: who a rank is in its group; [`progress`]: how far it is, for other threads to see.
 //! * [`endpoint`]: what every transport does alike: counts calls, checks arguments, remembers an error.
+//! * [`timed`]: any of them, with a stopwatch.
 //! * [`local`], [`shm`], [`tcp`]: the transports, for threads, processes of one host, and hosts. The first two share
 //!   `slots`, the protocol over memory that all ranks see.
 
@@ -28,6 +29,7 @@ pub mod progress;
 pub mod shm;
 mod slots;
 pub mod tcp;
+pub mod timed;
 
 pub use abort::AbortHandle;
 pub use call::{Call, Op};
@@ -36,3 +38,4 @@ pub use endpoint::Endpoint;
 pub use error::CollectiveError;
 pub use member::Member;
 pub use progress::Progress;
+pub use timed::Timed;

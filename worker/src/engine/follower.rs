@@ -6,7 +6,7 @@ use tracing::warn;
 use super::metrics::Metrics;
 use crate::{
     group::{Epoch, FollowerGroup, GroupError},
-    model::StepError,
+    model::{StepError, llama::LogitsRoom},
     model_runner::{RunStep, warm_up},
 };
 
@@ -69,9 +69,10 @@ impl Follower {
         runner.reset();
         warm_up(runner, collective.as_mut())?;
         self.readiness.set_ready(true);
+        let mut room = LogitsRoom::default();
         loop {
             let plan = self.group.next_plan()?;
-            self.metrics.time_step(collective.as_mut(), |collective| runner.run(&plan, collective))?;
+            self.metrics.time_step(collective.as_mut(), |collective| runner.run(&plan, collective, &mut room))?;
         }
     }
 }

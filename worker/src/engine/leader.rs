@@ -19,7 +19,7 @@ use super::{
 };
 use crate::{
     group::{Epoch, GroupError, LeaderGroup},
-    model::StepError,
+    model::{StepError, llama::LogitsRoom},
     model_runner::{RunStep, warm_up},
     sampler::Sampler,
     scheduler::{
@@ -36,6 +36,7 @@ const IDLE_TURN: Duration = Duration::from_millis(200);
 pub struct Leader {
     group: LeaderGroup,
     runner: Box<dyn RunStep>,
+    room: LogitsRoom,
     scheduler: Scheduler,
     sampler: Sampler,
     metrics: Metrics,
@@ -71,6 +72,7 @@ impl Leader {
         Self {
             group,
             runner,
+            room: LogitsRoom::default(),
             scheduler,
             sampler,
             metrics,
@@ -160,10 +162,12 @@ impl Leader {
     /// Runs one plan on every rank and hands its tokens out.
     fn step(&mut self, plan: &StepPlan, collective: &mut dyn Collective) -> Result<(), EpochEnd> {
         self.group.send_plan(plan, self.live.announce(plan))?;
-        let runner = self.runner.as_mut();
-        let logits = self.metrics.time_step(collective, |collective| runner.run(plan, collective))?;
+        let (runner, room) = (self.runner.as_mut(), &mut self.room);
+        self.metrics.time_step(collective, |collective| runner.run(plan, collective, room))?;
 
-        let (sampled, cut_off) = self.hand_out(plan, &logits);
+        let room = std::mem::take(&mut self.room);
+        let (sampled, cut_off) = self.hand_out(plan, &room.logits);
+        self.room = room;
         self.metrics.generated_tokens.inc_by(sampled.iter().map(|sampled| sampled.tokens.len() as u64).sum());
         for (id, ended) in self.scheduler.commit(&sampled) {
             let reason = match ended {

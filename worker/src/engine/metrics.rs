@@ -1,11 +1,8 @@
 //! What a rank measures: its steps, the time that they spend waiting for other ranks, queues, blocks and tokens.
 
-use std::{
-    sync::atomic::AtomicU64,
-    time::{Duration, Instant},
-};
+use std::{sync::atomic::AtomicU64, time::Instant};
 
-use lockstep_collectives::{AbortHandle, Collective, CollectiveError};
+use lockstep_collectives::{Collective, Timed};
 use prometheus_client::{
     metrics::{counter::Counter, gauge::Gauge, histogram::Histogram},
     registry::{Registry, Unit},
@@ -101,59 +98,11 @@ impl Metrics {
     /// Measures a step that runs on `collective`.
     pub fn time_step<T>(&self, collective: &mut dyn Collective, run: impl FnOnce(&mut dyn Collective) -> T) -> T {
         let start = Instant::now();
-        let mut timed = Timed { inner: collective, spent: Duration::ZERO };
+        let mut timed = Timed::new(collective);
         let result = run(&mut timed);
-        let spent = timed.spent;
+        let spent = timed.spent();
         self.step.observe(start.elapsed().as_secs_f64());
         self.collective.observe(spent.as_secs_f64());
         result
-    }
-}
-
-/// A collective that adds up the time spent in it.
-#[derive(Debug)]
-struct Timed<'a> {
-    inner: &'a mut dyn Collective,
-    spent: Duration,
-}
-
-impl Timed<'_> {
-    fn timed<T>(&mut self, call: impl FnOnce(&mut dyn Collective) -> T) -> T {
-        let start = Instant::now();
-        let result = call(self.inner);
-        self.spent += start.elapsed();
-        result
-    }
-}
-
-impl Collective for Timed<'_> {
-    fn rank(&self) -> usize {
-        self.inner.rank()
-    }
-
-    fn world_size(&self) -> usize {
-        self.inner.world_size()
-    }
-
-    fn all_gather(&mut self, mine: &[f32], lengths: &[usize], out: &mut [f32]) -> Result<(), CollectiveError> {
-        self.timed(|inner| inner.all_gather(mine, lengths, out))
-    }
-
-    fn gather(
-        &mut self,
-        root: usize,
-        mine: &[f32],
-        lengths: &[usize],
-        out: Option<&mut [f32]>,
-    ) -> Result<(), CollectiveError> {
-        self.timed(|inner| inner.gather(root, mine, lengths, out))
-    }
-
-    fn barrier(&mut self) -> Result<(), CollectiveError> {
-        self.timed(|inner| inner.barrier())
-    }
-
-    fn abort_handle(&self) -> AbortHandle {
-        self.inner.abort_handle()
     }
 }

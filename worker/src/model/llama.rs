@@ -39,14 +39,23 @@ pub(super) struct Step<'a, B: Backend> {
     pub(super) batch: &'a Batch,
 }
 
+/// The logits of a step, and room to gather them in. Kept from step to step, so that their pages are.
+#[derive(Debug, Default)]
+pub struct LogitsRoom {
+    /// See [`Llama::forward`].
+    pub logits: Vec<f32>,
+    /// Every rank's, one rank after the other.
+    shards: Vec<f32>,
+}
+
 impl<B: Backend> Llama<B> {
     /// Token ids are below this.
     pub fn vocab_size(&self) -> usize {
         self.config.vocab_size
     }
 
-    /// Computes the step's rows, stores their keys and values, and returns the logits of the rows that need them,
-    /// `[n_logits_rows, vocab_size]`, on rank 0; nothing on the others.
+    /// Computes the step's rows and stores their keys and values. On rank 0 `room.logits` becomes the logits of the rows
+    /// that need them, `[n_logits_rows, vocab_size]`; on the others they are void.
     ///
     /// # Errors
     /// Another rank that fails or is gone, or the backend's own failure. The cache is then undefined.
@@ -56,7 +65,8 @@ impl<B: Backend> Llama<B> {
         collective: &mut dyn Collective,
         kv: &mut B::Kv,
         batch: &Batch,
-    ) -> Result<Option<Vec<f32>>, StepError> {
+        room: &mut LogitsRoom,
+    ) -> Result<(), StepError> {
         let step = &mut Step { ops, collective, kv, batch };
         let eps = self.config.rms_eps;
         let embedded = self.embedding.rows(&batch.token_ids)?;
@@ -69,7 +79,8 @@ impl<B: Backend> Llama<B> {
             if i + 1 == self.layers.len() && batch.logits_rows.len() < batch.n_rows() {
                 // Of the other rows nothing is needed any more.
                 if batch.logits_rows.is_empty() {
-                    return Ok(None);
+                    room.logits.clear();
+                    return Ok(());
                 }
                 q = step.ops.select_rows(q, &batch.logits_rows)?;
                 x = step.ops.select_rows(x, &batch.logits_rows)?; // [n_logits_rows, hidden_dim]
@@ -80,30 +91,29 @@ impl<B: Backend> Llama<B> {
             terms = Some(layer.mlp.forward(step, &normed)?);
         }
         let normed = step.ops.rms_norm(&mut x, terms, &self.norm, eps)?;
-        let [logits] = step.ops.matmul([&self.output.weight], &normed)?; // [n_logits_rows, vocab_size/world]
-        let logits = step.ops.download(logits)?;
-        self.gather_logits(step.collective, logits, batch.logits_rows.len())
+        step.ops.logits(&self.output.weight, &normed, &mut room.logits)?; // [n_logits_rows, vocab_size/world]
+        self.gather_logits(step.collective, batch.logits_rows.len(), room)
     }
 
     /// Brings every rank's columns together on rank 0: `[n_rows, vocab_size]`.
     fn gather_logits(
         &self,
         collective: &mut dyn Collective,
-        mine: Vec<f32>,
         n_rows: usize,
-    ) -> Result<Option<Vec<f32>>, StepError> {
+        room: &mut LogitsRoom,
+    ) -> Result<(), StepError> {
         if collective.world_size() == 1 {
-            return Ok(Some(mine));
+            return Ok(());
         }
+        let LogitsRoom { logits, shards } = room;
         let lengths: Vec<usize> = self.vocab.iter().map(|range| range.len() * n_rows).collect();
         if collective.rank() != 0 {
-            collective.gather(0, &mine, &lengths, None)?;
-            return Ok(None);
+            return Ok(collective.gather(0, logits, &lengths, None)?);
         }
         let vocab_size = self.config.vocab_size;
-        let mut shards = vec![0.0; n_rows * vocab_size];
-        collective.gather(0, &mine, &lengths, Some(&mut shards))?;
-        let mut logits = vec![0.0; n_rows * vocab_size];
+        shards.resize(n_rows * vocab_size, 0.0);
+        collective.gather(0, logits, &lengths, Some(shards))?;
+        logits.resize(n_rows * vocab_size, 0.0);
         let mut shard = shards.as_slice();
         for range in &self.vocab {
             let (rows, rest) = shard.split_at(range.len() * n_rows);
@@ -112,7 +122,7 @@ impl<B: Backend> Llama<B> {
             }
             shard = rest;
         }
-        Ok(Some(logits))
+        Ok(())
     }
 }
 

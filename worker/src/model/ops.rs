@@ -79,8 +79,6 @@ pub trait Backend: Debug + Send {
 
     /// Brings values `[n_rows, width]` to the device.
     fn upload(&mut self, values: Vec<f32>, width: usize) -> Result<Self::Tensor, OpError>;
-    /// Brings values back.
-    fn download(&mut self, x: Self::Tensor) -> Result<Vec<f32>, OpError>;
     /// `x += terms`, if there are any; then `x * weight / sqrt(mean(x^2) + eps)`, row by row.
     fn rms_norm(
         &mut self,
@@ -95,6 +93,8 @@ pub trait Backend: Debug + Send {
         weights: [&Self::Matrix; N],
         x: &Self::Input,
     ) -> Result<[Self::Tensor; N], OpError>;
+    /// `x · wᵀ`, brought back from the device: `out` becomes `[n_rows, n_out]`. The weight may not be row-parallel.
+    fn logits(&mut self, weight: &Self::Matrix, x: &Self::Input, out: &mut Vec<f32>) -> Result<(), OpError>;
     /// `x · wᵀ` for a row-parallel weight: the terms of all ranks, whose sum in the reduction's order is the product.
     fn matmul_reduce(
         &mut self,

@@ -106,10 +106,6 @@ impl Backend for CpuBackend {
         Ok(CpuTensor { values: self.values.adopt(values), width })
     }
 
-    fn download(&mut self, x: CpuTensor) -> Result<Vec<f32>, OpError> {
-        Ok(x.values.keep())
-    }
-
     fn rms_norm(
         &mut self,
         x: &mut CpuTensor,
@@ -134,6 +130,12 @@ impl Backend for CpuBackend {
         let mut products: [Product<'_>; N] = std::array::from_fn(|_| products.next().expect("one for each weight"));
         self.cpu.matmul_many(x, &mut products);
         Ok(outputs)
+    }
+
+    fn logits(&mut self, weight: &PackedMatrix, x: &Recycled<Activations>, out: &mut Vec<f32>) -> Result<(), OpError> {
+        out.resize(x.n_rows() * weight.n_out(), 0.0);
+        self.cpu.matmul(weight, x, out);
+        Ok(())
     }
 
     fn matmul_reduce(

@@ -5,7 +5,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use lockstep_collectives::{AbortHandle, Collective, CollectiveError};
+use lockstep_collectives::{Collective, Timed};
 use lockstep_kernels::{AttentionRow, EncodedRows};
 
 use super::{Backend, KvShape};
@@ -46,13 +46,6 @@ pub struct Profiled<B> {
 pub struct ProfiledMatrix<M> {
     matrix: M,
     shape: [usize; 2],
-}
-
-/// A collective whose calls are timed.
-#[derive(Debug)]
-struct ProfiledCollective<'a> {
-    collective: &'a mut dyn Collective,
-    time: Duration,
 }
 
 // === impl Profile ===
@@ -149,10 +142,6 @@ impl<B: Backend> Backend for Profiled<B> {
         self.other("upload", |ops| ops.upload(values, width))
     }
 
-    fn download(&mut self, x: B::Tensor) -> Result<Vec<f32>, OpError> {
-        self.other("download", |ops| ops.download(x))
-    }
-
     fn rms_norm(
         &mut self,
         x: &mut B::Tensor,
@@ -167,6 +156,10 @@ impl<B: Backend> Backend for Profiled<B> {
         self.product("matmul", weights, |ops, weights| (ops.matmul(weights, x), Duration::ZERO))
     }
 
+    fn logits(&mut self, weight: &Self::Matrix, x: &B::Input, out: &mut Vec<f32>) -> Result<(), OpError> {
+        self.product("logits", [weight], |ops, [weight]| (ops.logits(weight, x, out), Duration::ZERO))
+    }
+
     fn matmul_reduce(
         &mut self,
         weight: &Self::Matrix,
@@ -174,13 +167,13 @@ impl<B: Backend> Backend for Profiled<B> {
         reduction: &Reduction,
         collective: &mut dyn Collective,
     ) -> Result<B::Terms, StepError> {
-        let mut collective = ProfiledCollective { collective, time: Duration::ZERO };
+        let mut timed = Timed::new(collective);
         let result = self.product("matmul_reduce", [weight], |ops, [weight]| {
-            let result = ops.matmul_reduce(weight, x, reduction, &mut collective);
-            (result, collective.time)
+            let result = ops.matmul_reduce(weight, x, reduction, &mut timed);
+            (result, timed.spent())
         });
-        if collective.time > Duration::ZERO {
-            self.profile.add_other("all_gather", collective.time);
+        if timed.spent() > Duration::ZERO {
+            self.profile.add_other("all_gather", timed.spent());
         }
         result
     }
@@ -214,48 +207,5 @@ impl<B: Backend> Backend for Profiled<B> {
     fn select_rows(&mut self, x: B::Tensor, rows: &[u32]) -> Result<B::Tensor, OpError> {
         self.n_rows = rows.len();
         self.other("select_rows", |ops| ops.select_rows(x, rows))
-    }
-}
-
-// === impl ProfiledCollective ===
-
-impl ProfiledCollective<'_> {
-    fn timed<T>(&mut self, run: impl FnOnce(&mut dyn Collective) -> T) -> T {
-        let start = Instant::now();
-        let result = run(self.collective);
-        self.time += start.elapsed();
-        result
-    }
-}
-
-impl Collective for ProfiledCollective<'_> {
-    fn rank(&self) -> usize {
-        self.collective.rank()
-    }
-
-    fn world_size(&self) -> usize {
-        self.collective.world_size()
-    }
-
-    fn all_gather(&mut self, mine: &[f32], lengths: &[usize], out: &mut [f32]) -> Result<(), CollectiveError> {
-        self.timed(|collective| collective.all_gather(mine, lengths, out))
-    }
-
-    fn gather(
-        &mut self,
-        root: usize,
-        mine: &[f32],
-        lengths: &[usize],
-        out: Option<&mut [f32]>,
-    ) -> Result<(), CollectiveError> {
-        self.timed(|collective| collective.gather(root, mine, lengths, out))
-    }
-
-    fn barrier(&mut self) -> Result<(), CollectiveError> {
-        self.timed(|collective| collective.barrier())
-    }
-
-    fn abort_handle(&self) -> AbortHandle {
-        self.collective.abort_handle()
     }
 }

@@ -1,5 +1,5 @@
 //! Recycled memory: what a step no longer needs goes to where the next one takes it from, so that ops allocate nothing
-//! once the largest step has been seen. (The rows of the embedding come from outside, and logits leave for it.)
+//! once the largest step has been seen. (The rows of the embedding come from outside.)
 
 use std::{
     ops::{Deref, DerefMut},
@@ -48,13 +48,6 @@ impl<T: Default> Home<T> {
 }
 
 // === impl Recycled ===
-
-impl<T: Default> Recycled<T> {
-    /// Takes the thing away for good.
-    pub(super) fn keep(mut self) -> T {
-        std::mem::take(&mut self.thing)
-    }
-}
 
 impl<T: Default> Deref for Recycled<T> {
     type Target = T;

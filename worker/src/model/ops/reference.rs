@@ -155,10 +155,6 @@ impl Backend for ReferenceBackend {
         Ok(Tensor::from_vec(values, (n_rows, width), &self.device)?)
     }
 
-    fn download(&mut self, x: Tensor) -> Result<Vec<f32>, OpError> {
-        Ok(x.flatten_all()?.to_vec1()?)
-    }
-
     fn rms_norm(
         &mut self,
         x: &mut Tensor,
@@ -180,6 +176,11 @@ impl Backend for ReferenceBackend {
         Ok(products.try_into().expect("one product for each weight"))
     }
 
+    fn logits(&mut self, weight: &ReferenceMatrix, x: &Tensor, out: &mut Vec<f32>) -> Result<(), OpError> {
+        *out = to_vec(&x.matmul(&weight.weight.t()?)?)?;
+        Ok(())
+    }
+
     fn matmul_reduce(
         &mut self,
         weight: &ReferenceMatrix,
@@ -194,7 +195,7 @@ impl Backend for ReferenceBackend {
         let partials: Vec<Tensor> = partials.collect::<candle_core::Result<_>>().map_err(OpError::from)?;
         let (n_rows, n_out) = (x.dim(0).map_err(OpError::from)?, weight.weight.dim(0).map_err(OpError::from)?);
         let stacked = Tensor::stack(&partials, 0).map_err(OpError::from)?;
-        let (mine, plane) = (self.download(stacked)?, n_rows * n_out);
+        let (mine, plane) = (to_vec(&stacked)?, n_rows * n_out);
         let mut planes = vec![0.0; reduction.order.n_planes() * plane];
         gather(&mine, plane, reduction, collective, &mut planes)?;
         let mut sum = vec![0.0; plane];
@@ -248,4 +249,9 @@ impl Backend for ReferenceBackend {
     fn select_rows(&mut self, x: Tensor, rows: &[u32]) -> Result<Tensor, OpError> {
         Ok(x.index_select(&Tensor::from_slice(rows, rows.len(), &self.device)?, 0)?)
     }
+}
+
+/// The values of a tensor of any shape.
+fn to_vec(x: &Tensor) -> Result<Vec<f32>, OpError> {
+    Ok(x.flatten_all()?.to_vec1()?)
 }
