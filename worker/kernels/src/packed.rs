@@ -3,19 +3,23 @@
 //! Weights stay quantized: codes and scales are those of the file, in another order. There is one layout a family.
 //!
 //! **Integers** (every quantized encoding). A *panel* is 16 neighbouring outputs, the last one filled up with zeros. Per
-//! panel and per 32 inputs there are lines of 64 bytes, one for each *quad* (4 neighbouring inputs): byte `4 * o + k` is
-//! input `k` of the quad for output `o`. That is the operand of a VNNI dot product, and a column of an AMX tile. Codes
-//! that fit four bits lie two to a byte: line `i` holds quad `i` in its low nibbles and quad `i + 4` in its high ones.
+//! panel and per 32 inputs there are lines of 64 bytes, at most one for each *quad* (4 neighbouring inputs): byte
+//! `4 * o + k` is input `k` of the quad for output `o`. That is the operand of a VNNI dot product, and a column of an AMX
+//! tile. Codes of fewer than eight bits share bytes (`packed/codes.rs`), those of two and three bits as if they had four.
 //! Scales and minimums lie apart from the codes, 16 to a group of the panel.
 //!
-//! | family | encodings | bytes a panel of 32 inputs |
+//! | bits, levels of scales | encodings | bytes a panel of 32 inputs |
 //! |---|---|---|
-//! | nibbles, one level | Q4_0, Q4_1 | 256 + 32 (scales) + 32 (minimums of Q4_1) |
-//! | nibbles, two levels | Q2_K, Q3_K, Q4_K | 256 + 16 to 64 (small scales and minimums) + 4 to 8 (block scales) |
-//! | bytes, one level | Q5_0, Q5_1, Q8_0 | 512 + 32 or 64 |
-//! | bytes, two levels | Q5_K, Q6_K | 512 + 32 + 4 or 8 |
+//! | 4, one | Q4_0, Q4_1 | 256 + 32 (scales) + 32 (minimums of Q4_1) |
+//! | 4, two | Q2_K, Q3_K, Q4_K | 256 + 16 to 64 (small scales and minimums) + 4 to 8 (block scales) |
+//! | 5, one | Q5_0, Q5_1 | 320 + 32 or 64 |
+//! | 5, two | Q5_K | 320 + 32 + 8 |
+//! | 6, two | Q6_K | 384 + 32 + 4 |
+//! | 8, one | Q8_0 | 512 + 32 |
 //!
 //! **Floats** (F32, F16, BF16): rows as they lie in the file, any number of columns.
+
+mod codes;
 
 use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
@@ -29,6 +33,8 @@ use crate::quant::{self, Block, Format};
 use crate::segments::SegmentPlan;
 use crate::{EncodedRows, KernelError};
 
+pub(crate) use codes::{Line, Piece, QUADS, layout};
+
 /// Outputs in a panel, and f32 lanes in a vector.
 pub(crate) const PANEL: usize = 16;
 /// Inputs that share one activation scale.
@@ -36,11 +42,6 @@ pub(crate) const BLOCK: usize = 32;
 
 /// Encoded bytes that a thread should have to pack at least, so that they outweigh its start.
 const BYTES_PER_PACKING_THREAD: usize = 1 << 20;
-
-/// 64 bytes that start on a cache line: 16 outputs times 4 inputs.
-#[derive(Clone, Copy, Debug)]
-#[repr(C, align(64))]
-pub(crate) struct Line(pub(crate) [u8; 64]);
 
 /// The weights of one linear layer's shard, `[n_out, n_in]`, and the K-segments by which its products are summed.
 #[derive(Debug)]
@@ -68,7 +69,7 @@ pub(crate) enum Weights {
 #[derive(Debug)]
 pub(crate) struct Integers {
     pub(crate) format: Format,
-    /// `[n_panels, n_in / 32, 4 or 8]`.
+    /// `[n_panels, n_in / 32, format.bits]`.
     pub(crate) codes: Array<Line>,
     /// f16 bits: `[n_panels, n_groups]`; with two levels `[n_panels, ceil(n_in / 256)]`.
     pub(crate) scales: Array<[u16; PANEL]>,
@@ -240,7 +241,7 @@ impl Integers {
         let n_minimums = if format.has_minimum { n_scales } else { 0 };
         let n_sub_scales = if format.two_level { n_groups } else { 0 };
         let n_sub_minimums = if format.has_minimum { n_sub_scales } else { 0 };
-        let mut codes = Pieces::new(n_panels, source.n_cols() / BLOCK * format.lines_per_block());
+        let mut codes = Pieces::new(n_panels, source.n_cols() / BLOCK * format.bits);
         let mut scales = Pieces::new(n_panels, n_scales);
         let mut minimums = Pieces::new(n_panels, n_minimums);
         let mut sub_scales = Pieces::new(n_panels, n_sub_scales);
@@ -278,14 +279,16 @@ impl Integers {
 
     fn dequantize_row(&self, row_idx: usize, out: &mut [f32]) {
         let (panel_idx, lane) = (row_idx / PANEL, row_idx % PANEL);
-        let n_lines = self.format.lines_per_block();
+        let (n_lines, layout) = (self.format.bits, layout(self.format.bits));
         for (group_idx, out) in out.chunks_exact_mut(self.format.group_len).enumerate() {
             let (scale, minimum) = self.group(panel_idx, group_idx, lane);
             let first_col = group_idx * self.format.group_len;
             let first_line = (panel_idx * self.n_parts() + first_col / BLOCK) * n_lines;
-            for (i, value) in out.iter_mut().enumerate() {
-                let code = extract_code(&self.codes[first_line..first_line + n_lines], lane, (first_col + i) % BLOCK);
-                *value = self.format.value(code, scale, minimum);
+            let lines = &self.codes[first_line..first_line + n_lines];
+            let values = out.as_chunks_mut::<4>().0.iter_mut();
+            for (values, pieces) in values.zip(&layout[first_col % BLOCK / 4..]) {
+                let codes = codes::get(lines, pieces, lane);
+                *values = codes.map(|code| self.format.value(code, scale, minimum));
             }
         }
     }
@@ -324,7 +327,13 @@ impl Panel<'_> {
         let rows = (first_row..source.n_rows()).take(PANEL).map(|row_idx| source.row(row_idx));
         let mut rows: Vec<_> = rows.map(|row| row.chunks_exact(encoding.block_bytes())).collect();
         let mut blocks: [Block; PANEL] = std::array::from_fn(|_| Block::default());
-        let parts = self.codes.chunks_exact_mut(block_len / BLOCK * format.lines_per_block());
+        let put_codes = match format.bits {
+            4 => codes::put::<4>,
+            5 => codes::put::<5>,
+            6 => codes::put::<6>,
+            _ => codes::put::<8>,
+        };
+        let parts = self.codes.chunks_exact_mut(block_len / BLOCK * format.bits);
         for (block_idx, parts) in parts.enumerate() {
             for (bytes, block) in rows.iter_mut().flat_map(Iterator::next).zip(&mut blocks) {
                 decode(bytes, block);
@@ -343,7 +352,7 @@ impl Panel<'_> {
                     lanes().for_each(|(lane, block)| put_lane(sub_minimums, lane, &block.sub_minimums));
                 }
             }
-            for (part_idx, lines) in parts.chunks_exact_mut(format.lines_per_block()).enumerate() {
+            for (part_idx, lines) in parts.chunks_exact_mut(format.bits).enumerate() {
                 put_codes(lines, &blocks, part_idx);
             }
         }
@@ -352,39 +361,6 @@ impl Panel<'_> {
 
 fn put_lane(groups: &mut [[i8; PANEL]], lane: usize, values: &[i8]) {
     groups.iter_mut().zip(values).for_each(|(group, value)| group[lane] = *value);
-}
-
-// === impl Format ===
-
-impl Format {
-    /// Lines of 64 bytes that hold a panel's codes for 32 inputs.
-    pub(crate) fn lines_per_block(&self) -> usize {
-        if self.nibbles { 4 } else { 8 }
-    }
-}
-
-/// Writes the codes of one run of 32 inputs of every lane: to eight lines as bytes, to four as nibbles.
-fn put_codes(lines: &mut [Line], blocks: &[Block; PANEL], part_idx: usize) {
-    let quads = blocks.each_ref().map(|block| &block.codes.as_chunks::<4>().0.as_chunks::<8>().0[part_idx]);
-    let word = |lane: usize, i: usize| u32::from_le_bytes(quads[lane][i]);
-    if let Ok(lines) = <&mut [Line; 8]>::try_from(&mut *lines) {
-        for lane in 0..PANEL {
-            (0..8).for_each(|i| lines[i].0.as_chunks_mut().0[lane] = word(lane, i).to_le_bytes());
-        }
-    } else if let Ok(lines) = <&mut [Line; 4]>::try_from(lines) {
-        for lane in 0..PANEL {
-            // No code reaches the next byte: it has four bits.
-            let both = |i: usize| word(lane, i) | word(lane, i + 4) << 4;
-            (0..4).for_each(|i| lines[i].0.as_chunks_mut().0[lane] = both(i).to_le_bytes());
-        }
-    }
-}
-
-/// Reads one of the codes that [`put_codes`] wrote.
-fn extract_code(lines: &[Line], lane: usize, col: usize) -> u8 {
-    let (quad_idx, n_lines) = (col / 4, lines.len());
-    let byte = lines[quad_idx % n_lines].0[4 * lane + col % 4];
-    if n_lines == 8 { byte } else { byte >> (4 * (quad_idx / n_lines)) & 15 }
 }
 
 #[cfg(test)]

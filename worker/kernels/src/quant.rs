@@ -20,8 +20,8 @@ pub(crate) use blocks::{Block, decoder};
 pub(crate) struct Format {
     /// Values that share a scale: 16 or 32.
     pub(crate) group_len: usize,
-    /// Whether codes fit four bits.
-    pub(crate) nibbles: bool,
+    /// Bits that a code takes in memory: 4, 5, 6 or 8.
+    pub(crate) bits: usize,
     /// What is subtracted from a code.
     pub(crate) offset: u8,
     /// Whether groups have minimums. If so, `offset` is 0.
@@ -36,20 +36,20 @@ impl Format {
     /// The format of `encoding`; `None` for the three that store floats.
     #[rustfmt::skip]
     pub(crate) const fn of(encoding: Encoding) -> Option<Format> {
-        let (group_len, nibbles, offset, has_minimum, two_level) = match encoding {
+        let (group_len, bits, offset, has_minimum, two_level) = match encoding {
             Encoding::F32 | Encoding::F16 | Encoding::BF16 => return None,
-            Encoding::Q4_0 => (32, true,    8, false, false),
-            Encoding::Q4_1 => (32, true,    0, true,  false),
-            Encoding::Q5_0 => (32, false,  16, false, false),
-            Encoding::Q5_1 => (32, false,   0, true,  false),
-            Encoding::Q8_0 => (32, false, 128, false, false),
-            Encoding::Q2K  => (16, true,    0, true,  true),
-            Encoding::Q3K  => (16, true,    4, false, true),
-            Encoding::Q4K  => (32, true,    0, true,  true),
-            Encoding::Q5K  => (32, false,   0, true,  true),
-            Encoding::Q6K  => (16, false,  32, false, true),
+            Encoding::Q4_0 => (32, 4,   8, false, false),
+            Encoding::Q4_1 => (32, 4,   0, true,  false),
+            Encoding::Q5_0 => (32, 5,  16, false, false),
+            Encoding::Q5_1 => (32, 5,   0, true,  false),
+            Encoding::Q8_0 => (32, 8, 128, false, false),
+            Encoding::Q2K  => (16, 4,   0, true,  true),
+            Encoding::Q3K  => (16, 4,   4, false, true),
+            Encoding::Q4K  => (32, 4,   0, true,  true),
+            Encoding::Q5K  => (32, 5,   0, true,  true),
+            Encoding::Q6K  => (16, 6,  32, false, true),
         };
-        Some(Format { group_len, nibbles, offset, has_minimum, two_level })
+        Some(Format { group_len, bits, offset, has_minimum, two_level })
     }
 
     /// The value of a code, from its group's scale and minimum.

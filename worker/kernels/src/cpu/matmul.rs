@@ -31,13 +31,13 @@ use crate::cpu::activations::{ActivationBlock, Activations, Places, STRIP, load,
 use crate::cpu::elementwise::silu_mul;
 use crate::cpu::shared_slice::SharedSlice;
 use crate::cpu::simd::{Kernel, LANES, Simd, unrolled};
-use crate::packed::{BLOCK, Integers, PANEL, PackedMatrix, Weights};
+use crate::packed::{BLOCK, Integers, PANEL, PackedMatrix, Piece, QUADS, Weights, layout};
 use crate::sum_tree::MAX_PENDING;
 
 /// Rows that share the loading and unpacking of weights.
 const ABREAST: usize = 8;
 
-/// How far ahead of their use codes are fetched, in runs of 32 inputs: 2 or 4 KiB.
+/// How far ahead of their use codes are fetched, in runs of 32 inputs: 2 to 4 KiB.
 const PREFETCH_PARTS: usize = 8;
 
 /// A product, or what a task needs to know of it.
@@ -284,31 +284,32 @@ struct SumIntegers<'a, const N: usize> {
     place: Place,
 }
 
-/// [`SumIntegers`] for one kind of format: whether codes are nibbles, scales belong to half a run of 32 inputs, and
-/// there are minimums.
-struct SumFormat<'a, const N: usize, const NIBBLES: bool, const HALVES: bool, const MINIMUM: bool>(SumIntegers<'a, N>);
+/// [`SumIntegers`] for one kind of format: how many bits codes have, and whether scales belong to half a run of 32 inputs
+/// and there are minimums.
+struct SumFormat<'a, const N: usize, const BITS: usize, const HALVES: bool, const MINIMUM: bool>(SumIntegers<'a, N>);
 
 // === impl SumIntegers ===
 
 impl<const N: usize> SumIntegers<'_, N> {
     fn run<S: Simd>(self, simd: S) {
         let format = self.panel.integers.format;
-        match (format.nibbles, format.group_len, format.has_minimum) {
-            (true, 32, false) => simd.vectorize(SumFormat::<N, true, false, false>(self)),
-            (true, 32, true) => simd.vectorize(SumFormat::<N, true, false, true>(self)),
-            (true, _, false) => simd.vectorize(SumFormat::<N, true, true, false>(self)),
-            (true, _, true) => simd.vectorize(SumFormat::<N, true, true, true>(self)),
-            (false, 32, false) => simd.vectorize(SumFormat::<N, false, false, false>(self)),
-            (false, 32, true) => simd.vectorize(SumFormat::<N, false, false, true>(self)),
-            (false, ..) => simd.vectorize(SumFormat::<N, false, true, false>(self)),
+        match (format.bits, format.group_len, format.has_minimum) {
+            (4, 32, false) => simd.vectorize(SumFormat::<N, 4, false, false>(self)),
+            (4, 32, true) => simd.vectorize(SumFormat::<N, 4, false, true>(self)),
+            (4, _, false) => simd.vectorize(SumFormat::<N, 4, true, false>(self)),
+            (4, _, true) => simd.vectorize(SumFormat::<N, 4, true, true>(self)),
+            (5, _, false) => simd.vectorize(SumFormat::<N, 5, false, false>(self)),
+            (5, _, true) => simd.vectorize(SumFormat::<N, 5, false, true>(self)),
+            (6, ..) => simd.vectorize(SumFormat::<N, 6, true, false>(self)),
+            _ => simd.vectorize(SumFormat::<N, 8, false, false>(self)),
         }
     }
 }
 
 // === impl SumFormat ===
 
-impl<const N: usize, const NIBBLES: bool, const HALVES: bool, const MINIMUM: bool> Kernel
-    for SumFormat<'_, N, NIBBLES, HALVES, MINIMUM>
+impl<const N: usize, const BITS: usize, const HALVES: bool, const MINIMUM: bool> Kernel
+    for SumFormat<'_, N, BITS, HALVES, MINIMUM>
 {
     /// As [`SegmentPlan::sum`](crate::segments::SegmentPlan::sum), written out so that sums stay in registers.
     #[inline(always)]
@@ -334,8 +335,8 @@ impl<const N: usize, const NIBBLES: bool, const HALVES: bool, const MINIMUM: boo
     }
 }
 
-impl<const N: usize, const NIBBLES: bool, const HALVES: bool, const MINIMUM: bool>
-    SumFormat<'_, N, NIBBLES, HALVES, MINIMUM>
+impl<const N: usize, const BITS: usize, const HALVES: bool, const MINIMUM: bool>
+    SumFormat<'_, N, BITS, HALVES, MINIMUM>
 {
     #[inline(always)]
     fn sum_segment<S: Simd>(&self, simd: S, cols: &Range<usize>) -> [S::F32; N] {
@@ -348,8 +349,8 @@ impl<const N: usize, const NIBBLES: bool, const HALVES: bool, const MINIMUM: boo
         for (i, blocks) in parts.enumerate() {
             let part_idx = first_part + i;
             let blocks = &blocks[place.place..place.place + N];
-            panel.prefetch::<S, NIBBLES>(simd, part_idx);
-            let codes = panel.codes::<S, NIBBLES>(simd, part_idx);
+            panel.prefetch::<S, BITS>(simd, part_idx);
+            let codes = panel.codes::<S, BITS>(simd, part_idx);
             if HALVES {
                 let first = panel.group::<S, MINIMUM>(simd, 2 * part_idx);
                 let second = panel.group::<S, MINIMUM>(simd, 2 * part_idx + 1);
@@ -384,8 +385,8 @@ impl<const N: usize, const NIBBLES: bool, const HALVES: bool, const MINIMUM: boo
     ) -> S::I32 {
         let mut dot = simd.splat_i32(if MINIMUM { 0 } else { -correction });
         for quad_idx in 0..QUADS {
-            dot = if NIBBLES {
-                simd.dot_nibbles(dot, codes[quad_idx], quads[quad_idx])
+            dot = if BITS < 8 {
+                simd.dot_small(dot, codes[quad_idx], quads[quad_idx])
             } else {
                 simd.dot_bytes(dot, codes[quad_idx], quads[quad_idx])
             };
@@ -419,39 +420,26 @@ impl Panel<'_> {
     /// Begins to fetch the codes that come [`PREFETCH_PARTS`] later, beyond this panel's end in the next one: the
     /// processor by itself looks ahead less far, and not across pages.
     #[inline(always)]
-    pub(crate) fn prefetch<S: Simd, const NIBBLES: bool>(&self, simd: S, part_idx: usize) {
-        let n_lines = if NIBBLES { 4 } else { 8 };
-        let first_line = (self.panel_idx * self.integers.n_parts() + part_idx + PREFETCH_PARTS) * n_lines;
-        if let Some(lines) = self.integers.codes.get(first_line..first_line + n_lines) {
+    pub(crate) fn prefetch<S: Simd, const BITS: usize>(&self, simd: S, part_idx: usize) {
+        let part_idx = self.panel_idx * self.integers.n_parts() + part_idx + PREFETCH_PARTS;
+        if let Some(lines) = self.integers.codes.as_chunks::<BITS>().0.get(part_idx) {
             lines.iter().for_each(|line| simd.prefetch(line));
         }
     }
 
     /// The codes of 32 inputs, by quads.
     #[inline(always)]
-    pub(crate) fn codes<S: Simd, const NIBBLES: bool>(&self, simd: S, part_idx: usize) -> [S::Bytes; 8] {
+    pub(crate) fn codes<S: Simd, const BITS: usize>(&self, simd: S, part_idx: usize) -> [S::Bytes; QUADS] {
         let part_idx = self.panel_idx * self.integers.n_parts() + part_idx;
-        if NIBBLES {
-            let [a, b, c, d] = &self.integers.codes.as_chunks::<4>().0[part_idx];
-            let [a, b, c, d] = [simd.load_bytes(a), simd.load_bytes(b), simd.load_bytes(c), simd.load_bytes(d)];
-            [
-                simd.low_nibbles(a),
-                simd.low_nibbles(b),
-                simd.low_nibbles(c),
-                simd.low_nibbles(d),
-                simd.high_nibbles(a),
-                simd.high_nibbles(b),
-                simd.high_nibbles(c),
-                simd.high_nibbles(d),
-            ]
-        } else {
-            let lines = &self.integers.codes.as_chunks::<8>().0[part_idx];
-            let mut codes = [simd.load_bytes(&lines[0]); 8];
-            for quad_idx in 1..8 {
-                codes[quad_idx] = simd.load_bytes(&lines[quad_idx]);
-            }
-            codes
+        let lines = &self.integers.codes.as_chunks::<BITS>().0[part_idx];
+        let bits = |piece: Piece| simd.bits(simd.load_bytes(&lines[piece.line]), piece.shift, piece.mask);
+        let layout = const { layout(BITS) };
+        let mut codes = [simd.load_bytes(&lines[0]); QUADS];
+        for quad_idx in 0..QUADS {
+            let [first, second, third] = layout[quad_idx];
+            codes[quad_idx] = simd.or(simd.or(bits(first), bits(second)), bits(third));
         }
+        codes
     }
 
     /// Scales and minimums of a group.

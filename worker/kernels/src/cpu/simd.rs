@@ -91,12 +91,13 @@ pub(crate) trait Simd: Copy + Send + Sync {
     fn to_f32(self, values: Self::I32) -> Self::F32;
 
     fn load_bytes(self, line: &Line) -> Self::Bytes;
-    fn low_nibbles(self, bytes: Self::Bytes) -> Self::Bytes;
-    fn high_nibbles(self, bytes: Self::Bytes) -> Self::Bytes;
-    /// To each lane of `sums`, adds the four products of its unsigned bytes, all below 16, with the signed bytes of
+    /// Of every byte `b`, `b >> shift & mask`. The mask ends where the shifted byte does: `mask <= 255 >> shift`.
+    fn bits(self, bytes: Self::Bytes, shift: u32, mask: u8) -> Self::Bytes;
+    fn or(self, a: Self::Bytes, b: Self::Bytes) -> Self::Bytes;
+    /// To each lane of `sums`, adds the four products of its unsigned bytes, all below 64, with the signed bytes of
     /// `quad` (little-endian).
-    fn dot_nibbles(self, sums: Self::I32, codes: Self::Bytes, quad: i32) -> Self::I32;
-    /// As [`Simd::dot_nibbles`], for any unsigned bytes.
+    fn dot_small(self, sums: Self::I32, codes: Self::Bytes, quad: i32) -> Self::I32;
+    /// As [`Simd::dot_small`], for any unsigned bytes.
     fn dot_bytes(self, sums: Self::I32, codes: Self::Bytes, quad: i32) -> Self::I32;
 }
 
@@ -237,15 +238,15 @@ impl Simd for Portable {
         line.0
     }
     #[inline(always)]
-    fn low_nibbles(self, bytes: Self::Bytes) -> Self::Bytes {
-        bytes.map(|byte| byte & 15)
+    fn bits(self, bytes: Self::Bytes, shift: u32, mask: u8) -> Self::Bytes {
+        bytes.map(|byte| byte >> shift & mask)
     }
     #[inline(always)]
-    fn high_nibbles(self, bytes: Self::Bytes) -> Self::Bytes {
-        bytes.map(|byte| byte >> 4)
+    fn or(self, a: Self::Bytes, b: Self::Bytes) -> Self::Bytes {
+        lanes(|i| a[i] | b[i])
     }
     #[inline(always)]
-    fn dot_nibbles(self, sums: Self::I32, codes: Self::Bytes, quad: i32) -> Self::I32 {
+    fn dot_small(self, sums: Self::I32, codes: Self::Bytes, quad: i32) -> Self::I32 {
         self.dot_bytes(sums, codes, quad)
     }
     #[inline(always)]

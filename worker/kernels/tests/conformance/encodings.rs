@@ -64,11 +64,11 @@ fn packed_weights_are_no_larger_than_documented() {
     check(Encoding::BF16, 16 * 256 * 2);
     check(Encoding::Q4_0, 8 * (256 + 32));
     check(Encoding::Q4_1, 8 * (256 + 64));
-    check(Encoding::Q5_0, 8 * (512 + 32));
+    check(Encoding::Q5_0, 8 * (320 + 32));
     check(Encoding::Q8_0, 8 * (512 + 32));
     check(Encoding::Q2K, 8 * (256 + 64) + 64);
     check(Encoding::Q3K, 8 * (256 + 32) + 32);
     check(Encoding::Q4K, 8 * (256 + 32) + 64);
-    check(Encoding::Q5K, 8 * (512 + 32) + 64);
-    check(Encoding::Q6K, 8 * (512 + 32) + 32);
+    check(Encoding::Q5K, 8 * (320 + 32) + 64);
+    check(Encoding::Q6K, 8 * (384 + 32) + 32);
 }

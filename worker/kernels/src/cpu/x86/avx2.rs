@@ -151,14 +151,14 @@ impl Simd for Avx2 {
         }}
         fn splat_i32(value: i32) -> Pair<__m256i> { [_mm256_set1_epi32(value); 2] }
         fn to_f32(values: Pair<__m256i>) -> Pair<__m256> { both(|i| _mm256_cvtepi32_ps(values[i])) }
-        fn low_nibbles(bytes: Pair<__m256i>) -> Pair<__m256i> {
-            both(|i| _mm256_and_si256(bytes[i], _mm256_set1_epi8(15)))
-        }
-        fn high_nibbles(bytes: Pair<__m256i>) -> Pair<__m256i> {
-            both(|i| _mm256_and_si256(_mm256_srli_epi16::<4>(bytes[i]), _mm256_set1_epi8(15)))
-        }
-        // Two products of a nibble and a signed byte stay below 2^12, far from where `maddubs` saturates.
-        fn dot_nibbles(sums: Pair<__m256i>, codes: Pair<__m256i>, quad: i32) -> Pair<__m256i> {
+        // Words are shifted; what comes from the byte above is not in the mask.
+        fn bits(bytes: Pair<__m256i>, shift: u32, mask: u8) -> Pair<__m256i> {{
+            let (shift, mask) = (_mm_cvtsi32_si128(shift as i32), _mm256_set1_epi8(mask as i8));
+            both(|i| _mm256_and_si256(_mm256_srl_epi16(bytes[i], shift), mask))
+        }}
+        fn or(a: Pair<__m256i>, b: Pair<__m256i>) -> Pair<__m256i> { both(|i| _mm256_or_si256(a[i], b[i])) }
+        // Two products of six bits and a signed byte stay below 2^14, where `maddubs` saturates at 2^15.
+        fn dot_small(sums: Pair<__m256i>, codes: Pair<__m256i>, quad: i32) -> Pair<__m256i> {
             both(|i| {
                 let pairs = _mm256_maddubs_epi16(codes[i], _mm256_set1_epi32(quad));
                 _mm256_add_epi32(sums[i], _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))

@@ -169,11 +169,13 @@ impl Simd for Avx512 {
         }}
         fn splat_i32(value: i32) -> __m512i { _mm512_set1_epi32(value) }
         fn to_f32(values: __m512i) -> __m512 { _mm512_cvtepi32_ps(values) }
-        fn low_nibbles(bytes: __m512i) -> __m512i { _mm512_and_si512(bytes, _mm512_set1_epi8(15)) }
-        fn high_nibbles(bytes: __m512i) -> __m512i {
-            _mm512_and_si512(_mm512_srli_epi16::<4>(bytes), _mm512_set1_epi8(15))
-        }
-        fn dot_nibbles(sums: __m512i, codes: __m512i, quad: i32) -> __m512i {
+        // Words are shifted; what comes from the byte above is not in the mask.
+        fn bits(bytes: __m512i, shift: u32, mask: u8) -> __m512i {{
+            let shifted = _mm512_srl_epi16(bytes, _mm_cvtsi32_si128(shift as i32));
+            _mm512_and_si512(shifted, _mm512_set1_epi8(mask as i8))
+        }}
+        fn or(a: __m512i, b: __m512i) -> __m512i { _mm512_or_si512(a, b) }
+        fn dot_small(sums: __m512i, codes: __m512i, quad: i32) -> __m512i {
             _mm512_dpbusd_epi32(sums, codes, _mm512_set1_epi32(quad))
         }
         fn dot_bytes(sums: __m512i, codes: __m512i, quad: i32) -> __m512i {
