@@ -87,10 +87,9 @@ fn decode_q4<const HEADER: usize>(bytes: &[u8], block: &mut Block) {
 fn decode_q5<const HEADER: usize>(bytes: &[u8], block: &mut Block) {
     block.scale = f16_at(bytes, 0);
     block.minimum = if HEADER == 4 { f16_at(bytes, 2) } else { f16::ZERO };
-    let (fifth_bits, nibbles) = bytes[HEADER..].split_at(4);
-    for (i, byte) in nibbles.iter().enumerate() {
-        block.codes[i] = byte & 15 | bit(fifth_bits[i / 8], i % 8) << 4;
-        block.codes[i + 16] = byte >> 4 | bit(fifth_bits[2 + i / 8], i % 8) << 4;
+    split_nibbles(part::<16>(bytes, HEADER + 4), &mut block.codes[..32]);
+    for (codes, fifth_bits) in block.codes.as_chunks_mut::<8>().0.iter_mut().zip(part::<4>(bytes, HEADER)) {
+        codes.iter_mut().enumerate().for_each(|(i, code)| *code |= (fifth_bits >> i & 1) << 4);
     }
 }
 
@@ -109,20 +108,18 @@ fn decode_q2k(bytes: &[u8], block: &mut Block) {
         block.sub_scales[group_idx] = (byte & 15) as i8;
         block.sub_minimums[group_idx] = (byte >> 4) as i8;
     }
-    for (i, code) in block.codes.iter_mut().enumerate() {
-        *code = crumb(rest, i);
-    }
-    block.scale = f16_at(rest, 64);
-    block.minimum = -f16_at(rest, 66);
+    let (codes, rest) = rest.split_at(64);
+    put_crumbs(codes, block);
+    block.scale = f16_at(rest, 0);
+    block.minimum = -f16_at(rest, 2);
 }
 
 /// 32 bytes of third bits, 64 bytes of low 2-bit codes, 12 bytes of 6-bit group scales less 32, scale.
 fn decode_q3k(bytes: &[u8], block: &mut Block) {
     let (third_bits, rest) = bytes.split_at(32);
     let (low_bits, rest) = rest.split_at(64);
-    for (i, code) in block.codes.iter_mut().enumerate() {
-        *code = crumb(low_bits, i) | bit(third_bits[i % 32], i / 32) << 2;
-    }
+    put_crumbs(low_bits, block);
+    add_bits::<1>(part(third_bits, 0), &mut block.codes, 2);
     for (group_idx, scale) in block.sub_scales.iter_mut().enumerate() {
         let low = nibble(rest[group_idx % 8], group_idx / 8);
         let high = rest[8 + group_idx % 4] >> (2 * (group_idx / 4)) & 3;
@@ -136,18 +133,14 @@ fn decode_q3k(bytes: &[u8], block: &mut Block) {
 /// one group of 32 and the high nibbles of the next.
 fn decode_q4k(bytes: &[u8], block: &mut Block) {
     decode_k_header(bytes, block);
-    for (codes, bytes) in block.codes.as_chunks_mut::<64>().0.iter_mut().zip(bytes[16..].as_chunks::<32>().0) {
-        split_nibbles(bytes, codes);
-    }
+    put_nibbles::<32>(&bytes[16..], block);
 }
 
 /// As [`decode_q4k`], with 32 bytes of fifth bits (one bit a group) before the nibbles.
 fn decode_q5k(bytes: &[u8], block: &mut Block) {
     decode_k_header(bytes, block);
-    for (i, code) in block.codes.iter_mut().enumerate() {
-        let low = nibble(bytes[48 + i / 64 * 32 + i % 32], i / 32 % 2);
-        *code = low | bit(bytes[16 + i % 32], i / 32) << 4;
-    }
+    put_nibbles::<32>(&bytes[48..], block);
+    add_bits::<1>(part(bytes, 16), &mut block.codes, 4);
 }
 
 /// 128 bytes of low nibbles, 64 bytes of high 2 bits, 16 signed group scales, scale. Each half of the block has 64 bytes
@@ -155,12 +148,9 @@ fn decode_q5k(bytes: &[u8], block: &mut Block) {
 fn decode_q6k(bytes: &[u8], block: &mut Block) {
     let (nibbles, rest) = bytes.split_at(128);
     let (high_bits, rest) = rest.split_at(64);
-    let halves = nibbles.as_chunks::<64>().0.iter().zip(high_bits.as_chunks::<32>().0);
-    for (codes, (nibbles, high_bits)) in block.codes.as_chunks_mut::<128>().0.iter_mut().zip(halves) {
-        split_nibbles(nibbles, codes);
-        for (quarter, codes) in codes.as_chunks_mut::<32>().0.iter_mut().enumerate() {
-            codes.iter_mut().zip(high_bits).for_each(|(code, bits)| *code |= (bits >> (2 * quarter) & 3) << 4);
-        }
+    put_nibbles::<64>(nibbles, block);
+    for (codes, high_bits) in block.codes.as_chunks_mut::<128>().0.iter_mut().zip(high_bits.as_chunks().0) {
+        add_bits::<2>(high_bits, codes, 4);
     }
     for (scale, byte) in block.sub_scales.iter_mut().zip(rest) {
         *scale = *byte as i8;
@@ -188,6 +178,28 @@ fn part<const N: usize>(bytes: &[u8], start: usize) -> &[u8; N] {
     bytes[start..].first_chunk().expect("the block's length was checked")
 }
 
+/// The codes of a block, `N` bytes at a time: low nibbles first, then high ones.
+fn put_nibbles<const N: usize>(bytes: &[u8], block: &mut Block) {
+    let runs = block.codes.chunks_exact_mut(2 * N);
+    runs.zip(bytes.as_chunks::<N>().0).for_each(|(codes, bytes)| split_nibbles(bytes, codes));
+}
+
+/// The codes of a block of 2 bits: each half of it has 32 bytes.
+fn put_crumbs(bytes: &[u8], block: &mut Block) {
+    block.codes.fill(0);
+    let halves = block.codes.as_chunks_mut::<128>().0.iter_mut();
+    halves.zip(bytes.as_chunks().0).for_each(|(codes, bytes)| add_bits::<2>(bytes, codes, 0));
+}
+
+/// Adds bits to codes, from bit `at` on: `WIDTH` bits of every byte to the first 32 codes, the next `WIDTH` to the next 32
+/// and so on, low ones first.
+fn add_bits<const WIDTH: usize>(bytes: &[u8; 32], codes: &mut [u8], at: usize) {
+    for (run_idx, codes) in codes.as_chunks_mut::<32>().0.iter_mut().enumerate() {
+        let bits = |byte: &u8| byte >> (WIDTH * run_idx) & ((1 << WIDTH) - 1);
+        codes.iter_mut().zip(bytes).for_each(|(code, byte)| *code |= bits(byte) << at);
+    }
+}
+
 /// Low nibbles to the first half of `codes`, high ones to the second.
 fn split_nibbles<const N: usize>(bytes: &[u8; N], codes: &mut [u8]) {
     let (low, high) = codes.split_at_mut(N);
@@ -197,16 +209,6 @@ fn split_nibbles<const N: usize>(bytes: &[u8; N], codes: &mut [u8]) {
     }
 }
 
-fn bit(byte: u8, idx: usize) -> u8 {
-    byte >> idx & 1
-}
-
 fn nibble(byte: u8, idx: usize) -> u8 {
     byte >> (4 * idx) & 15
-}
-
-/// The 2-bit code of value `i` in K-quant order: each half of the block has 32 bytes, whose four pairs of bits belong to
-/// values 32 apart.
-fn crumb(bytes: &[u8], i: usize) -> u8 {
-    bytes[i / 128 * 32 + i % 32] >> (2 * (i / 32 % 4)) & 3
 }
