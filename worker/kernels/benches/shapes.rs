@@ -84,16 +84,16 @@ fn bench_products(cpu: &mut Cpu, name: &str, encoding: Encoding, n_out: usize, n
 fn bench_gated(cpu: &mut Cpu, name: &str, encoding: Encoding, n_out: usize, n_in: usize) {
     let bytes = random_bytes(encoding, n_out * n_in);
     let source = EncodedRows::new(encoding, &bytes, n_out, n_in).expect("whole blocks");
-    let pack = || PackedMatrix::pack_whole(&source).expect("a whole matrix");
-    let pair_bytes = 2 * pack().size_bytes();
-    let copies: Vec<_> = (0..PASS_BYTES.div_ceil(pair_bytes)).map(|_| (pack(), pack())).collect();
+    let pack = || PackedMatrix::pack_pair([&source; 2]).expect("a whole matrix");
+    let pair_bytes: usize = pack().iter().map(PackedMatrix::size_bytes).sum();
+    let copies: Vec<_> = (0..PASS_BYTES.div_ceil(pair_bytes)).map(|_| pack()).collect();
     for n_rows in ROW_COUNTS {
         let x: Vec<f32> = (0..n_rows * n_in).map(|i| (i % 61) as f32 / 30.0 - 1.0).collect();
         let mut next = copies.iter().cycle();
         let (mut inputs, mut out) = (Activations::new(Forms::Quantized), Activations::new(Forms::Quantized));
         let seconds = best_of(|| {
             cpu.quantize(black_box(&x), n_in, &mut inputs);
-            let (gate, up) = next.next().expect("a cycle");
+            let [gate, up] = next.next().expect("a cycle");
             cpu.gated(gate, up, &inputs, &mut out);
         })
         .as_secs_f64();

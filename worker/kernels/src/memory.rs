@@ -27,7 +27,7 @@ struct Region {
 /// The region that the next small array goes to, and how much of it is taken.
 static OPEN: Mutex<(Weak<Region>, usize)> = Mutex::new((Weak::new(), 0));
 
-/// Values in a region. They are written before anybody reads them, and never afterwards.
+/// Values in a region. They are written before anybody reads them, and never afterwards; clones share them.
 #[derive(Debug)]
 pub(crate) struct Array<T> {
     start: NonNull<T>,
@@ -49,8 +49,8 @@ pub(crate) struct Pieces<T> {
 unsafe impl Send for Region {}
 // SAFETY: as above; nothing in it is reached through a shared reference to it.
 unsafe impl Sync for Region {}
-// SAFETY: an array owns its values, as a vector does.
-unsafe impl<T: Send> Send for Array<T> {}
+// SAFETY: an array owns its values, as a vector does, or shares them with its clones, as an `Arc` does.
+unsafe impl<T: Send + Sync> Send for Array<T> {}
 // SAFETY: as above.
 unsafe impl<T: Sync> Sync for Array<T> {}
 
@@ -119,6 +119,12 @@ impl<T: Copy> Array<MaybeUninit<T>> {
     /// Every value must have been written.
     unsafe fn assume_init(self) -> Array<T> {
         Array { start: self.start.cast(), len: self.len, region: self.region }
+    }
+}
+
+impl<T: Copy> Clone for Array<T> {
+    fn clone(&self) -> Self {
+        Self { start: self.start, len: self.len, region: Arc::clone(&self.region) }
     }
 }
 

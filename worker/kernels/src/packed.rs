@@ -65,8 +65,8 @@ pub(crate) enum Weights {
     Brains(Array<u16>),
 }
 
-/// The integer family's arrays, each panel by panel.
-#[derive(Debug)]
+/// The integer family's arrays, each panel by panel. A pair of matrices shares them, their panels in turn.
+#[derive(Clone, Debug)]
 pub(crate) struct Integers {
     pub(crate) format: Format,
     /// `[n_panels, n_in / 32, format.bits]`.
@@ -85,6 +85,10 @@ pub(crate) struct Integers {
     pub(crate) n_scales: usize,
     /// Groups that share an entry of `scales`.
     pub(crate) groups_per_scale: usize,
+    /// Matrices in the arrays.
+    n_matrices: usize,
+    /// Which of them this is.
+    matrix_idx: usize,
 }
 
 /// One panel's part of each array of [`Integers`].
@@ -117,7 +121,7 @@ impl PackedMatrix {
         let plan = SegmentPlan::new(segments, subtrees, n_in, if format.is_some() { BLOCK } else { 1 })?;
         let n_threads = packing_threads(source);
         let weights = match (format, encoding) {
-            (Some(format), _) => Weights::Integers(Integers::pack(source, format, n_threads)),
+            (Some(format), _) => Weights::Integers(Integers::pack(&[source], format, n_threads)),
             (None, Encoding::F32) => Weights::Singles(pack_floats(source, f32::from_le_bytes, n_threads)),
             (None, Encoding::F16) => Weights::Halves(pack_floats(source, u16::from_le_bytes, n_threads)),
             (None, _) => Weights::Brains(pack_floats(source, u16::from_le_bytes, n_threads)),
@@ -132,6 +136,28 @@ impl PackedMatrix {
     #[allow(clippy::single_range_in_vec_init, reason = "one subtree of one segment")]
     pub fn pack_whole(source: &EncodedRows<'_>) -> Result<Self, KernelError> {
         Self::pack(source, &[source.n_cols()], &[0..1])
+    }
+
+    /// Packs two matrices whose panels are read in turn, as those of an MLP's gate and up are. If they are alike, a thread
+    /// that does so reads memory in one stream, which the processor foresees; the two are summed whole.
+    ///
+    /// # Errors
+    /// If either has neither rows nor columns.
+    #[allow(clippy::single_range_in_vec_init, reason = "one subtree of one segment")]
+    pub fn pack_pair([first, second]: [&EncodedRows<'_>; 2]) -> Result<[Self; 2], KernelError> {
+        let shape = |source: &EncodedRows<'_>| (source.encoding(), source.n_rows(), source.n_cols());
+        match Format::of(first.encoding()) {
+            Some(format) if shape(first) == shape(second) && first.n_rows() > 0 => {
+                let integers = Integers::pack(&[first, second], format, packing_threads(first));
+                let matrix = |matrix_idx: usize| {
+                    let plan = SegmentPlan::new(&[first.n_cols()], &[0..1], first.n_cols(), BLOCK)?;
+                    let weights = Weights::Integers(Integers { matrix_idx, ..integers.clone() });
+                    Ok(Self { n_out: first.n_rows(), n_in: first.n_cols(), plan, weights })
+                };
+                Ok([matrix(0)?, matrix(1)?])
+            }
+            _ => Ok([Self::pack_whole(first)?, Self::pack_whole(second)?]),
+        }
     }
 
     /// Outputs: rows of the matrix.
@@ -233,8 +259,10 @@ fn pack_floats<T: Copy + Default + Send, const BYTES: usize>(
 // === impl Integers ===
 
 impl Integers {
-    fn pack(source: &EncodedRows<'_>, format: Format, n_threads: usize) -> Self {
-        let n_panels = source.n_rows().div_ceil(PANEL);
+    /// Packs matrices that are alike; what comes is the first of them.
+    fn pack(sources: &[&EncodedRows<'_>], format: Format, n_threads: usize) -> Self {
+        let (source, n_matrices) = (sources[0], sources.len());
+        let n_panels = n_matrices * source.n_rows().div_ceil(PANEL);
         let n_groups = source.n_cols() / format.group_len;
         let groups_per_scale = source.encoding().block_len() / format.group_len;
         let n_scales = n_groups / groups_per_scale;
@@ -257,7 +285,7 @@ impl Integers {
                 sub_scales: sub_scales.fill([0; PANEL]),
                 sub_minimums: sub_minimums.fill([0; PANEL]),
             };
-            panel.pack(source, format, panel_idx * PANEL);
+            panel.pack(sources[panel_idx % n_matrices], format, panel_idx / n_matrices * PANEL);
         });
         Self {
             format,
@@ -269,7 +297,14 @@ impl Integers {
             n_groups,
             n_scales,
             groups_per_scale,
+            n_matrices,
+            matrix_idx: 0,
         }
+    }
+
+    /// Where a panel of this matrix stands in the arrays.
+    pub(crate) fn place(&self, panel_idx: usize) -> usize {
+        panel_idx * self.n_matrices + self.matrix_idx
     }
 
     /// Runs of 32 inputs in a row.
@@ -278,7 +313,7 @@ impl Integers {
     }
 
     fn dequantize_row(&self, row_idx: usize, out: &mut [f32]) {
-        let (panel_idx, lane) = (row_idx / PANEL, row_idx % PANEL);
+        let (panel_idx, lane) = (self.place(row_idx / PANEL), row_idx % PANEL);
         let (n_lines, layout) = (self.format.bits, layout(self.format.bits));
         for (group_idx, out) in out.chunks_exact_mut(self.format.group_len).enumerate() {
             let (scale, minimum) = self.group(panel_idx, group_idx, lane);
@@ -306,11 +341,12 @@ impl Integers {
     }
 
     fn size_bytes(&self) -> usize {
-        size_of_val(&self.codes[..])
+        let n_bytes = size_of_val(&self.codes[..])
             + size_of_val(&self.scales[..])
             + size_of_val(&self.minimums[..])
             + size_of_val(&self.sub_scales[..])
-            + size_of_val(&self.sub_minimums[..])
+            + size_of_val(&self.sub_minimums[..]);
+        n_bytes / self.n_matrices
     }
 }
 
@@ -390,7 +426,7 @@ mod tests {
             let source = EncodedRows::new(encoding, &bytes, 70, 512).unwrap();
             match Format::of(encoding) {
                 Some(format) => {
-                    let pack = |n_threads| arrays(Integers::pack(&source, format, n_threads));
+                    let pack = |n_threads| arrays(Integers::pack(&[&source], format, n_threads));
                     assert_eq!(pack(1), pack(3), "{encoding}");
                 }
                 None if encoding == Encoding::F32 => {

@@ -138,6 +138,7 @@ impl Source {
         let q_rows = self.plan.heads.start * head_dim..self.plan.heads.end * head_dim;
         let kv_rows = self.plan.kv_heads.start * head_dim..self.plan.kv_heads.end * head_dim;
         let name = |part: &str| layer_tensor(layer, part);
+        let [gate, up] = self.gate_and_up(ops, [&name("ffn_gate"), &name("ffn_up")])?;
         Ok(Layer {
             attention_norm: self.load_vector(ops, &name("attn_norm"), hidden_dim)?,
             attention: Attention {
@@ -147,11 +148,7 @@ impl Source {
                 o: self.row_parallel(ops, &name("attn_output"), q_dim, &self.plan.attention_sum)?,
             },
             mlp_norm: self.load_vector(ops, &name("ffn_norm"), hidden_dim)?,
-            mlp: Mlp {
-                gate: self.column_parallel(ops, &name("ffn_gate"), ffn_dim, &self.plan.ffn)?,
-                up: self.column_parallel(ops, &name("ffn_up"), ffn_dim, &self.plan.ffn)?,
-                down: self.row_parallel(ops, &name("ffn_down"), ffn_dim, &self.plan.ffn_sum)?,
-            },
+            mlp: Mlp { gate, up, down: self.row_parallel(ops, &name("ffn_down"), ffn_dim, &self.plan.ffn_sum)? },
         })
     }
 
@@ -173,6 +170,20 @@ impl Source {
         // The backend has its own copy.
         self.checkpoint.release(name);
         Ok(ColumnParallel { weight })
+    }
+
+    /// This rank's rows of the weights `[ffn_dim, hidden_dim]` of an MLP's first half.
+    fn gate_and_up<B: Backend>(&self, ops: &mut B, names: [&str; 2]) -> Result<[ColumnParallel<B>; 2], LoadError> {
+        let [gate, up] = names;
+        let rows = |name: &str| -> Result<EncodedRows<'_>, LoadError> {
+            let tensor = self.checkpoint.tensor(name)?;
+            check_shape(&tensor, Some(self.config.ffn_dim), self.config.hidden_dim)?;
+            named(name, || Ok(encoded(&tensor)?.rows(self.plan.ffn.clone())?))
+        };
+        let (gate_rows, up_rows) = (rows(gate)?, rows(up)?);
+        let weights = named(gate, || ops.load_gated([&gate_rows, &up_rows]))?;
+        names.iter().for_each(|name| self.checkpoint.release(name));
+        Ok(weights.map(|weight| ColumnParallel { weight }))
     }
 
     /// The reduction's columns of a weight `[hidden_dim, n_cols]`.

@@ -72,6 +72,11 @@ pub trait Backend: Debug + Send {
     /// for each of the rank's subtrees. All weights are loaded before anything is computed.
     fn load_matrix(&mut self, source: &EncodedRows<'_>, reduction: Option<&Reduction>)
     -> Result<Self::Matrix, OpError>;
+    /// As [`Backend::load_matrix`], for the two weights of [`Backend::gated`], which are read side by side.
+    fn load_gated(&mut self, sources: [&EncodedRows<'_>; 2]) -> Result<[Self::Matrix; 2], OpError> {
+        let [gate, up] = sources;
+        Ok([self.load_matrix(gate, None)?, self.load_matrix(up, None)?])
+    }
     /// Makes room for keys and values, empty.
     fn new_kv(&mut self, shape: KvShape) -> Result<Self::Kv, OpError>;
     /// Bytes of device memory that a loaded weight takes.

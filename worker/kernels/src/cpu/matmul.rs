@@ -100,7 +100,7 @@ impl GatedRows<'_> {
         let mut up = [[0.0; BLOCK]; STRIP];
         for pair_idx in self.pairs.clone() {
             for strip in strips(self.rows.clone(), self.x.n_rows()) {
-                for (matrix, sums) in [(self.gate, &mut gate), (self.up, &mut up)] {
+                let [gate_sums, up_sums] = [(self.gate, &mut gate), (self.up, &mut up)].map(|(matrix, sums)| {
                     let out = Outputs {
                         values: SharedSlice::new(sums.as_flattened_mut()),
                         n_rows: STRIP,
@@ -108,10 +108,12 @@ impl GatedRows<'_> {
                         first_row: strip.first_row,
                         first_out: pair_idx * BLOCK,
                     };
-                    let product = Multiplication { matrix, x: self.x, out };
-                    for panel_idx in 2 * pair_idx..n_panels.min(2 * pair_idx + 2) {
-                        product.panel(simd, Place { panel_idx, ..strip });
-                    }
+                    Multiplication { matrix, x: self.x, out }
+                });
+                // In the order of `PackedMatrix::pack_pair`.
+                for panel_idx in 2 * pair_idx..n_panels.min(2 * pair_idx + 2) {
+                    gate_sums.panel(simd, Place { panel_idx, ..strip });
+                    up_sums.panel(simd, Place { panel_idx, ..strip });
                 }
                 simd.vectorize(Gate { gate: &gate, up: &up, pair_idx, strip, out: self.out });
             }
@@ -194,7 +196,7 @@ impl<'a> Multiplication<'a> {
     fn rows<S: Simd, const N: usize>(&self, simd: S, place: Place) {
         match self.matrix.weights() {
             Weights::Integers(integers) => {
-                let panel = Panel { integers, panel_idx: place.panel_idx };
+                let panel = Panel { integers, panel_idx: integers.place(place.panel_idx) };
                 SumIntegers::<N> { product: *self, panel, place }.run(simd);
             }
             Weights::Singles(values) => self.floats::<S, Single, N>(simd, values, place),
@@ -274,6 +276,7 @@ pub(crate) struct Place {
 #[derive(Clone, Copy)]
 pub(crate) struct Panel<'a> {
     pub(crate) integers: &'a Integers,
+    /// Where it stands in their arrays.
     pub(crate) panel_idx: usize,
 }
 

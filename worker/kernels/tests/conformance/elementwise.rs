@@ -84,6 +84,7 @@ fn gated_products_have_the_bits_of_the_plain_twins() {
     // Whole pairs of panels, and a part of one (which only floats can have); formats that differ.
     let cases = [
         (Encoding::Q4_1, Encoding::Q4_1, Encoding::Q8_0, 96),
+        (Encoding::Q6K, Encoding::Q6K, Encoding::Q4_1, 96),
         (Encoding::Q4K, Encoding::Q6K, Encoding::Q4_1, 64),
         (Encoding::Q4_0, Encoding::F16, Encoding::BF16, 96),
         (Encoding::F32, Encoding::BF16, Encoding::F16, 83),
@@ -95,7 +96,15 @@ fn gated_products_have_the_bits_of_the_plain_twins() {
         let [gate, up, down] = weights
             .each_ref()
             .map(|(bytes, encoding, n_out, n_in)| EncodedRows::new(*encoding, bytes, *n_out, *n_in).unwrap());
-        let [packed_gate, packed_up, packed_down] = [gate, up, down].map(|m| PackedMatrix::pack_whole(&m).unwrap());
+        let packed_down = PackedMatrix::pack_whole(&down).unwrap();
+        let [packed_gate, packed_up] = PackedMatrix::pack_pair([&gate, &up]).unwrap();
+        for (packed, source) in [(&packed_gate, &gate), (&packed_up, &up)] {
+            assert_eq!(packed.size_bytes(), PackedMatrix::pack_whole(source).unwrap().size_bytes());
+            let [mut row, mut expected] = [vec![0.0; 512], vec![0.0; 512]];
+            packed.dequantize_row(width - 1, &mut row);
+            lockstep_kernels::dequantize(source.encoding(), source.row(width - 1), &mut expected);
+            assert_same_bits(&row, &expected, &format_args!("the last row of {}", source.encoding()));
+        }
         for n_rows in ROW_COUNTS {
             // Gates far beyond where the exponential is cut off on either side.
             let x: Vec<f32> = random::floats(rng, n_rows * 512).iter().map(|x| x * 30.0).collect();

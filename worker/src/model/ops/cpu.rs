@@ -66,6 +66,12 @@ impl CpuBackend {
         CpuTensor { values: self.values(n_rows * width), width }
     }
 
+    /// Inputs are to be made in the form that `weights` read, too.
+    fn note_forms(&mut self, weights: &PackedMatrix) {
+        let forms = Forms::of(weights);
+        self.forms = Some(self.forms.map_or(forms, |known| known.and(forms)));
+    }
+
     fn input(&self) -> Recycled<Activations> {
         let forms = self.forms.unwrap_or(Forms::Floats);
         self.inputs.take(|| Activations::new(forms))
@@ -88,8 +94,13 @@ impl Backend for CpuBackend {
             None => PackedMatrix::pack_whole(source)?,
             Some(reduction) => PackedMatrix::pack(source, &reduction.segment_ends, &reduction.local_subtrees)?,
         };
-        let forms = Forms::of(&packed);
-        self.forms = Some(self.forms.map_or(forms, |known| known.and(forms)));
+        self.note_forms(&packed);
+        Ok(packed)
+    }
+
+    fn load_gated(&mut self, sources: [&EncodedRows<'_>; 2]) -> Result<[PackedMatrix; 2], OpError> {
+        let packed = PackedMatrix::pack_pair(sources)?;
+        packed.iter().for_each(|packed| self.note_forms(packed));
         Ok(packed)
     }
 

@@ -129,6 +129,12 @@ impl<B: Backend> Backend for Profiled<B> {
         Ok(ProfiledMatrix { matrix, shape: [source.n_rows(), source.n_cols()] })
     }
 
+    fn load_gated(&mut self, sources: [&EncodedRows<'_>; 2]) -> Result<[Self::Matrix; 2], OpError> {
+        let shapes = sources.map(|source| [source.n_rows(), source.n_cols()]);
+        let [gate, up] = self.ops.load_gated(sources)?;
+        Ok([ProfiledMatrix { matrix: gate, shape: shapes[0] }, ProfiledMatrix { matrix: up, shape: shapes[1] }])
+    }
+
     fn new_kv(&mut self, shape: KvShape) -> Result<B::Kv, OpError> {
         self.ops.new_kv(shape)
     }

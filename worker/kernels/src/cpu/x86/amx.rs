@@ -66,7 +66,7 @@ impl Tiles {
         if place.n_rows < MIN_ROWS {
             return false;
         }
-        let panel = Panel { integers, panel_idx: place.panel_idx };
+        let panel = Panel { integers, panel_idx: integers.place(place.panel_idx) };
         let format = integers.format;
         match (format.bits, format.group_len, format.has_minimum) {
             (4, 32, false) => sum_format::<4, false, false>(simd, product, panel, place),
