@@ -313,7 +313,7 @@ fn tiny(encoding: Encoding) -> tempfile::NamedTempFile {
 #[test]
 fn the_world_size_does_not_change_a_bit_of_a_model_with_eight_kv_heads() {
     let worlds = [2, 3, 4, 8].map(|world_size| Condition { world_size, ..PLAIN });
-    for encoding in [Encoding::Q4_0, Encoding::Q8_0, Encoding::F16, Encoding::Q4K, Encoding::Q6K] {
+    for encoding in [Encoding::Q4_0, Encoding::Q8_0, Encoding::F16, Encoding::Q5K, Encoding::Q6K, Encoding::IQ4_XS] {
         println!("{encoding}");
         check(tiny(encoding).path(), 40, &worlds);
     }

@@ -61,7 +61,7 @@ fn describe_tensors(text: &mut String, checkpoint: &Checkpoint) -> Result<()> {
     }
     for (encoding, (n_tensors, n_values, n_bytes)) in by_encoding {
         let millions = n_values as f64 / 1e6;
-        writeln!(text, "tensors       {encoding:5} {n_tensors:4}  {millions:9.2} M values  {}", mib(n_bytes))?;
+        writeln!(text, "tensors       {encoding:6} {n_tensors:4}  {millions:9.2} M values  {}", mib(n_bytes))?;
     }
     Ok(())
 }

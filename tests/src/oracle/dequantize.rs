@@ -17,6 +17,10 @@ pub fn dequantize(encoding: Encoding, bytes: &[u8]) -> Vec<f64> {
     blocks.flat_map(|block| (0..encoding.block_len()).map(move |i| value(encoding, block, i))).collect()
 }
 
+/// What the codes of IQ4_NL and IQ4_XS stand for.
+const IQ4_LEVELS: [f64; 16] =
+    [-127.0, -104.0, -83.0, -65.0, -49.0, -35.0, -22.0, -10.0, 1.0, 13.0, 25.0, 38.0, 53.0, 69.0, 89.0, 113.0];
+
 /// Value `i` of a block.
 fn value(encoding: Encoding, block: &[u8], i: usize) -> f64 {
     match encoding {
@@ -51,6 +55,14 @@ fn value(encoding: Encoding, block: &[u8], i: usize) -> f64 {
         Encoding::Q6K => {
             let q = nibble_of_128(block, i) + 16.0 * two_bits(&block[128..], i) - 32.0;
             half_at(block, 208) * f64::from(block[192 + i / 16].cast_signed()) * q
+        }
+        Encoding::IQ4_NL => half_at(block, 0) * IQ4_LEVELS[nibble(&block[2..], i) as usize],
+        Encoding::IQ4_XS => {
+            let group = i / 32;
+            let low = block[4 + group / 2] >> (4 * (group % 2)) & 15;
+            let high = block[2 + group / 4] >> (2 * (group % 4)) & 3;
+            let level = IQ4_LEVELS[nibble(&block[8 + 16 * group..], i % 32) as usize];
+            half_at(block, 0) * (f64::from(low | high << 4) - 32.0) * level
         }
     }
 }

@@ -29,6 +29,8 @@ pub fn quantize(encoding: Encoding, values: &[f32]) -> Vec<u8> {
             Encoding::Q4K => q4_k(x),
             Encoding::Q5K => q5_k(x),
             Encoding::Q6K => q6_k(x),
+            Encoding::IQ4_NL => iq4_nl(x),
+            Encoding::IQ4_XS => iq4_xs(x),
         };
         debug_assert_eq!(block.len(), encoding.block_bytes());
         bytes.extend(block);
@@ -61,6 +63,13 @@ fn q8_0(x: &[f32]) -> Vec<u8> {
     let scale = f16::from_f32(extreme(x).abs() / 127.0);
     let q = x.iter().map(|x| (nearest(x / scale.to_f32() + 127.0, 254.0) as i16 - 127) as u8);
     scale.to_le_bytes().into_iter().chain(q).collect()
+}
+
+/// IQ4_NL: value = level(q) * scale.
+fn iq4_nl(x: &[f32]) -> Vec<u8> {
+    let scale = f16::from_f32(extreme(x) / IQ4_LEVELS[0]);
+    let q: Vec<u8> = x.iter().map(|x| nearest_level(x / scale.to_f32())).collect();
+    [&scale.to_le_bytes()[..], &nibbles_32(&q)].concat()
 }
 
 /// The low 4 bits: the first half in the low nibbles, the second in the high ones.
@@ -136,6 +145,21 @@ fn q6_k(x: &[f32]) -> Vec<u8> {
     block
 }
 
+/// IQ4_XS: value = scale * scales[g] * level(q).
+fn iq4_xs(x: &[f32]) -> Vec<u8> {
+    let wanted: Vec<f32> = x.chunks_exact(32).map(|group| extreme(group) / IQ4_LEVELS[0]).collect();
+    let scale = f16::from_f32(extreme(&wanted).abs() / 31.0);
+    let scales: Vec<u8> = wanted.iter().map(|wanted| nearest(wanted / scale.to_f32() + 32.0, 63.0)).collect();
+    let mut block = scale.to_le_bytes().to_vec();
+    block.extend((0..2).map(|i| (0..4).fold(0, |byte, k| byte | scales[4 * i + k] >> 4 << (2 * k))));
+    block.extend((0..4).map(|i| scales[2 * i] & 15 | (scales[2 * i + 1] & 15) << 4));
+    for (x, group_scale) in x.chunks_exact(32).zip(&scales) {
+        let step = scale.to_f32() * (f32::from(*group_scale) - 32.0);
+        block.extend(nibbles_32(&x.iter().map(|x| nearest_level(x / step)).collect::<Vec<u8>>()));
+    }
+    block
+}
+
 impl AffineGroups {
     /// Groups of `group_len` values with q up to `q_top` and scales and minimums up to `scale_top`.
     fn new(x: &[f32], group_len: usize, q_top: f32, scale_top: f32) -> Self {
@@ -193,6 +217,16 @@ fn nibbles_of_64(q: &[u8]) -> Vec<u8> {
 
 // === Numbers ===
 
+/// What the codes of IQ4_NL and IQ4_XS stand for. The first reaches furthest.
+const IQ4_LEVELS: [f32; 16] =
+    [-127.0, -104.0, -83.0, -65.0, -49.0, -35.0, -22.0, -10.0, 1.0, 13.0, 25.0, 38.0, 53.0, 69.0, 89.0, 113.0];
+
+/// The code of the nearest level; any if `x` is no number.
+fn nearest_level(x: f32) -> u8 {
+    let distance = |q: &u8| (IQ4_LEVELS[usize::from(*q)] - x).abs();
+    (0..16).min_by(|a, b| distance(a).total_cmp(&distance(b))).unwrap_or_default()
+}
+
 /// The nearest integer from 0 to `top`. A scale of zero makes `x` NaN or infinite, where any integer means zero: NaN
 /// becomes 0.
 fn nearest(x: f32, top: f32) -> u8 {
@@ -237,6 +271,9 @@ mod tests {
             Encoding::Q4K => 2.0 * magnitude * (0.5 / 15.0 + 0.5 / 63.0 + 0.5 / 63.0),
             Encoding::Q5K => 2.0 * magnitude * (0.5 / 31.0 + 0.5 / 63.0 + 0.5 / 63.0),
             Encoding::Q6K => magnitude * (1.0 / 32.0 + 0.5 / 127.0),
+            // The other extreme may lie 14 steps beyond the top.
+            Encoding::IQ4_NL => 1.01 * magnitude * 14.0 / 127.0,
+            Encoding::IQ4_XS => 1.01 * magnitude * (14.0 / 127.0 + 0.5 / 31.0),
         }
     }
 

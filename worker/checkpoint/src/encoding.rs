@@ -1,7 +1,7 @@
 //! An encoding: how the values of one tensor row are stored as bytes.
 //!
 //! A row is a run of blocks, each holding `block_len` consecutive values in `block_bytes` bytes. Block layouts are
-//! GGML's (`ggml-common.h` of llama.cpp, the structs `block_q4_0` to `block_q6_K`); what the bytes mean is the
+//! GGML's (`ggml-common.h` of llama.cpp, the structs `block_q4_0` to `block_iq4_xs`); what the bytes mean is the
 //! business of the kernels.
 
 use std::fmt;
@@ -39,13 +39,17 @@ pub enum Encoding {
     Q5K,
     /// 6 bits, super-blocks of 256 in 16 groups with 8-bit scales.
     Q6K,
+    /// 4 bits that stand for 16 uneven levels, blocks of 32: f16 scale; value = level * scale.
+    IQ4_NL,
+    /// 4 bits that stand for the same levels, super-blocks of 256 in 8 groups with 6-bit scales.
+    IQ4_XS,
 }
 
 // === impl Encoding ===
 
 impl Encoding {
     /// Every encoding, for tables and tests that must not miss one.
-    pub const ALL: [Encoding; 13] = [
+    pub const ALL: [Encoding; 15] = [
         Encoding::F32,
         Encoding::F16,
         Encoding::BF16,
@@ -59,6 +63,8 @@ impl Encoding {
         Encoding::Q4K,
         Encoding::Q5K,
         Encoding::Q6K,
+        Encoding::IQ4_NL,
+        Encoding::IQ4_XS,
     ];
 
     /// Values in a block: 1, 32 or 256.
@@ -66,7 +72,9 @@ impl Encoding {
         match self {
             Encoding::F32 | Encoding::F16 | Encoding::BF16 => 1,
             Encoding::Q4_0 | Encoding::Q4_1 | Encoding::Q5_0 | Encoding::Q5_1 | Encoding::Q8_0 => 32,
+            Encoding::IQ4_NL => 32,
             Encoding::Q2K | Encoding::Q3K | Encoding::Q4K | Encoding::Q5K | Encoding::Q6K => 256,
+            Encoding::IQ4_XS => 256,
         }
     }
 
@@ -85,6 +93,8 @@ impl Encoding {
             Encoding::Q4K => 144,
             Encoding::Q5K => 176,
             Encoding::Q6K => 210,
+            Encoding::IQ4_NL => 18,
+            Encoding::IQ4_XS => 136,
         }
     }
 
@@ -111,6 +121,8 @@ impl Encoding {
             Encoding::Q4K => 12,
             Encoding::Q5K => 13,
             Encoding::Q6K => 14,
+            Encoding::IQ4_NL => 20,
+            Encoding::IQ4_XS => 23,
             Encoding::BF16 => 30,
         }
     }
@@ -131,6 +143,8 @@ impl Encoding {
             Encoding::Q4K => "Q4_K",
             Encoding::Q5K => "Q5_K",
             Encoding::Q6K => "Q6_K",
+            Encoding::IQ4_NL => "IQ4_NL",
+            Encoding::IQ4_XS => "IQ4_XS",
         }
     }
 }

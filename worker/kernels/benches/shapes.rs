@@ -18,7 +18,7 @@ const PASS_BYTES: usize = 96 << 20;
 const ROW_COUNTS: [usize; 5] = [1, 4, 8, 16, 128];
 
 /// Name, encoding, outputs, inputs.
-const MATRICES: [(&str, Encoding, usize, usize); 10] = [
+const MATRICES: [(&str, Encoding, usize, usize); 11] = [
     ("SmolLM2 q, o", Encoding::Q4_1, 576, 576),
     ("SmolLM2 k, v", Encoding::Q4_1, 192, 576),
     ("SmolLM2 gate, up", Encoding::Q4_1, 1536, 576),
@@ -28,6 +28,7 @@ const MATRICES: [(&str, Encoding, usize, usize); 10] = [
     ("Llama-3-8B gate, up", Encoding::Q4_0, 14336, 4096),
     ("Llama-3-8B down", Encoding::Q4K, 4096, 14336),
     ("Llama-3-8B down", Encoding::Q6K, 4096, 14336),
+    ("Llama-3-8B down", Encoding::IQ4_XS, 4096, 14336),
     ("Llama-3-8B q, o", Encoding::BF16, 4096, 4096),
 ];
 
@@ -40,7 +41,7 @@ fn main() {
     let isa = args.get(2).and_then(named).unwrap_or(Isa::best());
     let mut cpu = Cpu::with_isa(n_threads, isa).expect("a supported instruction set");
     println!("{:?}, {n_threads} threads", cpu.isa());
-    println!("{:<22} {:>5} {:>5} {:>10} {:>8} {:>8}", "matrix", "", "rows", "us", "GB/s", "Gop/s");
+    println!("{:<22} {:>6} {:>5} {:>10} {:>8} {:>8}", "matrix", "", "rows", "us", "GB/s", "Gop/s");
     for (name, encoding, n_out, n_in) in MATRICES {
         if format!("{name} {encoding}").contains(&filter) {
             bench_products(&mut cpu, name, encoding, n_out, n_in);
@@ -76,7 +77,7 @@ fn bench_products(cpu: &mut Cpu, name: &str, encoding: Encoding, n_out: usize, n
         let seconds = best_of(&mut call).as_secs_f64();
         let (read, ops) = (copies[0].size_bytes() as f64, (2 * n_rows * n_out * n_in) as f64);
         let (gbs, gops) = (read / seconds / 1e9, ops / seconds / 1e9);
-        println!("{name:<22} {encoding:>5} {n_rows:>5} {:>10.1} {gbs:>8.1} {gops:>8.0}", seconds * 1e6);
+        println!("{name:<22} {encoding:>6} {n_rows:>5} {:>10.1} {gbs:>8.1} {gops:>8.0}", seconds * 1e6);
     }
 }
 
@@ -122,7 +123,7 @@ fn bench_attention(cpu: &mut Cpu, name: &str, n_heads: usize, n_kv_heads: usize,
         let n_read = if rows.len() == 512 { 512 } else { n_positions };
         let gbs = (n_read * n_kv_heads * head_dim * 4) as f64 / seconds / 1e9;
         let gops = (4 * n_positions * n_heads * head_dim) as f64 / seconds / 1e9;
-        println!("{name:<22} {:>5} {:>5} {:>10.1} {gbs:>8.1} {gops:>8.0}", "", rows.len(), seconds * 1e6);
+        println!("{name:<22} {:>6} {:>5} {:>10.1} {gbs:>8.1} {gops:>8.0}", "", rows.len(), seconds * 1e6);
     }
 }
 

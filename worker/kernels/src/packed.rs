@@ -10,8 +10,8 @@
 //!
 //! | bits, levels of scales | encodings | bytes a panel of 32 inputs |
 //! |---|---|---|
-//! | 4, one | Q4_0, Q4_1 | 256 + 32 (scales) + 32 (minimums of Q4_1) |
-//! | 4, two | Q2_K, Q3_K, Q4_K | 256 + 16 to 64 (small scales and minimums) + 4 to 8 (block scales) |
+//! | 4, one | Q4_0, Q4_1, IQ4_NL | 256 + 32 (scales) + 32 (minimums of Q4_1) |
+//! | 4, two | Q2_K, Q3_K, Q4_K, IQ4_XS | 256 + 16 to 64 (small scales and minimums) + 4 to 8 (block scales) |
 //! | 5, one | Q5_0, Q5_1 | 320 + 32 or 64 |
 //! | 5, two | Q5_K | 320 + 32 + 8 |
 //! | 6, two | Q6_K | 384 + 32 + 4 |

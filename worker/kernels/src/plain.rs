@@ -60,8 +60,8 @@ fn dot_quantized(weights: &EncodedRows<'_>, out_idx: usize, format: Format, x: &
         let codes = &block.codes[in_block..in_block + format.group_len];
         let (activations, scale) = quantize_around(x, start);
         let activations = &activations[start % BLOCK..][..format.group_len];
-        let steps = |code: &u8| i32::from(*code) - i32::from(format.offset);
-        let dot: i32 = codes.iter().zip(activations).map(|(code, a)| steps(code) * i32::from(*a)).sum();
+        let product = |(code, a): (&u8, &i8)| i32::from(format.steps(*code)) * i32::from(*a);
+        let dot: i32 = codes.iter().zip(activations).map(product).sum();
         let activation_sum: i32 = activations.iter().map(|a| i32::from(*a)).sum();
         sum = (block.group_scale(in_block / format.group_len) * scale).mul_add(dot as f32, sum);
         if format.has_minimum {

@@ -1,9 +1,9 @@
 //! Quantized blocks: what the bytes of every encoding mean.
 //!
-//! A quantized value is `scale * (code - offset) + minimum`. The code is an unsigned integer; the offset is one for the
-//! whole encoding; scale and minimum belong to a group of 16 or 32 neighbours. In GGML's K-quants a group's scale is
-//! itself a small integer times an f16 of the block of 256 ("two levels"), and so is its minimum. An encoding has
-//! either an offset or minimums.
+//! A quantized value is `scale * (code - offset) + minimum`. The code is an unsigned integer, or what the encoding's
+//! codebook has in its place; the offset is one for the whole encoding; scale and minimum belong to a group of 16 or 32
+//! neighbours. In GGML's super-blocks of 256 a group's scale is itself a small integer times an f16 of the block ("two
+//! levels"), and so is its minimum. An encoding has either an offset or minimums.
 //!
 //! [`dequantize`] is exact: the scale is exact in f32 (at most 11 + 8 bits), and the value is rounded once, when the
 //! minimum is added (or, for Q6_K alone, when a 19-bit scale meets a 6-bit code).
@@ -22,13 +22,18 @@ pub(crate) struct Format {
     pub(crate) group_len: usize,
     /// Bits that a code takes in memory: 4, 5, 6 or 8.
     pub(crate) bits: usize,
-    /// What is subtracted from a code.
+    /// What codes of 4 bits stand for, if not for themselves.
+    pub(crate) codebook: Option<&'static [u8; 16]>,
+    /// What is subtracted from a code, or from what the codebook has for it.
     pub(crate) offset: u8,
     /// Whether groups have minimums. If so, `offset` is 0.
     pub(crate) has_minimum: bool,
     /// Whether a group's scale and minimum are small integers times those of the block.
     pub(crate) two_level: bool,
 }
+
+/// The codebook of IQ4_NL and IQ4_XS (`kvalues_iq4nl` in `ggml-common.h`, -127 to 113), 128 added.
+const IQ4: [u8; 16] = [1, 24, 45, 63, 79, 93, 106, 118, 129, 141, 153, 166, 181, 197, 217, 241];
 
 // === impl Format ===
 
@@ -38,23 +43,32 @@ impl Format {
     pub(crate) const fn of(encoding: Encoding) -> Option<Format> {
         let (group_len, bits, offset, has_minimum, two_level) = match encoding {
             Encoding::F32 | Encoding::F16 | Encoding::BF16 => return None,
-            Encoding::Q4_0 => (32, 4,   8, false, false),
-            Encoding::Q4_1 => (32, 4,   0, true,  false),
-            Encoding::Q5_0 => (32, 5,  16, false, false),
-            Encoding::Q5_1 => (32, 5,   0, true,  false),
-            Encoding::Q8_0 => (32, 8, 128, false, false),
-            Encoding::Q2K  => (16, 4,   0, true,  true),
-            Encoding::Q3K  => (16, 4,   4, false, true),
-            Encoding::Q4K  => (32, 4,   0, true,  true),
-            Encoding::Q5K  => (32, 5,   0, true,  true),
-            Encoding::Q6K  => (16, 6,  32, false, true),
+            Encoding::Q4_0   => (32, 4,   8, false, false),
+            Encoding::Q4_1   => (32, 4,   0, true,  false),
+            Encoding::Q5_0   => (32, 5,  16, false, false),
+            Encoding::Q5_1   => (32, 5,   0, true,  false),
+            Encoding::Q8_0   => (32, 8, 128, false, false),
+            Encoding::Q2K    => (16, 4,   0, true,  true),
+            Encoding::Q3K    => (16, 4,   4, false, true),
+            Encoding::Q4K    => (32, 4,   0, true,  true),
+            Encoding::Q5K    => (32, 5,   0, true,  true),
+            Encoding::Q6K    => (16, 6,  32, false, true),
+            Encoding::IQ4_NL => (32, 4, 128, false, false),
+            Encoding::IQ4_XS => (32, 4, 128, false, true),
         };
-        Some(Format { group_len, bits, offset, has_minimum, two_level })
+        let codebook = if matches!(encoding, Encoding::IQ4_NL | Encoding::IQ4_XS) { Some(&IQ4) } else { None };
+        Some(Format { group_len, bits, codebook, offset, has_minimum, two_level })
+    }
+
+    /// What a code is worth in steps of the scale.
+    pub(crate) fn steps(&self, code: u8) -> i16 {
+        let code = self.codebook.map_or(code, |codebook| codebook[usize::from(code)]);
+        i16::from(code) - i16::from(self.offset)
     }
 
     /// The value of a code, from its group's scale and minimum.
     pub(crate) fn value(&self, code: u8, scale: f32, minimum: f32) -> f32 {
-        let steps = f32::from(i16::from(code) - i16::from(self.offset));
+        let steps = f32::from(self.steps(code));
         if self.has_minimum { scale.mul_add(steps, minimum) } else { scale * steps }
     }
 }

@@ -282,7 +282,7 @@ fn bad_descriptions_are_refused_by_tensor() {
     check_tensor(tensor("long", &[], 0, 0), "tensor \"long\": the tensor has no dimensions (at byte 36)");
     check_tensor(tensor("t", &[1; 5], 0, 0), "tensor \"t\": number of dimensions is 5, the limit is 4 (at byte 33)");
     check_tensor(tensor("t", &[4, 0], 0, 0), "tensor \"t\": dimension 1 of the tensor is zero (at byte 33)");
-    check_tensor(tensor("t", &[4], 20, 0), "tensor \"t\": unsupported GGML type 20 (IQ4_NL) (at byte 45)");
+    check_tensor(tensor("t", &[4], 21, 0), "tensor \"t\": unsupported GGML type 21 (IQ3_S) (at byte 45)");
     check_tensor(tensor("t", &[4], 1000, 0), "tensor \"t\": unsupported GGML type 1000 (at byte 45)");
     check_tensor(
         tensor("t", &[48, 2], 2, 0),

@@ -10,7 +10,7 @@
 //!     sum = fma(minimum, activation_scale * Σ activation_code, sum)     where there are minimums; likewise
 //! ```
 //!
-//! and for weights that are floats
+//! (a codebook's entries stand in the place of their codes) and for weights that are floats
 //!
 //! ```text
 //! lane[i % 16] = fma(weight[i], x[i], lane[i % 16])          i counts from the segment's start, ascending;
@@ -287,32 +287,35 @@ struct SumIntegers<'a, const N: usize> {
     place: Place,
 }
 
-/// [`SumIntegers`] for one kind of format: how many bits codes have, and whether scales belong to half a run of 32 inputs
-/// and there are minimums.
-struct SumFormat<'a, const N: usize, const BITS: usize, const HALVES: bool, const MINIMUM: bool>(SumIntegers<'a, N>);
+/// [`SumIntegers`] for one kind of format: how many bits codes have, whether there is a codebook, whether scales belong to
+/// half a run of 32 inputs, and whether there are minimums.
+struct SumFormat<'a, const N: usize, const BITS: usize, const CODEBOOK: bool, const HALVES: bool, const MINIMUM: bool>(
+    SumIntegers<'a, N>,
+);
 
 // === impl SumIntegers ===
 
 impl<const N: usize> SumIntegers<'_, N> {
     fn run<S: Simd>(self, simd: S) {
         let format = self.panel.integers.format;
-        match (format.bits, format.group_len, format.has_minimum) {
-            (4, 32, false) => simd.vectorize(SumFormat::<N, 4, false, false>(self)),
-            (4, 32, true) => simd.vectorize(SumFormat::<N, 4, false, true>(self)),
-            (4, _, false) => simd.vectorize(SumFormat::<N, 4, true, false>(self)),
-            (4, _, true) => simd.vectorize(SumFormat::<N, 4, true, true>(self)),
-            (5, _, false) => simd.vectorize(SumFormat::<N, 5, false, false>(self)),
-            (5, _, true) => simd.vectorize(SumFormat::<N, 5, false, true>(self)),
-            (6, ..) => simd.vectorize(SumFormat::<N, 6, true, false>(self)),
-            _ => simd.vectorize(SumFormat::<N, 8, false, false>(self)),
+        match (format.bits, format.codebook, format.group_len, format.has_minimum) {
+            (4, None, 32, false) => simd.vectorize(SumFormat::<N, 4, false, false, false>(self)),
+            (4, None, 32, true) => simd.vectorize(SumFormat::<N, 4, false, false, true>(self)),
+            (4, None, _, false) => simd.vectorize(SumFormat::<N, 4, false, true, false>(self)),
+            (4, None, _, true) => simd.vectorize(SumFormat::<N, 4, false, true, true>(self)),
+            (4, Some(_), ..) => simd.vectorize(SumFormat::<N, 4, true, false, false>(self)),
+            (5, _, _, false) => simd.vectorize(SumFormat::<N, 5, false, false, false>(self)),
+            (5, _, _, true) => simd.vectorize(SumFormat::<N, 5, false, false, true>(self)),
+            (6, ..) => simd.vectorize(SumFormat::<N, 6, false, true, false>(self)),
+            _ => simd.vectorize(SumFormat::<N, 8, false, false, false>(self)),
         }
     }
 }
 
 // === impl SumFormat ===
 
-impl<const N: usize, const BITS: usize, const HALVES: bool, const MINIMUM: bool> Kernel
-    for SumFormat<'_, N, BITS, HALVES, MINIMUM>
+impl<const N: usize, const BITS: usize, const CODEBOOK: bool, const HALVES: bool, const MINIMUM: bool> Kernel
+    for SumFormat<'_, N, BITS, CODEBOOK, HALVES, MINIMUM>
 {
     /// As [`SegmentPlan::sum`](crate::segments::SegmentPlan::sum), written out so that sums stay in registers.
     #[inline(always)]
@@ -338,8 +341,8 @@ impl<const N: usize, const BITS: usize, const HALVES: bool, const MINIMUM: bool>
     }
 }
 
-impl<const N: usize, const BITS: usize, const HALVES: bool, const MINIMUM: bool>
-    SumFormat<'_, N, BITS, HALVES, MINIMUM>
+impl<const N: usize, const BITS: usize, const CODEBOOK: bool, const HALVES: bool, const MINIMUM: bool>
+    SumFormat<'_, N, BITS, CODEBOOK, HALVES, MINIMUM>
 {
     #[inline(always)]
     fn sum_segment<S: Simd>(&self, simd: S, cols: &Range<usize>) -> [S::F32; N] {
@@ -353,7 +356,7 @@ impl<const N: usize, const BITS: usize, const HALVES: bool, const MINIMUM: bool>
             let part_idx = first_part + i;
             let blocks = &blocks[place.place..place.place + N];
             panel.prefetch::<S, BITS>(simd, part_idx);
-            let codes = panel.codes::<S, BITS>(simd, part_idx);
+            let codes = panel.codes::<S, BITS, CODEBOOK>(simd, part_idx);
             if HALVES {
                 let first = panel.group::<S, MINIMUM>(simd, 2 * part_idx);
                 let second = panel.group::<S, MINIMUM>(simd, 2 * part_idx + 1);
@@ -388,7 +391,7 @@ impl<const N: usize, const BITS: usize, const HALVES: bool, const MINIMUM: bool>
     ) -> S::I32 {
         let mut dot = simd.splat_i32(if MINIMUM { 0 } else { -correction });
         for quad_idx in 0..QUADS {
-            dot = if BITS < 8 {
+            dot = if BITS < 8 && !CODEBOOK {
                 simd.dot_small(dot, codes[quad_idx], quads[quad_idx])
             } else {
                 simd.dot_bytes(dot, codes[quad_idx], quads[quad_idx])
@@ -430,9 +433,13 @@ impl Panel<'_> {
         }
     }
 
-    /// The codes of 32 inputs, by quads.
+    /// The codes of 32 inputs, by quads, or what a codebook has for them.
     #[inline(always)]
-    pub(crate) fn codes<S: Simd, const BITS: usize>(&self, simd: S, part_idx: usize) -> [S::Bytes; QUADS] {
+    pub(crate) fn codes<S: Simd, const BITS: usize, const CODEBOOK: bool>(
+        &self,
+        simd: S,
+        part_idx: usize,
+    ) -> [S::Bytes; QUADS] {
         let part_idx = self.panel_idx * self.integers.n_parts() + part_idx;
         let lines = &self.integers.codes.as_chunks::<BITS>().0[part_idx];
         let bits = |piece: Piece| simd.bits(simd.load_bytes(&lines[piece.line]), piece.shift, piece.mask);
@@ -441,6 +448,9 @@ impl Panel<'_> {
         for quad_idx in 0..QUADS {
             let [first, second, third] = layout[quad_idx];
             codes[quad_idx] = simd.or(simd.or(bits(first), bits(second)), bits(third));
+            if CODEBOOK && let Some(codebook) = self.integers.format.codebook {
+                codes[quad_idx] = simd.look_up(codebook, codes[quad_idx]);
+            }
         }
         codes
     }

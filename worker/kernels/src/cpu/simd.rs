@@ -94,6 +94,8 @@ pub(crate) trait Simd: Copy + Send + Sync {
     /// Of every byte `b`, `b >> shift & mask`. The mask ends where the shifted byte does: `mask <= 255 >> shift`.
     fn bits(self, bytes: Self::Bytes, shift: u32, mask: u8) -> Self::Bytes;
     fn or(self, a: Self::Bytes, b: Self::Bytes) -> Self::Bytes;
+    /// For every byte, below 16, the entry of `table`.
+    fn look_up(self, table: &[u8; 16], bytes: Self::Bytes) -> Self::Bytes;
     /// To each lane of `sums`, adds the four products of its unsigned bytes, all below 64, with the signed bytes of
     /// `quad` (little-endian).
     fn dot_small(self, sums: Self::I32, codes: Self::Bytes, quad: i32) -> Self::I32;
@@ -244,6 +246,10 @@ impl Simd for Portable {
     #[inline(always)]
     fn or(self, a: Self::Bytes, b: Self::Bytes) -> Self::Bytes {
         lanes(|i| a[i] | b[i])
+    }
+    #[inline(always)]
+    fn look_up(self, table: &[u8; 16], bytes: Self::Bytes) -> Self::Bytes {
+        bytes.map(|byte| table[usize::from(byte & 15)])
     }
     #[inline(always)]
     fn dot_small(self, sums: Self::I32, codes: Self::Bytes, quad: i32) -> Self::I32 {

@@ -1,6 +1,6 @@
 //! A block: the integers of one GGML block, unpacked from the bits of its encoding.
 //!
-//! The bit layouts are those of llama.cpp's `ggml-common.h` (structs `block_q4_0` to `block_q6_K`) and the meaning that
+//! The bit layouts are those of llama.cpp's `ggml-common.h` (structs `block_q4_0` to `block_iq4_xs`) and the meaning that
 //! its `ggml-quants.c` gives them.
 
 use half::f16;
@@ -14,7 +14,7 @@ const MAX_GROUPS: usize = 16;
 /// An unpacked block. Only the first `block_len` codes and the first `block_len / group_len` groups mean anything.
 #[derive(Clone, Debug)]
 pub(crate) struct Block {
-    /// Unsigned codes, before the format's offset is taken off.
+    /// Unsigned codes, as they are stored: nothing is looked up, and the format's offset is not taken off.
     pub(crate) codes: [u8; MAX_BLOCK_LEN],
     /// Scale of the block.
     pub(crate) scale: f16,
@@ -58,7 +58,7 @@ impl Block {
 /// If the encoding stores floats.
 pub(crate) fn decoder(encoding: Encoding) -> fn(&[u8], &mut Block) {
     match encoding {
-        Encoding::Q4_0 => decode_q4::<2>,
+        Encoding::Q4_0 | Encoding::IQ4_NL => decode_q4::<2>,
         Encoding::Q4_1 => decode_q4::<4>,
         Encoding::Q5_0 => decode_q5::<2>,
         Encoding::Q5_1 => decode_q5::<4>,
@@ -68,6 +68,7 @@ pub(crate) fn decoder(encoding: Encoding) -> fn(&[u8], &mut Block) {
         Encoding::Q4K => decode_q4k,
         Encoding::Q5K => decode_q5k,
         Encoding::Q6K => decode_q6k,
+        Encoding::IQ4_XS => decode_iq4_xs,
         Encoding::F32 | Encoding::F16 | Encoding::BF16 => panic!("{encoding} has no blocks"),
     }
 }
@@ -157,6 +158,18 @@ fn decode_q6k(bytes: &[u8], block: &mut Block) {
     }
     block.scale = f16_at(rest, 16);
     block.minimum = f16::ZERO;
+}
+
+/// Scale, the high 2 bits of eight 6-bit group scales in a word, their low 4 bits, 128 bytes of nibbles, 16 for each group
+/// (low ones first). Group scales are less 32.
+fn decode_iq4_xs(bytes: &[u8], block: &mut Block) {
+    block.scale = f16_at(bytes, 0);
+    block.minimum = f16::ZERO;
+    for (group_idx, scale) in block.sub_scales[..8].iter_mut().enumerate() {
+        let high = bytes[2 + group_idx / 4] >> (2 * (group_idx % 4)) & 3;
+        *scale = (nibble(bytes[4 + group_idx / 2], group_idx % 2) | high << 4) as i8 - 32;
+    }
+    put_nibbles::<16>(&bytes[8..], block);
 }
 
 /// Scale, minimum and the eight 6-bit pairs of Q4_K and Q5_K: the first four have their low bits in plain order, the

@@ -182,20 +182,29 @@ fn inputs_that_are_not_finite_poison_their_row_and_no_other() {
 
 #[test]
 fn extreme_codes_do_not_saturate() {
-    // All codes at their largest, activations at either end: the largest integers a dot product can meet.
-    let mut bytes = vec![0x7f; 34 * 16];
-    bytes.chunks_exact_mut(34).for_each(|block| block[..2].copy_from_slice(&half::f16::ONE.to_le_bytes()));
-    for code in [0x7f, 0x80] {
-        bytes.chunks_exact_mut(34).for_each(|block| block[2..].fill(code));
-        let source = EncodedRows::new(Encoding::Q8_0, &bytes, 16, 32).unwrap();
-        let packed = PackedMatrix::pack_whole(&source).unwrap();
-        for x in [-127.0, 127.0] {
-            let expected = f32::from(code as i8) * x * 32.0;
-            on_every_cpu(|cpu| {
-                let mut out = [0.0; 16];
-                multiply(cpu, &packed, &[x; 32], &mut out);
-                assert_same_bits(&out, &[expected; 16], &format_args!("{code} times {x} on {:?}", cpu.isa()));
-            });
+    // All codes at either end, activations too: the largest integers a dot product can meet.
+    for encoding in Encoding::ALL.into_iter().filter(|encoding| encoding.block_len() > 1) {
+        let n_in = encoding.block_len();
+        for code in [0x00, 0x7f, 0x80, 0xff] {
+            let mut bytes = vec![code; 16 * encoding.block_bytes()];
+            for block in bytes.chunks_exact_mut(encoding.block_bytes()) {
+                let halves = random::halves(encoding).iter();
+                halves.for_each(|at| block[*at..at + 2].copy_from_slice(&half::f16::ONE.to_le_bytes()));
+            }
+            let source = EncodedRows::new(encoding, &bytes, 16, n_in).unwrap();
+            let packed = PackedMatrix::pack_whole(&source).unwrap();
+            let mut weights = vec![0.0; 16 * n_in];
+            dequantize(encoding, &bytes, &mut weights);
+            for x in [-127.0, 127.0] {
+                // Every sum on the way is an integer that a float holds exactly. None is -0: sums begin at 0.
+                let expected = 0.0 + weights[..n_in].iter().sum::<f32>() * x;
+                on_every_cpu(|cpu| {
+                    let mut out = [0.0; 16];
+                    multiply(cpu, &packed, &vec![x; n_in], &mut out);
+                    let what = format_args!("{encoding} of {code:#x} times {x} on {:?}", cpu.isa());
+                    assert_same_bits(&out, &[expected; 16], &what);
+                });
+            }
         }
     }
 }

@@ -83,6 +83,7 @@ fn any_world_size_gives_the_same_bits() {
     check(Encoding::Q8_0, &even(8, 64));
     check(Encoding::Q4K, &even(8, 256));
     check(Encoding::Q6K, &even(9, 256));
+    check(Encoding::IQ4_NL, &even(5, 96));
     check(Encoding::F32, &even(7, 13));
     check(Encoding::BF16, &[5, 16, 40, 41, 100]);
 }

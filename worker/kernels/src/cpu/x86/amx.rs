@@ -40,7 +40,7 @@ struct Shapes {
 type Dots = [[[i32; LANES]; STRIP]; 2];
 
 /// The products of a panel and the rows of a strip, `N` or less.
-struct SumTiles<'a, const N: usize, const BITS: usize, const HALVES: bool, const MINIMUM: bool> {
+struct SumTiles<'a, const N: usize, const BITS: usize, const CODEBOOK: bool, const HALVES: bool, const MINIMUM: bool> {
     product: Multiplication<'a>,
     panel: Panel<'a>,
     place: Place,
@@ -68,15 +68,16 @@ impl Tiles {
         }
         let panel = Panel { integers, panel_idx: integers.place(place.panel_idx) };
         let format = integers.format;
-        match (format.bits, format.group_len, format.has_minimum) {
-            (4, 32, false) => sum_format::<4, false, false>(simd, product, panel, place),
-            (4, 32, true) => sum_format::<4, false, true>(simd, product, panel, place),
-            (4, _, false) => sum_format::<4, true, false>(simd, product, panel, place),
-            (4, _, true) => sum_format::<4, true, true>(simd, product, panel, place),
-            (5, _, false) => sum_format::<5, false, false>(simd, product, panel, place),
-            (5, _, true) => sum_format::<5, false, true>(simd, product, panel, place),
-            (6, ..) => sum_format::<6, true, false>(simd, product, panel, place),
-            _ => sum_format::<8, false, false>(simd, product, panel, place),
+        match (format.bits, format.codebook, format.group_len, format.has_minimum) {
+            (4, None, 32, false) => sum_format::<4, false, false, false>(simd, product, panel, place),
+            (4, None, 32, true) => sum_format::<4, false, false, true>(simd, product, panel, place),
+            (4, None, _, false) => sum_format::<4, false, true, false>(simd, product, panel, place),
+            (4, None, _, true) => sum_format::<4, false, true, true>(simd, product, panel, place),
+            (4, Some(_), ..) => sum_format::<4, true, false, false>(simd, product, panel, place),
+            (5, _, _, false) => sum_format::<5, false, false, false>(simd, product, panel, place),
+            (5, _, _, true) => sum_format::<5, false, false, true>(simd, product, panel, place),
+            (6, ..) => sum_format::<6, false, true, false>(simd, product, panel, place),
+            _ => sum_format::<8, false, false, false>(simd, product, panel, place),
         }
         true
     }
@@ -99,7 +100,7 @@ fn ask_system() -> bool {
     result == 0
 }
 
-fn sum_format<const BITS: usize, const HALVES: bool, const MINIMUM: bool>(
+fn sum_format<const BITS: usize, const CODEBOOK: bool, const HALVES: bool, const MINIMUM: bool>(
     simd: Avx512,
     product: &Multiplication<'_>,
     panel: Panel<'_>,
@@ -110,9 +111,9 @@ fn sum_format<const BITS: usize, const HALVES: bool, const MINIMUM: bool>(
     // SAFETY: `simd` proves that the processor has the vector instructions, and this module is reached through `Tiles`.
     unsafe {
         match place.n_rows {
-            8 => run(simd, SumTiles::<8, BITS, HALVES, MINIMUM> { product, panel, place, blocks }),
-            9..=12 => run(simd, SumTiles::<12, BITS, HALVES, MINIMUM> { product, panel, place, blocks }),
-            _ => run(simd, SumTiles::<STRIP, BITS, HALVES, MINIMUM> { product, panel, place, blocks }),
+            8 => run(simd, SumTiles::<8, BITS, CODEBOOK, HALVES, MINIMUM> { product, panel, place, blocks }),
+            9..=12 => run(simd, SumTiles::<12, BITS, CODEBOOK, HALVES, MINIMUM> { product, panel, place, blocks }),
+            _ => run(simd, SumTiles::<STRIP, BITS, CODEBOOK, HALVES, MINIMUM> { product, panel, place, blocks }),
         }
     }
 }
@@ -120,17 +121,17 @@ fn sum_format<const BITS: usize, const HALVES: bool, const MINIMUM: bool>(
 /// # Safety
 /// The processor must have the features of [`Avx512`] and [`Tiles`].
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
-unsafe fn run<const N: usize, const BITS: usize, const HALVES: bool, const MINIMUM: bool>(
+unsafe fn run<const N: usize, const BITS: usize, const CODEBOOK: bool, const HALVES: bool, const MINIMUM: bool>(
     simd: Avx512,
-    task: SumTiles<'_, N, BITS, HALVES, MINIMUM>,
+    task: SumTiles<'_, N, BITS, CODEBOOK, HALVES, MINIMUM>,
 ) {
     task.run(simd);
 }
 
 // === impl SumTiles ===
 
-impl<const N: usize, const BITS: usize, const HALVES: bool, const MINIMUM: bool>
-    SumTiles<'_, N, BITS, HALVES, MINIMUM>
+impl<const N: usize, const BITS: usize, const CODEBOOK: bool, const HALVES: bool, const MINIMUM: bool>
+    SumTiles<'_, N, BITS, CODEBOOK, HALVES, MINIMUM>
 {
     #[inline(always)]
     fn run(&self, simd: Avx512) {
@@ -183,7 +184,7 @@ impl<const N: usize, const BITS: usize, const HALVES: bool, const MINIMUM: bool>
     #[inline(always)]
     fn multiply(&self, simd: Avx512, part_idx: usize, dots: &mut Dots) {
         self.panel.prefetch::<Avx512, BITS>(simd, part_idx);
-        let codes = self.panel.codes::<Avx512, BITS>(simd, part_idx);
+        let codes = self.panel.codes::<Avx512, BITS, CODEBOOK>(simd, part_idx);
         let offset = self.panel.offset() as i8;
         let mut lines = [Line([0; 64]); 8];
         for (line, codes) in lines.iter_mut().zip(codes) {

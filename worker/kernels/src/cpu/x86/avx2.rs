@@ -110,6 +110,14 @@ impl Simd for Avx2 {
         // SAFETY: the reference covers the twice 32 bytes read, aligned by the type; `self` proves the feature.
         unsafe { [_mm256_load_si256(line.0.as_ptr().cast()), _mm256_load_si256(line.0[32..].as_ptr().cast())] }
     }
+    #[inline(always)]
+    fn look_up(self, table: &[u8; 16], bytes: Pair<__m256i>) -> Pair<__m256i> {
+        // SAFETY: the reference covers the 16 bytes read; unaligned loads are allowed; `self` proves the feature.
+        unsafe {
+            let table = _mm256_broadcastsi128_si256(_mm_loadu_si128(table.as_ptr().cast()));
+            both(|i| _mm256_shuffle_epi8(table, bytes[i]))
+        }
+    }
 
     #[inline(always)]
     fn prefetch<T>(self, element: &T) {

@@ -117,6 +117,11 @@ impl Simd for Avx512 {
         // SAFETY: the reference covers the 64 bytes read, aligned by the type; `self` proves the feature.
         unsafe { _mm512_load_si512(line.0.as_ptr().cast()) }
     }
+    #[inline(always)]
+    fn look_up(self, table: &[u8; 16], bytes: __m512i) -> __m512i {
+        // SAFETY: the reference covers the 16 bytes read; unaligned loads are allowed; `self` proves the features.
+        unsafe { _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128(table.as_ptr().cast())), bytes) }
+    }
 
     #[inline(always)]
     fn prefetch<T>(self, element: &T) {
