@@ -32,7 +32,7 @@ fn output(args: &[&str]) -> Result<String> {
 #[test]
 fn a_made_model_is_one_like_any_other() -> Result<()> {
     let folder = tempfile::tempdir()?;
-    for encoding in ["q4_0", "q4_1", "q8_0", "q4_k_m", "q6_k", "f16"] {
+    for encoding in ["q4_0", "q4_1", "q8_0", "q4_k_m", "q6_k", "iq4_xs", "f16"] {
         let path = folder.path().join(format!("{encoding}.gguf"));
         let model = path.display().to_string();
         output(&["make-model", "--shape", "tiny", "--encoding", encoding, &model])?;

@@ -71,6 +71,8 @@ enum Mix {
     Q4_K_M,
     /// Q6_K throughout
     Q6_K,
+    /// IQ4_XS; Q6_K for the output matrix, Q5_K for v if four query heads share it and for down in the first layers
+    IQ4_XS,
     /// F16 throughout
     F16,
 }
@@ -192,7 +194,7 @@ impl Shape {
                 hidden_dim: 256,
                 ffn_dim: 512,
                 n_heads: 8,
-                n_kv_heads: 4,
+                n_kv_heads: 2,
                 head_dim: 64,
                 rope_dim: 64,
                 vocab_size: 512,
@@ -225,11 +227,15 @@ impl Mix {
             (Mix::Q4_K_M, Part::Value | Part::Down) if more_bits => Encoding::Q6K,
             (Mix::Q4_K_M, _) => Encoding::Q4K,
             (Mix::Q6_K, _) => Encoding::Q6K,
+            (Mix::IQ4_XS, Part::Value) if shape.n_heads >= 4 * shape.n_kv_heads => Encoding::Q5K,
+            (Mix::IQ4_XS, Part::Down) if tensor.layer.is_some_and(|layer| layer < eighth) => Encoding::Q5K,
+            (Mix::IQ4_XS, _) => Encoding::IQ4_XS,
         };
         // Where rows are no whole super-blocks, the next larger encoding with blocks of 32 takes their place.
         match wanted {
             Encoding::Q4K if !tensor.n_cols().is_multiple_of(256) => Encoding::Q5_0,
             Encoding::Q6K if !tensor.n_cols().is_multiple_of(256) => Encoding::Q8_0,
+            Encoding::IQ4_XS if !tensor.n_cols().is_multiple_of(256) => Encoding::IQ4_NL,
             fits => fits,
         }
     }
@@ -243,6 +249,7 @@ impl Mix {
             Mix::Q8_0 => 7,
             Mix::Q4_K_M => 15,
             Mix::Q6_K => 18,
+            Mix::IQ4_XS => 30,
         }
     }
 }
@@ -295,24 +302,32 @@ mod tests {
     }
 
     #[test]
-    fn k_quants_are_mixed_as_llama_cpp_mixes_them() {
+    fn encodings_are_mixed_as_llama_cpp_mixes_them() {
         let shape = Shape::Llama3_8B.llama();
-        let n_of = |part: Part, encoding: Encoding| {
-            let is_it =
-                |tensor: &&super::LlamaTensor| tensor.part == part && Mix::Q4_K_M.of(tensor, &shape) == encoding;
-            shape.tensors().iter().filter(is_it).count()
+        let check = |mix: Mix, part: Part, encoding: Encoding, n: usize| {
+            let is_it = |tensor: &&super::LlamaTensor| tensor.part == part && mix.of(tensor, &shape) == encoding;
+            assert_eq!(shape.tensors().iter().filter(is_it).count(), n, "{mix:?} {part:?} {encoding}");
         };
-        assert_eq!((n_of(Part::Value, Encoding::Q6K), n_of(Part::Down, Encoding::Q6K)), (16, 16));
-        assert_eq!((n_of(Part::Query, Encoding::Q4K), n_of(Part::Embedding, Encoding::Q4K)), (32, 1));
-        assert_eq!(n_of(Part::Output, Encoding::Q6K), 1);
+        check(Mix::Q4_K_M, Part::Value, Encoding::Q6K, 16);
+        check(Mix::Q4_K_M, Part::Down, Encoding::Q6K, 16);
+        check(Mix::Q4_K_M, Part::Query, Encoding::Q4K, 32);
+        check(Mix::Q4_K_M, Part::Embedding, Encoding::Q4K, 1);
+        check(Mix::Q4_K_M, Part::Output, Encoding::Q6K, 1);
+        check(Mix::IQ4_XS, Part::Value, Encoding::Q5K, 32);
+        check(Mix::IQ4_XS, Part::Down, Encoding::Q5K, 4);
+        check(Mix::IQ4_XS, Part::Down, Encoding::IQ4_XS, 28);
+        check(Mix::IQ4_XS, Part::Embedding, Encoding::IQ4_XS, 1);
+        check(Mix::IQ4_XS, Part::Output, Encoding::Q6K, 1);
     }
 
     #[test]
     fn rows_that_are_no_super_blocks_take_small_ones() {
         let shape = Shape::SmolLm2_135M.llama();
         for tensor in shape.tensors().iter().filter(|tensor| tensor.part != Part::Norm) {
-            let encoding = Mix::Q4_K_M.of(tensor, &shape);
-            assert!(encoding.row_bytes(tensor.n_cols()).is_some(), "{}: {encoding}", tensor.name);
+            for mix in Mix::value_variants() {
+                let encoding = mix.of(tensor, &shape);
+                assert!(encoding.row_bytes(tensor.n_cols()).is_some(), "{mix:?} {}: {encoding}", tensor.name);
+            }
         }
     }
 

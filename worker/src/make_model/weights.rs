@@ -39,9 +39,13 @@ impl Weights {
                     block[2..4].copy_from_slice(&half(-7.5 * step_of(16.0)));
                 }
                 // Six random bits are 36.5 in the root mean square.
-                Encoding::Q4K => set_scales_q4k(block, step_of(16.0) / 36.5),
+                Encoding::Q4K => set_scales_k(block, step_of(16.0) / 36.5, 7.5),
+                Encoding::Q5K => set_scales_k(block, step_of(32.0) / 36.5, 15.5),
                 // The scales of groups are uniform, too, and signed.
                 Encoding::Q6K => block[208..].copy_from_slice(&half(step_of(64.0) * 12f32.sqrt() / 256.0)),
+                // The entries of the codebook are 67.4 in the root mean square, six bits less 32 are 18.5.
+                Encoding::IQ4_NL => set_scale(block, deviation / 67.4),
+                Encoding::IQ4_XS => set_scale(block, deviation / 67.4 / 18.5),
                 other => panic!("{other} is not drawn"),
             }
         }
@@ -86,11 +90,11 @@ fn set_scale(block: &mut [u8], step: f32) {
     block[..2].copy_from_slice(&half(sign * step));
 }
 
-/// Sets scale and minimum of a Q4_K block whose group scales are random, and makes each group's minimum equal to its
-/// scale: with a minimum of 7.5 steps every group is balanced. (Layout: `decode_k_header` of the kernels.)
-fn set_scales_q4k(block: &mut [u8], step: f32) {
+/// Sets scale and minimum of a Q4_K or Q5_K block whose group scales are random, and makes each group's minimum equal to
+/// its scale: with a minimum of the middle code every group is balanced. (Layout: `decode_k_header` of the kernels.)
+fn set_scales_k(block: &mut [u8], step: f32, middle: f32) {
     block[..2].copy_from_slice(&half(step));
-    block[2..4].copy_from_slice(&half(7.5 * step));
+    block[2..4].copy_from_slice(&half(middle * step));
     let groups = &mut block[4..16];
     for i in 0..4 {
         groups[i + 4] = groups[i];
