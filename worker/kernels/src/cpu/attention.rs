@@ -111,6 +111,14 @@ struct Split<'a> {
     last: usize,
 }
 
+/// A split and the queries that go through it: a kernel of its own, so that what is largest here is compiled once for
+/// tasks of all splits and of single ones.
+struct VisitSplit<'a, 'b, 'q> {
+    split: Split<'a>,
+    queries: &'b mut [Option<Query<'q>>],
+    weights: &'b mut Scores,
+}
+
 /// How a query's split joins what was merged before: factors of either.
 #[derive(Clone, Copy)]
 struct Merge {
@@ -150,6 +158,13 @@ impl Kernel for Attend<'_, '_> {
             }
             start = end;
         }
+    }
+}
+
+impl Kernel for VisitSplit<'_, '_, '_> {
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        self.split.visit_all(simd, self.queries, self.weights);
     }
 }
 
@@ -243,7 +258,7 @@ impl<'a> HeadTimesRows<'a> {
         let last = queries.iter().flatten().map(|query| query.position).max().unwrap_or(0);
         for first in (0..=last).step_by(SPLIT) {
             let split = Split { task: self, first, last: last.min(first + SPLIT - 1) };
-            split.visit_all(simd, queries, scores);
+            simd.vectorize(VisitSplit { split, queries: &mut *queries, weights: scores });
         }
         for query in queries.iter_mut().flatten() {
             query.finish(simd);
@@ -276,7 +291,7 @@ impl<'a> HeadTimesRows<'a> {
         }
         if n_queries > 0 {
             let split = Split { task: self, first, last: last.min(first + SPLIT - 1) };
-            split.visit_all(simd, &mut queries[..n_queries], scores);
+            simd.vectorize(VisitSplit { split, queries: &mut queries[..n_queries], weights: scores });
         }
         for (query, state) in queries.into_iter().flatten().zip(states.into_iter().flatten()) {
             state[0] = query.largest;
