@@ -5,7 +5,7 @@
 //! (Cody and Waite, 1980); `e^r` is its Taylor polynomial of degree 7 in Horner form, whose truncation is below 2^-27 of
 //! the result for `|r| <= ln(2) / 2`. The error against the exact value stays below 1.5 units in the last place.
 
-use crate::cpu::activations::ROUNDER;
+use crate::int8::ROUNDER;
 
 /// Below this the result is 0. e^-87 is still a normal float.
 pub(crate) const LOWEST: f32 = -87.0;

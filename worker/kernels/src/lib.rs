@@ -25,6 +25,7 @@ mod cpu;
 mod encoded;
 mod error;
 mod exp;
+mod int8;
 mod kv_cache;
 mod memory;
 mod packed;

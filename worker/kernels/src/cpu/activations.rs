@@ -1,10 +1,7 @@
 //! Activations: the inputs of a product, quantized to 8 bits per row and block of 32.
 //!
-//! A block's scale is its largest magnitude divided by 127, its codes are the values times `127 / largest`, rounded to
-//! the nearest integer, ties to even. A row is quantized by itself, so its codes never depend on the rest of a batch.
-//! A block of zeros, or of magnitudes so small (below 2^-121) that the factor overflows, has the
-//! scale 0. A block with a value that is not finite has the scale NaN and zero codes, so that
-//! it poisons every output of its row, and of no other.
+//! A block has codes and a scale as [`int8`](crate::int8) states. A row is quantized by itself, so its codes never depend
+//! on the rest of a batch. A value that is not finite poisons every output of its row, and of no other.
 //!
 //! Kernels take several rows at once, so rows lie together in *strips*: sixteen rows each, and a last one of what is left.
 //! Within a strip the blocks of its rows that cover the same inputs are neighbours: `[n_in / 32, rows of the strip]`.
@@ -13,11 +10,8 @@ use std::ops::Range;
 
 use crate::cpu::shared_slice::SharedSlice;
 use crate::cpu::simd::{Kernel, LANES, Simd};
+use crate::int8::{self, ROUNDER};
 use crate::packed::{BLOCK, PackedMatrix};
-
-/// Adding and subtracting this rounds a float below 2^22 to an integer, ties to even: 1.5 * 2^23 is where the spacing of
-/// floats is one.
-pub(crate) const ROUNDER: f32 = 12_582_912.0;
 
 /// 32 quantized activations, with all that kernels need of them on one cache line.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -41,24 +35,10 @@ pub(crate) struct ActivationBlock {
 
 impl ActivationBlock {
     /// Quantizes 32 values.
-    #[inline(always)]
     pub(crate) fn quantize(values: &[f32; BLOCK]) -> Self {
-        // As integers, magnitudes have the order of the floats, with NaN above infinity; so the largest finds either.
-        let largest = values.iter().fold(0, |largest, value| largest.max(value.to_bits() & 0x7fff_ffff));
-        let largest = f32::from_bits(largest);
-        if !largest.is_finite() {
-            return Self::from_codes(&[0; BLOCK], f32::NAN);
-        }
-        let steps_per_one = 127.0 / largest;
-        if !steps_per_one.is_finite() {
-            return Self::default();
-        }
-        let codes: [i8; BLOCK] = std::array::from_fn(|i| {
-            let rounded = values[i] * steps_per_one + ROUNDER;
-            // The integer stands in the low bits of the sum.
-            rounded.to_bits() as i8
-        });
-        Self::from_codes(&codes, largest / 127.0)
+        let mut codes = [0; BLOCK];
+        let scale = int8::quantize(values, &mut codes);
+        Self::from_codes(&codes, scale)
     }
 
     #[inline(always)]

@@ -91,7 +91,7 @@ pub(crate) fn silu_mul<S: Simd>(simd: S, gate: S::F32, up: S::F32) -> S::F32 {
 pub(crate) fn exp_lanes<S: Simd>(simd: S, x: S::F32) -> S::F32 {
     let lowest = simd.splat(exp::LOWEST);
     let clamped = simd.min(simd.splat(exp::HIGHEST), simd.max(lowest, x));
-    let rounder = simd.splat(crate::cpu::activations::ROUNDER);
+    let rounder = simd.splat(crate::int8::ROUNDER);
     let steps = simd.fma(clamped, simd.splat(exp::LOG2_E), rounder);
     let n = simd.sub(steps, rounder);
     let r = simd.fma(n, simd.splat(-exp::LN2_HIGH), clamped);
