@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 
 use lockstep_checkpoint::Encoding;
 use lockstep_kernels::{
-    Activations, AttentionBatch, AttentionRow, Cpu, EncodedRows, Forms, Isa, KvCache, PackedMatrix, RopeStyle,
-    RopeTable,
+    Activations, AttentionBatch, AttentionRow, Cpu, EncodedRows, Forms, Isa, KvCache, KvEncoding, PackedMatrix,
+    RopeStyle, RopeTable,
 };
 
 /// Weights that a pass goes over: beyond the last-level caches of the machines this runs on.
@@ -53,8 +53,10 @@ fn main() {
         }
     }
     if "attention".contains(&filter) {
-        bench_attention(&mut cpu, "SmolLM2 attention", 9, 3, 64);
-        bench_attention(&mut cpu, "Llama-3-8B attention", 32, 8, 128);
+        for encoding in KvEncoding::ALL {
+            bench_attention(&mut cpu, "SmolLM2 attention", encoding, 9, 3, 64);
+            bench_attention(&mut cpu, "Llama-3-8B attention", encoding, 32, 8, 128);
+        }
     }
 }
 
@@ -105,9 +107,16 @@ fn bench_gated(cpu: &mut Cpu, name: &str, encoding: Encoding, n_out: usize, n_in
 }
 
 /// Decode of 1 and 16 sequences with 1,024 positions each, and prefill of 512 positions.
-fn bench_attention(cpu: &mut Cpu, name: &str, n_heads: usize, n_kv_heads: usize, head_dim: usize) {
+fn bench_attention(
+    cpu: &mut Cpu,
+    name: &str,
+    encoding: KvEncoding,
+    n_heads: usize,
+    n_kv_heads: usize,
+    head_dim: usize,
+) {
     let n_blocks = 16 * 64;
-    let mut cache = KvCache::new(1, n_blocks, 16, n_kv_heads, head_dim).expect("a cache");
+    let mut cache = KvCache::new(1, n_blocks, 16, n_kv_heads, head_dim, encoding).expect("a cache");
     let token: Vec<f32> = (0..n_kv_heads * head_dim).map(|i| (i % 17) as f32 / 17.0).collect();
     (0..n_blocks * 16).for_each(|slot| cache.write(0, slot, &token, &token));
     let tables: Vec<Vec<u32>> = (0..16).map(|i| (i * 64..(i + 1) * 64).collect()).collect();
@@ -121,9 +130,10 @@ fn bench_attention(cpu: &mut Cpu, name: &str, n_heads: usize, n_kv_heads: usize,
         let seconds = best_of(|| cpu.attention(black_box(&mut q), &batch, &mut out)).as_secs_f64();
         let n_positions: usize = rows.iter().map(|row| row.position as usize + 1).sum();
         let n_read = if rows.len() == 512 { 512 } else { n_positions };
-        let gbs = (n_read * n_kv_heads * head_dim * 4) as f64 / seconds / 1e9;
+        let gbs = (n_read * n_kv_heads * encoding.head_bytes(head_dim)) as f64 / seconds / 1e9;
         let gops = (4 * n_positions * n_heads * head_dim) as f64 / seconds / 1e9;
-        println!("{name:<22} {:>6} {:>5} {:>10.1} {gbs:>8.1} {gops:>8.0}", "", rows.len(), seconds * 1e6);
+        let (encoding, us) = (format!("{encoding:?}"), seconds * 1e6);
+        println!("{name:<22} {encoding:>6} {:>5} {us:>10.1} {gbs:>8.1} {gops:>8.0}", rows.len());
     }
 }
 

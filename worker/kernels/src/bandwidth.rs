@@ -21,7 +21,10 @@ const N_PASSES: usize = 5;
 pub fn read_bandwidth<const N_STREAMS: usize>(n_threads: usize, size_bytes: usize) -> f64 {
     // An odd number of lines, so that streams that go side by side do not meet in the same set of a cache.
     let n_words = (size_bytes / size_of::<Words>() / (n_threads * N_STREAMS)).saturating_sub(1) | 1;
-    assert!(n_words * N_STREAMS * n_threads * size_of::<Words>() <= size_bytes, "{size_bytes} bytes for {n_threads} threads with {N_STREAMS} streams");
+    assert!(
+        n_words * N_STREAMS * n_threads * size_of::<Words>() <= size_bytes,
+        "{size_bytes} bytes for {n_threads} threads with {N_STREAMS} streams"
+    );
     let mut streams = Pieces::new(n_threads * N_STREAMS, n_words);
     streams.iter_mut().for_each(|stream| _ = stream.fill([1; 8]));
     let memory = streams.into_array();

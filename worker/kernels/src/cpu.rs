@@ -10,11 +10,12 @@ mod elementwise;
 mod matmul;
 mod pool;
 mod shared_slice;
-mod simd;
+pub(crate) mod simd;
 mod write_kv;
 #[cfg(target_arch = "x86_64")]
 mod x86;
 
+use std::marker::PhantomData;
 use std::ops::Range;
 
 pub use activations::{Activations, Forms};
@@ -29,8 +30,9 @@ use shared_slice::SharedSlice;
 use simd::{Kernel, Portable, Simd};
 use write_kv::WriteHeads;
 
+use crate::kv_cache::Code;
 use crate::packed::{BLOCK, PackedMatrix};
-use crate::{KernelError, KvCache, RopeTable, Terms};
+use crate::{KernelError, KvCache, KvEncoding, RopeTable, Terms};
 
 /// Elements that an elementwise task should have at least, so that it outweighs being handed to another thread.
 const ELEMENTS_PER_TASK: usize = 4 * 1024;
@@ -316,15 +318,22 @@ impl Cpu {
     /// # Panics
     /// If a slice has another length, or `layer`, a slot or a position does not exist.
     pub fn write_kv(&mut self, cache: &mut KvCache, tokens: &NewTokens<'_>, k: &[f32], v: &[f32]) {
+        match cache.encoding() {
+            KvEncoding::F16 => self.write_codes::<u16>(cache, tokens, k, v),
+            KvEncoding::Int8 => self.write_codes::<i8>(cache, tokens, k, v),
+        }
+    }
+
+    fn write_codes<C: Code>(&mut self, cache: &mut KvCache, tokens: &NewTokens<'_>, k: &[f32], v: &[f32]) {
         let NewTokens { layer, slots, positions, rope } = *tokens;
         let width = cache.n_kv_heads() * cache.head_dim();
         assert!(positions.len() == slots.len() && rope.head_dim() == cache.head_dim(), "positions of every token");
         assert!(k.len() == slots.len() * width && v.len() == k.len(), "keys and values of {} tokens", slots.len());
         let (isa, layout) = (self.isa, cache.layout());
-        let bits = SharedSlice::new(cache.bits_mut());
+        let (words, code) = (SharedSlice::new(cache.words_mut()), PhantomData::<C>);
         let heads_per_task = ELEMENTS_PER_TASK.div_ceil((slots.len() * layout.head_dim).max(1));
         self.divide(layout.n_kv_heads, heads_per_task, &|heads| {
-            isa.run(WriteHeads { layout, bits, layer, heads, slots, positions, rope, k, v });
+            isa.run(WriteHeads { layout, words, code, layer, heads, slots, positions, rope, k, v });
         });
     }
 
@@ -336,6 +345,13 @@ impl Cpu {
     /// If a slice has another length, `n_heads` is not a multiple of the cache's, or a row points to a table, block or
     /// position that does not exist.
     pub fn attention(&mut self, q: &mut [f32], batch: &AttentionBatch<'_>, out: &mut [f32]) {
+        match batch.cache.encoding() {
+            KvEncoding::F16 => self.attend::<u16>(q, batch, out),
+            KvEncoding::Int8 => self.attend::<i8>(q, batch, out),
+        }
+    }
+
+    fn attend<C: Code>(&mut self, q: &mut [f32], batch: &AttentionBatch<'_>, out: &mut [f32]) {
         let AttentionBatch { cache, layer, rows, tables, n_heads, rope } = *batch;
         let n_kv_heads = cache.n_kv_heads();
         assert!(n_heads > 0 && n_heads.is_multiple_of(n_kv_heads), "{n_heads} heads over {n_kv_heads} of the cache");
@@ -357,7 +373,8 @@ impl Cpu {
             let rows_of_task = runs[runs.len() - 1 - task_idx / n_kv_heads].clone();
             let table = &tables[rows[rows_of_task.start].table];
             let kv_head = task_idx % n_kv_heads;
-            HeadTimesRows { cache, layer, kv_head, n_heads, rope, q, all_rows: rows, rows: rows_of_task, table, out }
+            let (all_rows, rows, code) = (rows, rows_of_task, PhantomData::<C>);
+            HeadTimesRows { cache, code, layer, kv_head, n_heads, rope, q, all_rows, rows, table, out }
         };
         let attend = |task_idx: usize, part| {
             let task = task(task_idx);

@@ -39,7 +39,7 @@ pub use bandwidth::read_bandwidth;
 pub use cpu::{Activations, AttentionBatch, AttentionRow, Cpu, Forms, Isa, MAX_PRODUCTS, NewTokens, Product};
 pub use encoded::EncodedRows;
 pub use error::KernelError;
-pub use kv_cache::{KvCache, MAX_HEAD_DIM};
+pub use kv_cache::{KvCache, KvEncoding, MAX_HEAD_DIM};
 pub use packed::PackedMatrix;
 pub use quant::dequantize;
 pub use rope::{MAX_TABLE_BYTES, RopeStyle, RopeTable};

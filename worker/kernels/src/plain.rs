@@ -166,12 +166,12 @@ fn attend(q: &[f32], batch: &AttentionBatch<'_>, row_idx: usize, head: usize, ou
         let n = SPLIT.min(position + 1 - first);
         let read = |i: usize, k: &mut [f32], v: &mut [f32]| {
             let block = tables[rows[row_idx].table][(first + i) / block_size] as usize;
-            cache.read(layer, block * block_size + (first + i) % block_size, kv_head, k, v);
+            cache.read_codes(layer, block * block_size + (first + i) % block_size, kv_head, k, v)
         };
         let mut weights = Vec::with_capacity(n);
         for i in 0..n {
-            read(i, &mut k, &mut v);
-            weights.push(score(&q, &k));
+            let [k_scale, _] = read(i, &mut k, &mut v);
+            weights.push(score(&q, &k, k_scale));
         }
         let split_largest =
             weights.iter().fold(f32::NEG_INFINITY, |most, score| if *score > most { *score } else { most });
@@ -179,7 +179,8 @@ fn attend(q: &[f32], batch: &AttentionBatch<'_>, row_idx: usize, head: usize, ou
         let (mut split_total, mut split_out) = ([0.0f32; TILE], vec![0.0f32; head_dim]);
         for (i, weight) in weights.iter().enumerate() {
             split_total[i % TILE] += weight;
-            read(i, &mut k, &mut v);
+            let [_, v_scale] = read(i, &mut k, &mut v);
+            let weight = weight * v_scale;
             split_out.iter_mut().zip(&v).for_each(|(out, v)| *out = weight.mul_add(*v, *out));
         }
         let before = largest;
@@ -193,8 +194,8 @@ fn attend(q: &[f32], batch: &AttentionBatch<'_>, row_idx: usize, head: usize, ou
     out.iter_mut().for_each(|out| *out /= total);
 }
 
-/// `q * k / sqrt(head_dim)`.
-fn score(q: &[f32], k: &[f32]) -> f32 {
+/// `q * k * k_scale / sqrt(head_dim)`.
+fn score(q: &[f32], k: &[f32], k_scale: f32) -> f32 {
     let sum = q.iter().zip(k).fold(0.0f32, |sum, (q, k)| q.mul_add(*k, sum));
-    sum * (1.0 / (q.len() as f32).sqrt())
+    sum * k_scale * (1.0 / (q.len() as f32).sqrt())
 }

@@ -5,21 +5,25 @@
 //!
 //! ```text
 //! for each split, up to the row's own position:
-//!     score[p] = (Σ q[d] * k[p, d]) / sqrt(head_dim)          one chain of fma, d ascending
+//!     score[p] = (Σ q[d] * k[p, d]) * k_scale[p] / sqrt(head_dim)    one chain of fma, d ascending
 //!     m        = largest score;  w[p] = e^(score[p] - m)
-//!     total[l] = Σ w[p] for p = l modulo 16                   16 lanes, p ascending
-//!     out[d]   = Σ w[p] * v[p, d]                             one chain of fma, p ascending
+//!     total[l] = Σ w[p] for p = l modulo 16                          16 lanes, p ascending
+//!     out[d]   = Σ (w[p] * v_scale[p]) * v[p, d]                     one chain of fma, p ascending
 //! splits are merged in order, `~` being what was merged before:
 //!     m' = max(~m, m);  a = 1 if m' = ~m, else e^(~m - m');  b = 1 if m' = m, else e^(m - m')
 //!     ~total[l] = fma(~total[l], a, total[l] * b);  ~out[d] = fma(~out[d], a, out[d] * b);  ~m = m'
 //! out[d] = ~out[d] / (the lanes of ~total, added as `sum_lanes` does)
 //! ```
 //!
-//! Queries are turned to their positions first. Rows of one sequence and the query heads that share a KV head go through a split together, up to eight queries at a
+//! `k` and `v` are what the cache stores, as floats; `k_scale` and `v_scale` are what their steps are worth, and not there
+//! in f16. Queries are turned to their positions first.
+//!
+//! Rows of one sequence and the query heads that share a KV head go through a split together, up to eight queries at a
 //! time: each key and value is loaded and converted once for all of them. Where few rows attend to long sequences, threads
 //! take single splits instead, which are merged afterwards: the same sums in the same order.
 
 use std::cell::RefCell;
+use std::marker::PhantomData;
 use std::ops::Range;
 
 use crate::RopeTable;
@@ -27,7 +31,7 @@ use crate::cpu::elementwise::exp_lanes;
 use crate::cpu::shared_slice::SharedSlice;
 use crate::cpu::simd::{Kernel, LANES, Simd, unrolled};
 use crate::exp::exp;
-use crate::kv_cache::{KvCache, TILE};
+use crate::kv_cache::{Code, KvCache, TILE, Tile};
 
 /// Positions whose softmax has one largest score.
 pub(crate) const SPLIT: usize = 256;
@@ -56,12 +60,17 @@ thread_local! {
 /// A split's scores of as many queries as go through it together.
 pub(crate) type Scores = [[f32; SPLIT]; WIDTH];
 
+/// Bytes of a cache line.
+const LINE_BYTES: usize = 64;
+
 /// Tiles ahead of their use that values are fetched. Keys are fetched as many ahead as go abreast.
 const PREFETCH_TILES: usize = 2;
 
 /// One task: rows of one sequence, for one KV head and the query heads that share it.
-pub(crate) struct HeadTimesRows<'a> {
+pub(crate) struct HeadTimesRows<'a, C> {
     pub(crate) cache: &'a KvCache,
+    /// What the cache's encoding stores.
+    pub(crate) code: PhantomData<C>,
     pub(crate) layer: usize,
     pub(crate) kv_head: usize,
     pub(crate) n_heads: usize,
@@ -96,25 +105,18 @@ struct Query<'a> {
     total: [f32; LANES],
 }
 
-/// Keys `[head_dim, 16]` and values `[16, head_dim]` of one KV head for 16 positions, as f16 bits.
-#[derive(Clone, Copy)]
-struct Tile<'a> {
-    keys: &'a [[u16; LANES]],
-    values: &'a [[u16; LANES]],
-}
-
 /// The part of a sequence that a split covers: positions `first ..= last`.
 #[derive(Clone, Copy)]
-struct Split<'a> {
-    task: &'a HeadTimesRows<'a>,
+struct Split<'a, C> {
+    task: &'a HeadTimesRows<'a, C>,
     first: usize,
     last: usize,
 }
 
 /// A split and the queries that go through it: a kernel of its own, so that what is largest here is compiled once for
 /// tasks of all splits and of single ones.
-struct VisitSplit<'a, 'b, 'q> {
-    split: Split<'a>,
+struct VisitSplit<'a, 'b, 'q, C> {
+    split: Split<'a, C>,
     queries: &'b mut [Option<Query<'q>>],
     weights: &'b mut Scores,
 }
@@ -128,20 +130,20 @@ struct Merge {
 }
 
 /// A task at work.
-pub(crate) struct Attend<'a, 'b> {
-    pub(crate) task: HeadTimesRows<'a>,
+pub(crate) struct Attend<'a, 'b, C> {
+    pub(crate) task: HeadTimesRows<'a, C>,
     /// Without it, all splits, merged. With it, this split of queries that were turned before, to be merged later.
     pub(crate) part: Option<(usize, Parts<'a>)>,
     pub(crate) scores: &'b mut Scores,
 }
 
 /// Merges the splits of one row's heads that share a KV head.
-pub(crate) struct MergeParts<'a> {
-    pub(crate) task: HeadTimesRows<'a>,
+pub(crate) struct MergeParts<'a, C> {
+    pub(crate) task: HeadTimesRows<'a, C>,
     pub(crate) parts: Parts<'a>,
 }
 
-impl Kernel for Attend<'_, '_> {
+impl<C: Code> Kernel for Attend<'_, '_, C> {
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
         let Self { task, part, scores } = self;
@@ -161,14 +163,14 @@ impl Kernel for Attend<'_, '_> {
     }
 }
 
-impl Kernel for VisitSplit<'_, '_, '_> {
+impl<C: Code> Kernel for VisitSplit<'_, '_, '_, C> {
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
         self.split.visit_all(simd, self.queries, self.weights);
     }
 }
 
-impl Kernel for MergeParts<'_> {
+impl<C: Code> Kernel for MergeParts<'_, C> {
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
         let Self { task, parts } = self;
@@ -209,7 +211,13 @@ impl<'a> Parts<'a> {
     /// # Safety
     /// As [`SharedSlice::part`].
     #[inline(always)]
-    unsafe fn part(&self, task: &HeadTimesRows<'_>, row_idx: usize, head: usize, split_idx: usize) -> &'a mut [f32] {
+    unsafe fn part<C>(
+        &self,
+        task: &HeadTimesRows<'_, C>,
+        row_idx: usize,
+        head: usize,
+        split_idx: usize,
+    ) -> &'a mut [f32] {
         let len = STATE + task.cache.head_dim();
         let at = ((row_idx * task.n_heads + head) * self.n_splits + split_idx) * len;
         // SAFETY: by the caller's promise.
@@ -219,7 +227,7 @@ impl<'a> Parts<'a> {
 
 // === impl HeadTimesRows ===
 
-impl<'a> HeadTimesRows<'a> {
+impl<'a, C: Code> HeadTimesRows<'a, C> {
     /// A query that has seen nothing.
     #[inline(always)]
     fn query(&self, row_idx: usize, head: usize) -> Query<'a> {
@@ -301,18 +309,17 @@ impl<'a> HeadTimesRows<'a> {
 
     /// The tile that begins at `first_position` of the sequence.
     #[inline(always)]
-    fn tile(&self, first_position: usize) -> Tile<'_> {
+    fn tile(&self, first_position: usize) -> Tile<'_, C> {
         let block_size = self.cache.block_size();
         let block = self.table[first_position / block_size] as usize;
         let slot = block * block_size + first_position % block_size;
-        let (keys, values) = self.cache.tile(self.layer, slot, self.kv_head);
-        Tile { keys: keys.as_chunks().0, values: values.as_chunks().0 }
+        self.cache.tile(self.layer, slot, self.kv_head)
     }
 }
 
 // === impl Split ===
 
-impl Split<'_> {
+impl<C: Code> Split<'_, C> {
     /// Takes all queries through the split, as many at a time as there are.
     #[inline(always)]
     fn visit_all<S: Simd>(self, simd: S, queries: &mut [Option<Query<'_>>], weights: &mut Scores) {
@@ -370,6 +377,9 @@ impl Split<'_> {
                 merges[i] = queries[i].weigh(simd, &mut weights[i], n_valid[i]);
             }
         });
+        if C::HAS_SCALES {
+            self.scale_weights(simd, &mut weights[..N]);
+        }
         let n_chunks = queries[0].q.len() / LANES;
         let mut chunk_idx = 0;
         if N < WIDTH {
@@ -398,18 +408,18 @@ impl Split<'_> {
         scores: &mut Scores,
     ) {
         let head_dim = queries[0].len();
-        let tiles: [Tile<'_>; TILES] = std::array::from_fn(|i| self.task.tile(first + i * TILE));
+        let tiles: [Tile<'_, C>; TILES] = std::array::from_fn(|i| self.task.tile(first + i * TILE));
         let keys = tiles.map(|tile| &tile.keys[..head_dim]);
-        let next: [&[[u16; LANES]]; TILES] = std::array::from_fn(|i| &self.after(first + i * TILE, TILES)[..head_dim]);
+        let next: [&[[C; LANES]]; TILES] =
+            std::array::from_fn(|i| &self.after(simd, first + i * TILE, TILES)[..head_dim]);
         let queries = queries.map(|query| &query[..head_dim]);
         let mut sums = [[simd.splat(0.0); N]; TILES];
         for dim in 0..head_dim {
             unrolled!(tile_idx in 0..TILES {
-                // Two vectors of f16 to a cache line.
-                if dim % 2 == 0 {
+                if dim % (LINE_BYTES / size_of::<[C; LANES]>()) == 0 {
                     simd.prefetch(&next[tile_idx][dim]);
                 }
-                let key = simd.load_f16(&keys[tile_idx][dim]);
+                let key = C::load(simd, &keys[tile_idx][dim]);
                 unrolled!(i in 0..N { sums[tile_idx][i] = simd.fma(simd.splat(queries[i][dim]), key, sums[tile_idx][i]) });
             });
         }
@@ -417,21 +427,43 @@ impl Split<'_> {
         let first_tile = (first - self.first) / TILE;
         unrolled!(tile_idx in 0..TILES {
             unrolled!(i in 0..N {
+                let mut sum = sums[tile_idx][i];
+                if let Some([key_scales, _]) = tiles[tile_idx].scales() {
+                    sum = simd.mul(sum, simd.load(key_scales));
+                }
                 let scores = &mut scores[i].as_chunks_mut::<LANES>().0[first_tile + tile_idx];
-                simd.store(simd.mul(sums[tile_idx][i], scale), scores);
+                simd.store(simd.mul(sum, scale), scores);
             });
         });
     }
 
-    /// What is read `n_tiles` tiles after the keys of the one at `position`: keys, or after their last values.
+    /// What is read `n_tiles` tiles after the keys of the one at `position`: keys, whose scales it begins to fetch, or after
+    /// their last values.
     #[inline(always)]
-    fn after(&self, position: usize, n_tiles: usize) -> &[[u16; LANES]] {
+    fn after<S: Simd>(&self, simd: S, position: usize, n_tiles: usize) -> &[[C; LANES]] {
         let position = position + n_tiles * TILE;
         if position <= self.last {
-            return self.task.tile(position).keys;
+            let tile = self.task.tile(position);
+            tile.scales().into_iter().flatten().for_each(|scales| simd.prefetch(scales));
+            return tile.keys;
         }
         let n_keys = (self.last - self.first) / TILE + 1;
         self.task.tile(self.last.min(position - n_keys * TILE)).values
+    }
+
+    /// Multiplies weights with the scales of the split's values, so that codes need not be. What comes of lanes behind a
+    /// query's own position is not looked at.
+    #[inline(always)]
+    fn scale_weights<S: Simd>(self, simd: S, weights: &mut [[f32; SPLIT]]) {
+        for first in (self.first..=self.last).step_by(TILE) {
+            if let Some([_, value_scales]) = self.task.tile(first).scales() {
+                let scales = simd.load(value_scales);
+                for weights in &mut *weights {
+                    let weights = &mut weights.as_chunks_mut::<LANES>().0[(first - self.first) / TILE];
+                    simd.store(simd.mul(simd.load(weights), scales), weights);
+                }
+            }
+        }
     }
 
     /// Adds up `CHUNKS` vectors of every query's output and merges them.
@@ -458,10 +490,11 @@ impl Split<'_> {
             });
             let n_shared = n_common.saturating_sub(first).min(TILE);
             for (p, (value, ahead)) in values.zip(ahead).enumerate() {
-                ahead.iter().step_by(2).for_each(|vector| simd.prefetch(vector));
+                let per_line = LINE_BYTES / size_of::<[C; LANES]>();
+                ahead.iter().step_by(per_line).for_each(|vector| simd.prefetch(vector));
                 if p < n_shared {
                     unrolled!(c in 0..CHUNKS {
-                        let value = simd.load_f16(&value[c]);
+                        let value = C::load(simd, &value[c]);
                         unrolled!(i in 0..N {
                             sums[i][c] = simd.fma(simd.splat(weights[i][first + p]), value, sums[i][c]);
                         });
@@ -472,7 +505,7 @@ impl Split<'_> {
                         if first + p < n_valid[i] {
                             unrolled!(c in 0..CHUNKS {
                                 let weight = simd.splat(weights[i][first + p]);
-                                sums[i][c] = simd.fma(weight, simd.load_f16(&value[c]), sums[i][c]);
+                                sums[i][c] = simd.fma(weight, C::load(simd, &value[c]), sums[i][c]);
                             });
                         }
                     });

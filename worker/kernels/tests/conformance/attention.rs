@@ -1,32 +1,46 @@
 //! Attention over the paged cache: against the plain twin, against f64, and against itself in other chunks and blocks.
 
-use lockstep_kernels::{AttentionBatch, AttentionRow, Cpu, KvCache, NewTokens, RopeStyle, RopeTable, plain};
+use lockstep_kernels::{
+    AttentionBatch, AttentionRow, Cpu, KvCache, KvEncoding, NewTokens, RopeStyle, RopeTable, plain,
+};
 use rand_chacha::ChaCha8Rng;
 
 use crate::{ROW_COUNTS, assert_same_bits, on_every_cpu, random};
 
-/// Sizes of a model's attention.
+/// Sizes of a model's attention, and how its keys and values are stored.
 #[derive(Clone, Copy, Debug)]
 struct Shape {
     n_heads: usize,
     n_kv_heads: usize,
     head_dim: usize,
     block_size: usize,
+    encoding: KvEncoding,
 }
 
+const SMOLLM2: Shape = Shape { n_heads: 9, n_kv_heads: 3, head_dim: 64, block_size: 16, encoding: KvEncoding::F16 };
+
 const SHAPES: [Shape; 4] = [
-    Shape { n_heads: 9, n_kv_heads: 3, head_dim: 64, block_size: 16 },
-    Shape { n_heads: 8, n_kv_heads: 2, head_dim: 128, block_size: 32 },
-    Shape { n_heads: 5, n_kv_heads: 5, head_dim: 80, block_size: 16 },
-    Shape { n_heads: 71, n_kv_heads: 1, head_dim: 16, block_size: 48 },
+    SMOLLM2,
+    Shape { n_heads: 8, n_kv_heads: 2, head_dim: 128, block_size: 32, ..SMOLLM2 },
+    Shape { n_heads: 5, n_kv_heads: 5, head_dim: 80, ..SMOLLM2 },
+    Shape { n_heads: 71, n_kv_heads: 1, head_dim: 16, block_size: 48, ..SMOLLM2 },
 ];
+
+/// All of them in every encoding.
+fn shapes() -> impl Iterator<Item = Shape> {
+    KvEncoding::ALL.into_iter().flat_map(|encoding| SHAPES.map(|shape| Shape { encoding, ..shape }))
+}
+
+fn empty(shape: Shape, n_blocks: usize) -> KvCache {
+    let Shape { n_kv_heads, head_dim, block_size, encoding, .. } = shape;
+    KvCache::new(2, n_blocks, block_size, n_kv_heads, head_dim, encoding).expect("a small cache")
+}
 
 /// The second of two layers, filled with sequences of `lens` positions in scattered blocks. Slots that belong to nobody
 /// hold NaN: whoever reads one is found out.
 fn cache_of(rng: &mut ChaCha8Rng, shape: Shape, lens: &[usize]) -> (KvCache, Vec<Vec<u32>>) {
     let n_blocks: usize = lens.iter().map(|len| len.div_ceil(shape.block_size)).sum();
-    let mut cache =
-        KvCache::new(2, n_blocks, shape.block_size, shape.n_kv_heads, shape.head_dim).expect("a small cache");
+    let mut cache = empty(shape, n_blocks);
     let width = shape.n_kv_heads * shape.head_dim;
     for slot in 0..n_blocks * shape.block_size {
         cache.write(1, slot, &vec![f32::NAN; width], &vec![f32::NAN; width]);
@@ -63,7 +77,7 @@ fn rows_of(table: usize, positions: impl IntoIterator<Item = usize>) -> impl Ite
 
 #[test]
 fn a_mixed_batch_has_the_bits_of_the_plain_twin() {
-    for shape in SHAPES {
+    for shape in shapes() {
         let rng = &mut random::seeded(40);
         let (cache, tables) = cache_of(rng, shape, &[1, 16, 75, 40, 560]);
         // Decodes, a chunk of a prompt that crosses tiles, a whole prompt, and rows of one sequence apart.
@@ -88,7 +102,7 @@ fn a_mixed_batch_has_the_bits_of_the_plain_twin() {
 /// Threads share the splits of such rows.
 #[test]
 fn a_few_rows_of_long_sequences_have_the_bits_of_the_plain_twin() {
-    for shape in SHAPES {
+    for shape in shapes() {
         let rng = &mut random::seeded(46);
         let (cache, tables) = cache_of(rng, shape, &[9, 800, 520]);
         let (rope, n_heads) = (rope(shape), shape.n_heads);
@@ -111,21 +125,20 @@ fn a_few_rows_of_long_sequences_have_the_bits_of_the_plain_twin() {
 
 #[test]
 fn written_keys_and_values_have_the_bits_of_the_plain_twin() {
-    for shape in SHAPES {
+    for shape in shapes() {
         let rng = &mut random::seeded(45);
         let width = shape.n_kv_heads * shape.head_dim;
-        let empty = || KvCache::new(2, 6, shape.block_size, shape.n_kv_heads, shape.head_dim).unwrap();
         for n_tokens in ROW_COUNTS {
             // Neighbours share tiles, and the last wrap around; values reach past the largest f16.
             let slots: Vec<u32> = (0..n_tokens).map(|i| ((i * 5 + 70) % (6 * shape.block_size)) as u32).collect();
             let k: Vec<f32> = random::floats(rng, n_tokens * width).iter().map(|k| k * 1_000.0).collect();
             let v = random::floats(rng, n_tokens * width);
-            let mut expected = empty();
+            let mut expected = empty(shape, 6);
             let positions: Vec<u32> = (0..n_tokens as u32).map(|i| i * 97 % 300).collect();
             let tokens = NewTokens { layer: 1, slots: &slots, positions: &positions, rope: &rope(shape) };
             plain::write_kv(&mut expected, &tokens, &k, &v);
             on_every_cpu(|cpu| {
-                let mut cache = empty();
+                let mut cache = empty(shape, 6);
                 cpu.write_kv(&mut cache, &tokens, &k, &v);
                 for slot in 0..6 * shape.block_size {
                     let what = format!("{shape:?} slot {slot} on {cpu:?}");
@@ -147,10 +160,50 @@ fn contents(cache: &KvCache, shape: Shape, slot: usize) -> Vec<f32> {
     contents
 }
 
+/// In f16 the number itself is kept, in int8 its head's scale.
+#[test]
+fn a_number_that_is_not_finite_poisons_who_attends_to_it_alone() {
+    for (shape, poison) in shapes().flat_map(|shape| [f32::NAN, f32::INFINITY].map(|poison| (shape, poison))) {
+        let (rope, n_heads) = (rope(shape), shape.n_heads);
+        let width = shape.n_kv_heads * shape.head_dim;
+        let (mut cache, tables) = cache_of(&mut random::seeded(47), shape, &[40, 40]);
+        let rows: Vec<AttentionRow> = rows_of(0, 0..40).chain(rows_of(1, 0..40)).collect();
+        let q = random::floats(&mut random::seeded(48), rows.len() * n_heads * shape.head_dim);
+        let attend = |cpu: &mut Cpu, cache: &KvCache| {
+            let mut out = vec![0.0; q.len()];
+            let batch = AttentionBatch { cache, layer: 1, rows: &rows, tables: &tables, n_heads, rope: &rope };
+            cpu.attention(&mut q.clone(), &batch, &mut out);
+            out
+        };
+        let sound = attend(&mut Cpu::new(1), &cache);
+        // The last head's key and value at position 20 of the first sequence.
+        let at = tables[0][20 / shape.block_size] * shape.block_size as u32 + (20 % shape.block_size) as u32;
+        let tokens = NewTokens { layer: 1, slots: &[at], positions: &[20], rope: &rope };
+        let mut v = random::floats(&mut random::seeded(49), width);
+        v[width - 1] = poison;
+        Cpu::new(1).write_kv(&mut cache, &tokens, &vec![1.0; width], &v);
+        on_every_cpu(|cpu| {
+            let out = attend(cpu, &cache);
+            let heads = out.chunks(shape.head_dim).zip(sound.chunks(shape.head_dim)).enumerate();
+            for (query_idx, (out, sound)) in heads {
+                let (row_idx, head) = (query_idx / n_heads, query_idx % n_heads);
+                let attends = (20..40).contains(&row_idx);
+                if !attends {
+                    assert_same_bits(out, sound, &format_args!("{shape:?} row {row_idx} head {head}"));
+                } else if head / (n_heads / shape.n_kv_heads) == shape.n_kv_heads - 1 {
+                    assert!(!out[shape.head_dim - 1].is_finite(), "{shape:?} row {row_idx} head {head}: {out:?}");
+                } else {
+                    assert!(out.iter().all(|out| out.is_finite()), "{shape:?} row {row_idx} head {head}: {out:?}");
+                }
+            }
+        });
+    }
+}
+
 #[test]
 fn any_chunking_gives_the_same_bits() {
     let rng = &mut random::seeded(41);
-    for shape in SHAPES {
+    for shape in shapes() {
         let (cache, tables) = cache_of(rng, shape, &[300]);
         let rows: Vec<AttentionRow> = rows_of(0, 0..300).collect();
         let width = shape.n_heads * shape.head_dim;
@@ -173,7 +226,12 @@ fn any_chunking_gives_the_same_bits() {
 
 #[test]
 fn the_place_of_blocks_and_their_size_do_not_matter() {
-    let shape = SHAPES[0];
+    for encoding in KvEncoding::ALL {
+        check_places(Shape { encoding, ..SMOLLM2 });
+    }
+}
+
+fn check_places(shape: Shape) {
     let attend = |block_size: usize, others: &[usize]| {
         let rng = &mut random::seeded(42);
         let shape = Shape { block_size, ..shape };
@@ -194,7 +252,12 @@ fn the_place_of_blocks_and_their_size_do_not_matter() {
 
 #[test]
 fn attention_is_near_f64() {
-    let shape = SHAPES[1];
+    for encoding in KvEncoding::ALL {
+        check_against_f64(Shape { encoding, ..SHAPES[1] });
+    }
+}
+
+fn check_against_f64(shape: Shape) {
     let rng = &mut random::seeded(44);
     let (cache, tables) = cache_of(rng, shape, &[600]);
     let mut q: Vec<f32> = random::floats(rng, shape.n_heads * shape.head_dim).iter().map(|q| q / 50.0).collect();
