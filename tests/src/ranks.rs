@@ -4,6 +4,7 @@ use std::{path::Path, sync::Arc};
 
 use anyhow::Result;
 use lockstep_checkpoint::Checkpoint;
+use lockstep_kernels::KvEncoding;
 use lockstep_worker::{
     local_group::LocalGroup,
     model::load::Source,
@@ -31,6 +32,7 @@ impl Ranks {
     pub fn load(
         model: &Path,
         backend: BackendChoice,
+        kv_encoding: KvEncoding,
         world_size: usize,
         threads: usize,
         n_tokens: usize,
@@ -46,6 +48,7 @@ impl Ranks {
                 threads,
                 n_blocks: n_tokens.div_ceil(BLOCK_SIZE),
                 block_size: BLOCK_SIZE,
+                kv_encoding,
                 context_length: source.config().context_length.min(n_tokens),
             };
             runners.push(model_runner::build(&source, &settings)?);

@@ -4,6 +4,7 @@
 use std::{path::Path, time::Instant};
 
 use lockstep_checkpoint::Encoding;
+use lockstep_kernels::KvEncoding;
 use lockstep_tests::{
     cluster::demo_model,
     ranks::{BLOCK_SIZE, Ranks, argmax},
@@ -39,6 +40,7 @@ const WHOLE: usize = 1_024;
 /// Under which conditions a prompt is computed.
 #[derive(Clone, Copy, Debug)]
 struct Condition {
+    kv_encoding: KvEncoding,
     world_size: usize,
     threads: usize,
     chunk: usize,
@@ -55,6 +57,7 @@ struct Condition {
 
 /// Alone, whole, on one rank and one thread, a token in a step.
 const PLAIN: Condition = Condition {
+    kv_encoding: KvEncoding::F16,
     world_size: 1,
     threads: 1,
     chunk: WHOLE,
@@ -78,7 +81,8 @@ struct Continuation {
 
 /// Ranks of a model and how they are loaded.
 fn load(model: &Path, condition: Condition) -> Ranks {
-    Ranks::load(model, BackendChoice::Cpu, condition.world_size, condition.threads, N_TOKENS).expect("the model loads")
+    let Condition { kv_encoding, world_size, threads, .. } = condition;
+    Ranks::load(model, BackendChoice::Cpu, kv_encoding, world_size, threads, N_TOKENS).expect("the model loads")
 }
 
 /// A scheduler for the ranks.
@@ -183,7 +187,8 @@ fn prompt(n_tokens: usize, vocab_size: u32, seed: u64) -> Vec<u32> {
     (0..n_tokens).map(|_| rng.random_range(0..vocab_size)).collect()
 }
 
-/// Computes the same random prompt plainly and under `conditions`, and compares every bit.
+/// Computes the same random prompt plainly and under `conditions`, whose keys and values are stored alike, and compares
+/// every bit.
 fn check(model: &Path, n_prompt: usize, conditions: &[Condition]) {
     check_text(model, |vocab_size| prompt(n_prompt, vocab_size, SEED), 8, conditions);
 }
@@ -196,9 +201,10 @@ fn check_text(
     conditions: &[Condition],
 ) -> Vec<Continuation> {
     println!("seed {SEED}");
-    let mut plain = load(model, PLAIN);
+    let condition = Condition { kv_encoding: conditions[0].kv_encoding, ..PLAIN };
+    let mut plain = load(model, condition);
     let prompt = prompt(plain.vocab_size as u32);
-    let wanted = go_on(&mut plain, PLAIN, &prompt, n_tokens, SEED).logits;
+    let wanted = go_on(&mut plain, condition, &prompt, n_tokens, SEED).logits;
     assert!(wanted.iter().flatten().all(|logit| logit.is_finite()));
     let mut all = Vec::new();
     let mut ranks: Option<(usize, usize, Ranks)> = None;
@@ -298,6 +304,18 @@ fn nothing_changes_a_bit_of_a_prompt_of_three_splits() {
         Condition { world_size: 3, others: 15, chunk: 64, ..PLAIN },
     ];
     check(&demo_model(), 600, &conditions);
+}
+
+#[test]
+fn nothing_changes_a_bit_of_keys_and_values_in_8_bits() {
+    let int8 = Condition { kv_encoding: KvEncoding::Int8, ..PLAIN };
+    let conditions = [
+        Condition { chunk: 7, ..int8 },
+        Condition { others: 15, cached: true, chunk: 64, threads: 2, ..int8 },
+        Condition { world_size: 2, others: 15, cached: true, chunk: 100, ..int8 },
+        Condition { world_size: 3, ..int8 },
+    ];
+    check(&demo_model(), 300, &conditions);
 }
 
 /// A random model with eight KV heads, in a file of its own.

@@ -8,6 +8,7 @@
 //! largest and the mean by half more than the mean. The `reference` backend does not quantize and differs by rounding
 //! of float32 alone. A wrong kernel, a wrong rotation or a wrong scale is off by far more than any of this.
 
+use lockstep_kernels::KvEncoding;
 use lockstep_tests::{
     cluster::{demo_model, repository},
     ranks::{Ranks, argmax, logprob},
@@ -48,13 +49,13 @@ fn read<T: DeserializeOwned>(name: &str) -> T {
     serde_json::from_str(&text).expect("the reference file is JSON")
 }
 
-fn load(backend: BackendChoice) -> Ranks {
-    Ranks::load(&demo_model(), backend, 1, 2, 1024).expect("the demo model loads: run `make fetch` first")
+fn load(backend: BackendChoice, kv_encoding: KvEncoding) -> Ranks {
+    Ranks::load(&demo_model(), backend, kv_encoding, 1, 2, 1024).expect("the demo model loads: run `make fetch` first")
 }
 
 /// Forces the reference's ids and compares log-probabilities at each, and the choice wherever it was clear.
 fn check(backend: BackendChoice, n_prompts: usize, tolerance: &Tolerance) {
-    let mut ranks = load(backend);
+    let mut ranks = load(backend, KvEncoding::F16);
     let reference: Reference = read("smollm2_reference.json");
     assert!(reference.prompts.len() >= 20);
     let mut differences = Vec::new();
@@ -91,20 +92,58 @@ fn the_reference_backend_agrees_within_the_rounding_of_float32() {
 
 #[test]
 fn perplexity_is_within_half_a_percent() {
-    let mut ranks = load(BackendChoice::Cpu);
     let reference: Perplexity = read("perplexity.json");
     assert!(reference.ids.len() >= 4_000);
-    let mut sum = 0.0;
-    let mut n_predicted = 0;
-    for window in reference.ids.chunks_exact(reference.window) {
-        let logits = ranks.logits(window, 128).expect("the model runs");
-        for (row, &id) in logits.chunks_exact(ranks.vocab_size).zip(&window[1..]) {
-            sum -= logprob(row, id);
-            n_predicted += 1;
-        }
-    }
-    let perplexity = (sum / f64::from(n_predicted)).exp();
+    let mut ranks = load(BackendChoice::Cpu, KvEncoding::F16);
+    let perplexity = perplexity(&logprobs(&mut ranks, reference.ids.chunks_exact(reference.window)));
     let ratio = perplexity / reference.perplexity;
     println!("perplexity {perplexity:.4}, reference {:.4}, ratio {ratio:.5}", reference.perplexity);
     assert!((ratio - 1.0).abs() <= 0.005, "perplexity {perplexity} is not within 0.5 % of {}", reference.perplexity);
+}
+
+/// The log-probability of every token of a text that has one before it in its window.
+fn logprobs<'a>(ranks: &mut Ranks, windows: impl Iterator<Item = &'a [u32]>) -> Vec<f64> {
+    let mut found = Vec::new();
+    for window in windows {
+        let logits = ranks.logits(window, 128).expect("the model runs");
+        let rows = logits.chunks_exact(ranks.vocab_size);
+        found.extend(rows.zip(&window[1..]).map(|(row, &id)| logprob(row, id)));
+    }
+    found
+}
+
+fn perplexity(logprobs: &[f64]) -> f64 {
+    (-logprobs.iter().sum::<f64>() / logprobs.len() as f64).exp()
+}
+
+/// Compares keys and values in 8 bits with f16 on windows of the text.
+fn check_int8(backend: BackendChoice, window: usize, n_windows: usize, tolerance: &Tolerance) {
+    let text: Perplexity = read("perplexity.json");
+    let [f16, int8] = KvEncoding::ALL
+        .map(|encoding| logprobs(&mut load(backend, encoding), text.ids.chunks_exact(window).take(n_windows)));
+    let differences = f16.iter().zip(&int8).map(|(f16, int8)| (f16 - int8).abs());
+    let mean = differences.clone().sum::<f64>() / f16.len() as f64;
+    let max = differences.fold(0.0, f64::max);
+    let (before, after) = (perplexity(&f16), perplexity(&int8));
+    println!(
+        "{backend:?}, int8 beside f16: {} tokens, off by {mean:.4} on average, by {max:.4} at most; \
+         perplexity {after:.4} beside {before:.4}",
+        f16.len()
+    );
+    assert!(mean > 0.0, "int8 makes a difference");
+    assert!(mean <= tolerance.mean && max <= tolerance.max, "off by {mean} on average, by {max} at most");
+    assert!((after / before - 1.0).abs() <= 0.01, "perplexity {after} is not within 1 % of {before}");
+}
+
+/// What 8 bits do by themselves.
+#[test]
+fn keys_and_values_in_8_bits_move_the_reference_backend_a_little() {
+    check_int8(BackendChoice::Reference, 128, 3, &Tolerance { max: 0.6, mean: 0.05 });
+}
+
+/// Any change, however small, makes activations fall to other steps of their own 8 bits: that alone moves a token by
+/// 0.06 on average.
+#[test]
+fn keys_and_values_in_8_bits_move_the_cpu_backend_hardly_more_than_its_activations_do() {
+    check_int8(BackendChoice::Cpu, 512, usize::MAX, &Tolerance { max: 0.92, mean: 0.09 });
 }

@@ -38,8 +38,12 @@ fn a_made_model_is_one_like_any_other() -> Result<()> {
         output(&["make-model", "--shape", "tiny", "--encoding", encoding, &model])?;
         let description = output(&["inspect", &model, "--world-size", "2"])?;
         assert!(description.contains("layers        2 of hidden 256"), "{description}");
-        let bench = ["bench", "engine", &model, "--prompt", "32", "--generate", "8", "--repeat", "1", "--json"];
+        // Two layers, two KV heads a rank.
+        assert!(description.contains("KV cache 1.0 KiB a token, 0.5 as int8"), "{description}");
+        let sizes = ["--prompt", "32", "--generate", "8", "--repeat", "1", "--kv-cache-encoding", "int8"];
+        let bench = [&["bench", "engine", &model, "--json"], &sizes[..]].concat();
         let report: serde_json::Value = serde_json::from_str(&output(&bench)?)?;
+        assert_eq!(report["kv_cache_encoding"], "int8");
         assert!(report["decode_tokens_per_s"].as_f64().is_some_and(|rate| rate > 0.0), "{report}");
 
         let ids: Vec<u32> = (0..24).map(|i| 3 + i * 13 % 500).collect();

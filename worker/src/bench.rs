@@ -8,7 +8,11 @@ use std::{collections::HashSet, path::PathBuf, sync::Arc, time::Instant};
 use anyhow::{Context, Result, ensure};
 use indicatif::ProgressBar;
 use lockstep_checkpoint::Checkpoint;
-use serde::Serialize;
+use lockstep_kernels::KvEncoding;
+use serde::{
+    Serialize,
+    de::{DeserializeOwned, IntoDeserializer},
+};
 
 use crate::{
     local_group::LocalGroup,
@@ -55,8 +59,11 @@ pub struct EngineBench {
     #[arg(long, default_value_t = 3)]
     repeat: usize,
     /// cpu or reference
-    #[arg(long, default_value = "cpu", value_parser = parse_backend)]
+    #[arg(long, default_value = "cpu", value_parser = parse::<BackendChoice>)]
     backend: BackendChoice,
+    /// How keys and values are stored: f16 or int8
+    #[arg(long, default_value = "f16", value_parser = parse::<KvEncoding>)]
+    kv_cache_encoding: KvEncoding,
     /// Also print where the time of rank 0's prefill and decode steps goes; the stopwatches take a little themselves
     #[arg(long)]
     profile: bool,
@@ -65,12 +72,9 @@ pub struct EngineBench {
     json: bool,
 }
 
-fn parse_backend(text: &str) -> Result<BackendChoice, String> {
-    match text {
-        "cpu" => Ok(BackendChoice::Cpu),
-        "reference" => Ok(BackendChoice::Reference),
-        other => Err(format!("{other} is neither cpu nor reference")),
-    }
+/// Reads a choice by the name that it has in settings.
+fn parse<T: DeserializeOwned>(text: &str) -> Result<T, serde::de::value::Error> {
+    T::deserialize(text.into_deserializer())
 }
 
 /// What was measured.
@@ -78,6 +82,7 @@ fn parse_backend(text: &str) -> Result<BackendChoice, String> {
 struct Report {
     model: String,
     backend: BackendChoice,
+    kv_cache_encoding: KvEncoding,
     world_size: usize,
     threads: usize,
     batch: usize,
@@ -128,6 +133,7 @@ impl EngineBench {
         self.print(&Report {
             model: self.model.display().to_string(),
             backend: self.backend,
+            kv_cache_encoding: self.kv_cache_encoding,
             world_size: self.world_size,
             threads: self.threads,
             batch: self.batch,
@@ -153,6 +159,7 @@ impl EngineBench {
             threads: self.threads / self.world_size,
             n_blocks: self.n_blocks(),
             block_size: BLOCK_SIZE,
+            kv_encoding: self.kv_cache_encoding,
             context_length: self.prompt + self.generate,
         };
         let mut vocab_size = 0;
@@ -244,8 +251,9 @@ impl EngineBench {
         }
         println!("model     {}", report.model);
         println!(
-            "setting   {:?} backend, world size {}, {} threads, batch {}, {} + {} tokens, median of {}",
+            "setting   {:?} backend, {:?} KV cache, world size {}, {} threads, batch {}, {} + {} tokens, median of {}",
             report.backend,
+            report.kv_cache_encoding,
             report.world_size,
             report.threads,
             report.batch,

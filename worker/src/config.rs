@@ -2,6 +2,7 @@
 
 use std::{net::SocketAddr, path::PathBuf};
 
+use lockstep_kernels::KvEncoding;
 use lockstep_proto::{
     config::{ConfigError, Key, Settings},
     server::{self, Limits, ServerSettings},
@@ -58,6 +59,8 @@ pub struct EngineSettings {
     pub threads: usize,
     /// Tokens whose keys and values fit into the cache.
     pub kv_cache_tokens: usize,
+    /// How keys and values are stored.
+    pub kv_cache_encoding: KvEncoding,
     /// Positions in a block.
     pub block_size: usize,
     /// Longest sequence; 0: what the model was trained for.
@@ -96,6 +99,12 @@ pub const KEYS: &[Key] = &[
         path: "engine.kv_cache_tokens",
         help: "Tokens whose keys and values fit into the cache, over all sequences. Default: 32768. More take memory \
                (see `lockstep inspect`) once they are used; fewer make sequences wait or be computed again.",
+    },
+    Key {
+        path: "engine.kv_cache_encoding",
+        help: "f16, or int8: 8-bit integers with a scale for each key and each value of a head, in about half the \
+               memory and half the time to read it (see `lockstep inspect`), for log-probabilities that move by some \
+               hundredths. Default: f16. Ranks must have the same, and so should all groups that serve a model.",
     },
     Key {
         path: "engine.block_size",
@@ -162,6 +171,7 @@ impl Default for EngineSettings {
             backend: BackendChoice::Cpu,
             threads: 0,
             kv_cache_tokens: 32_768,
+            kv_cache_encoding: KvEncoding::F16,
             block_size: 16,
             context_length: 0,
             max_step_tokens: 512,
@@ -226,6 +236,7 @@ impl EngineSettings {
             threads: if self.threads == 0 { cores } else { self.threads },
             n_blocks: self.kv_cache_tokens.div_ceil(self.block_size),
             block_size: self.block_size,
+            kv_encoding: self.kv_cache_encoding,
             context_length: if self.context_length == 0 { model.context_length } else { self.context_length },
         }
     }

@@ -4,6 +4,7 @@ use std::{collections::BTreeMap, fmt::Write as _, path::PathBuf, sync::Arc};
 
 use anyhow::{Context, Result};
 use lockstep_checkpoint::{Checkpoint, Tensor};
+use lockstep_kernels::KvEncoding;
 
 use crate::model::{config::ModelConfig, load::Source};
 
@@ -71,17 +72,20 @@ fn describe_rank(text: &mut String, source: &Source) -> Result<()> {
     let config = source.config();
     let part = |tensor: &Tensor<'_>| source.held_bytes(tensor);
     let held: usize = source.checkpoint().tensors().map(|tensor| part(&tensor)).sum();
-    // Keys and values are kept as f16: two bytes each.
-    let kv_per_token = config.n_layers * plan.kv_heads.len() * config.head_dim * 2 * 2;
+    let kv_kib = |encoding: KvEncoding| {
+        let bytes = config.n_layers * plan.kv_heads.len() * encoding.head_bytes(config.head_dim);
+        bytes as f64 / 1024.0
+    };
     writeln!(
         text,
-        "rank {}        heads {:?}, KV heads {:?}, ffn columns {:?}: weights {}, KV cache {:.1} KiB a token",
+        "rank {}        heads {:?}, KV heads {:?}, ffn columns {:?}: weights {}, KV cache {:.1} KiB a token, {:.1} as int8",
         plan.rank,
         plan.heads,
         plan.kv_heads,
         plan.ffn,
         mib(held),
-        kv_per_token as f64 / 1024.0
+        kv_kib(KvEncoding::F16),
+        kv_kib(KvEncoding::Int8)
     )?;
     Ok(())
 }

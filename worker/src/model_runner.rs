@@ -4,7 +4,7 @@
 use std::collections::HashMap;
 
 use lockstep_collectives::Collective;
-use lockstep_kernels::{AttentionRow, Cpu};
+use lockstep_kernels::{AttentionRow, Cpu, KvEncoding};
 
 use serde::{Deserialize, Serialize};
 
@@ -46,6 +46,8 @@ pub struct RunnerSettings {
     pub n_blocks: usize,
     /// Positions in a block.
     pub block_size: usize,
+    /// How keys and values are stored.
+    pub kv_encoding: KvEncoding,
     /// Longest sequence.
     pub context_length: usize,
 }
@@ -83,8 +85,8 @@ fn build_on<B: Backend + 'static>(
     source: &Source,
     settings: &RunnerSettings,
 ) -> Result<Box<dyn RunStep>, LoadError> {
-    let RunnerSettings { n_blocks, block_size, context_length, .. } = *settings;
-    let kv_shape = KvShape { n_layers: source.config().n_layers, n_blocks, block_size };
+    let RunnerSettings { n_blocks, block_size, kv_encoding, context_length, .. } = *settings;
+    let kv_shape = KvShape { n_layers: source.config().n_layers, n_blocks, block_size, encoding: kv_encoding };
     let model = source.load(&mut ops)?;
     Ok(Box::new(ModelRunner::new(ops, model, kv_shape, context_length).map_err(no_cache)?))
 }

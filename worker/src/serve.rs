@@ -146,6 +146,7 @@ pub fn attest(digest: &str, settings: &RunnerSettings, world_size: usize) -> Att
         ("world_size", world_size.to_string()),
         ("backend", format!("{:?}", settings.backend).to_lowercase()),
         ("block_size", settings.block_size.to_string()),
+        ("kv_cache_encoding", format!("{:?}", settings.kv_encoding).to_lowercase()),
         ("n_blocks", settings.n_blocks.to_string()),
         ("context_length", settings.context_length.to_string()),
     ];

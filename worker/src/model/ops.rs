@@ -12,7 +12,7 @@ pub mod reference;
 use std::fmt::Debug;
 
 use lockstep_collectives::Collective;
-use lockstep_kernels::{AttentionRow, EncodedRows, RopeStyle};
+use lockstep_kernels::{AttentionRow, EncodedRows, KvEncoding, RopeStyle};
 
 use super::{OpError, StepError, batch::Batch, shard::Reduction};
 
@@ -44,7 +44,7 @@ pub struct RopeSpec {
     pub style: RopeStyle,
 }
 
-/// The size of a paged key and value cache.
+/// The size of a paged key and value cache, and how it stores them.
 #[derive(Clone, Copy, Debug)]
 pub struct KvShape {
     /// Layers.
@@ -53,6 +53,8 @@ pub struct KvShape {
     pub n_blocks: usize,
     /// Positions in a block.
     pub block_size: usize,
+    /// How keys and values are stored.
+    pub encoding: KvEncoding,
 }
 
 /// A device and how it computes. See the module for what every method keeps to.

@@ -1,10 +1,15 @@
 use std::hash::{BuildHasher, RandomState};
 
+use lockstep_kernels::KvEncoding;
 use rand::{RngExt, SeedableRng, seq::IndexedRandom};
 use rand_chacha::ChaCha8Rng;
 
 use super::*;
-use crate::group::failure_detector::{Limits, Symptom};
+use crate::{
+    group::failure_detector::{Limits, Symptom},
+    model_runner::{BackendChoice, RunnerSettings},
+    serve::attest,
+};
 
 const TURN: Duration = Duration::from_millis(200);
 const SUSPECT_AFTER: Duration = Duration::from_secs(1);
@@ -78,6 +83,21 @@ fn a_rank_that_differs_is_refused_with_both_values() {
     assert_eq!(refusal(lacks), "rank 1 differs in engine_version: leader 0.1.0, rank 1 has none");
     assert_eq!(refusal(join(0)), "rank 0 is no follower in a group of 2 ranks");
     assert_eq!(refusal(join(2)), "rank 2 is no follower in a group of 2 ranks");
+}
+
+#[test]
+fn a_rank_whose_cache_is_encoded_otherwise_is_refused_by_name() {
+    let attestation = |kv_encoding| {
+        let (backend, n_blocks) = (BackendChoice::Cpu, 8);
+        let settings =
+            RunnerSettings { backend, threads: 1, n_blocks, block_size: 16, kv_encoding, context_length: 128 };
+        attest("ab12", &settings, 2)
+    };
+    let mut group = Membership { attestation: attestation(KvEncoding::F16), ..membership(2) };
+    let differs = Join { attestation: attestation(KvEncoding::Int8), ..join(1) };
+    let actions = group.join(Ticket(7), differs, Instant::now());
+    let [Action::Refuse { refusal, .. }] = actions.as_slice() else { panic!("{actions:?}") };
+    assert_eq!(refusal.to_string(), "rank 1 differs in kv_cache_encoding: leader f16, rank 1 int8");
 }
 
 #[test]

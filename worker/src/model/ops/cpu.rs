@@ -2,8 +2,8 @@
 
 use lockstep_collectives::Collective;
 use lockstep_kernels::{
-    Activations, AttentionBatch, AttentionRow, Cpu, EncodedRows, Forms, KvCache, KvEncoding, NewTokens, PackedMatrix,
-    Product, RopeTable, SumOrder, Terms,
+    Activations, AttentionBatch, AttentionRow, Cpu, EncodedRows, Forms, KvCache, NewTokens, PackedMatrix, Product,
+    RopeTable, SumOrder, Terms,
 };
 
 use super::{
@@ -106,8 +106,8 @@ impl Backend for CpuBackend {
 
     fn new_kv(&mut self, shape: KvShape) -> Result<KvCache, OpError> {
         let AttentionShape { n_kv_heads, head_dim, .. } = self.shape;
-        let KvShape { n_layers, n_blocks, block_size } = shape;
-        Ok(KvCache::new(n_layers, n_blocks, block_size, n_kv_heads, head_dim, KvEncoding::F16)?)
+        let KvShape { n_layers, n_blocks, block_size, encoding } = shape;
+        Ok(KvCache::new(n_layers, n_blocks, block_size, n_kv_heads, head_dim, encoding)?)
     }
 
     fn matrix_bytes(&self, matrix: &PackedMatrix) -> usize {

@@ -1,10 +1,11 @@
 //! The `reference` backend: the same graph on candle tensors, in f32, with eager attention. Short and obviously right,
 //! on any device that candle has; the standard against which the fast backends are tested. It keeps weights
-//! dequantized, so it needs four bytes a parameter, and it does not promise the lockstep rule.
+//! dequantized, so it needs four bytes a parameter, and it does not promise the lockstep rule. Keys and values stay f32,
+//! but are rounded if the cache is to have them in 8 bits.
 
 use candle_core::{D, Device, Tensor};
 use lockstep_collectives::Collective;
-use lockstep_kernels::{AttentionRow, EncodedRows, RopeStyle, dequantize};
+use lockstep_kernels::{AttentionRow, EncodedRows, KvCache, KvEncoding, RopeStyle, dequantize};
 
 use super::{AttentionShape, Backend, KvShape, cpu::gather};
 use crate::model::{OpError, StepError, batch::Batch, shard::Reduction};
@@ -28,6 +29,8 @@ pub struct ReferenceMatrix {
 pub struct ReferenceKv {
     block_size: usize,
     layers: Vec<(Tensor, Tensor)>,
+    /// In int8, the slot that keys and values go through, so that they are rounded as those of the `cpu` backend are.
+    rounding: Option<KvCache>,
 }
 
 impl ReferenceBackend {
@@ -143,7 +146,11 @@ impl Backend for ReferenceBackend {
         let n_slots = shape.n_blocks * shape.block_size;
         let empty = || Tensor::zeros((n_slots, n_kv_heads, head_dim), candle_core::DType::F32, &self.device);
         let layers = (0..shape.n_layers).map(|_| Ok((empty()?, empty()?))).collect::<candle_core::Result<_>>()?;
-        Ok(ReferenceKv { block_size: shape.block_size, layers })
+        let rounding = match shape.encoding {
+            KvEncoding::F16 => None,
+            encoding => Some(KvCache::new(1, 1, shape.block_size, n_kv_heads, head_dim, encoding)?),
+        };
+        Ok(ReferenceKv { block_size: shape.block_size, layers, rounding })
     }
 
     fn matrix_bytes(&self, matrix: &ReferenceMatrix) -> usize {
@@ -217,7 +224,10 @@ impl Backend for ReferenceBackend {
         v: &Tensor,
     ) -> Result<(), OpError> {
         let AttentionShape { n_kv_heads, head_dim, .. } = self.shape;
-        let k = self.rope(k, n_kv_heads, &batch.positions)?;
+        let (mut k, mut v) = (self.rope(k, n_kv_heads, &batch.positions)?, v.clone());
+        if let Some(slot) = &mut kv.rounding {
+            (k, v) = round(slot, &k, &v)?;
+        }
         let (keys, values) = &kv.layers[layer];
         for (row, &slot) in batch.slots.iter().enumerate() {
             let shape = (1, n_kv_heads, head_dim);
@@ -254,4 +264,18 @@ impl Backend for ReferenceBackend {
 /// The values of a tensor of any shape.
 fn to_vec(x: &Tensor) -> Result<Vec<f32>, OpError> {
     Ok(x.flatten_all()?.to_vec1()?)
+}
+
+/// Keys and values, `[n_rows, n_kv_heads * head_dim]` each, as they are once a cache has stored them.
+fn round(cache: &mut KvCache, k: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor), OpError> {
+    let shape = k.shape();
+    let (mut keys, mut values) = (to_vec(k)?, to_vec(v)?);
+    let (head_dim, width) = (cache.head_dim(), cache.n_kv_heads() * cache.head_dim());
+    for (k, v) in keys.chunks_exact_mut(width).zip(values.chunks_exact_mut(width)) {
+        cache.write(0, 0, k, v);
+        for (head, (k, v)) in k.chunks_exact_mut(head_dim).zip(v.chunks_exact_mut(head_dim)).enumerate() {
+            cache.read(0, 0, head, k, v);
+        }
+    }
+    Ok((Tensor::from_vec(keys, shape, k.device())?, Tensor::from_vec(values, shape, v.device())?))
 }
