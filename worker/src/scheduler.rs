@@ -58,7 +58,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Instant;
 
 pub use integrity::Stats;
-use plan::{LogitsRows, SeqId, SequenceStep, StepPlan};
+use plan::{SeqId, SequenceStep, StepPlan};
 use sequence::{Chunk, Room, Sequence};
 use speculation::Speculation;
 
@@ -298,8 +298,11 @@ impl Scheduler {
             // Whoever was preempted just now would only come back to take the same blocks.
             self.admit(&mut chunks, &mut room);
         }
-        self.draft(&mut chunks, &mut room);
-        Scheduled { plan: self.make_plan(chunks), expired }
+        let mut plan = self.make_plan(chunks);
+        if let Some(plan) = &mut plan {
+            self.draft_repeats(plan);
+        }
+        Scheduled { plan, expired }
     }
 
     /// The step has been computed: takes what was sampled, once for each of [`due`](Self::due). Tokens of sequences that
@@ -358,6 +361,11 @@ impl Scheduler {
     pub fn drafts(&self, id: SeqId) -> &[u32] {
         let chunk = self.in_flight.as_ref().and_then(|chunks| chunks.get(&id));
         chunk.map(|chunk| chunk.drafts.as_slice()).unwrap_or_default()
+    }
+
+    /// Rows of the plan under way.
+    fn n_rows_in_flight(&self) -> usize {
+        self.in_flight.iter().flatten().map(|(_, chunk)| chunk.n_rows + chunk.drafts.len()).sum()
     }
 
     /// Prompt tokens that the prefix cache held when the sequence first ran. 0 before that, and once it is gone.
@@ -458,7 +466,7 @@ impl Scheduler {
                 start_position: sequence.n_computed() as u32,
                 token_ids: sequence.rows(chunk),
                 new_blocks: sequence.take_new_blocks(),
-                logits: if chunk.drafts.is_empty() { chunk.logits } else { LogitsRows::All },
+                logits: chunk.logits,
             });
         }
         let plan = StepPlan { step_id: self.next_step_id, released: std::mem::take(&mut self.released), sequences };

@@ -47,7 +47,7 @@ impl Scheduler {
         assert!(self.waiting.len() <= self.config.max_waiting + self.config.max_running);
         assert!(self.running.keys().all(|id| !self.waiting.contains_key(id)), "nobody both waits and runs");
         let in_flight = || self.in_flight.iter().flatten().map(|(_, chunk)| chunk);
-        let n_rows: usize = in_flight().map(|chunk| chunk.n_rows + chunk.drafts.len()).sum();
+        let n_rows = self.n_rows_in_flight();
         assert!(n_rows <= self.config.max_step_tokens, "{n_rows} rows");
         let prompts = in_flight().filter(|chunk| chunk.logits == LogitsRows::All);
         let n_rows: usize = prompts.map(|chunk| chunk.n_rows).sum();

@@ -44,7 +44,8 @@ pub(super) struct Sequence {
     n_computed: usize,
     block_size: usize,
     drafter: Drafter,
-    allowance: Allowance,
+    /// What it may spend on drafts.
+    pub(super) allowance: Allowance,
 }
 
 /// What one step computes of a sequence.
@@ -239,21 +240,19 @@ impl Sequence {
         (n_rows > 0).then_some(Chunk { n_rows, logits, samples, drafts: Vec::new() })
     }
 
-    /// Guesses at the tokens after the known ones, at most `max_drafts`, in a step with `n_decoding` sequences.
-    pub(super) fn draft(&mut self, max_drafts: usize, n_decoding: usize) -> Vec<u32> {
-        // A token is sampled after the last draft, too.
-        let max_drafts = max_drafts.min(self.max_len - self.n_known() - 1).min(self.allowance.n_drafts(n_decoding));
-        if max_drafts == 0 { Vec::new() } else { self.drafter.propose(&self.token_ids, max_drafts) }
+    /// Drafts that it may have: a token is sampled after the last one, too.
+    pub(super) fn max_drafts(&self) -> usize {
+        self.max_len - self.n_known() - 1
     }
 
-    /// So many drafts are in the plan.
-    pub(super) fn pay(&mut self, n_drafts: usize, n_decoding: usize) {
-        self.allowance.pay(n_drafts, n_decoding);
+    /// Drafts what followed its last tokens when they occurred before, at most `max_drafts` tokens.
+    pub(super) fn repeat(&mut self, max_drafts: usize) -> Vec<u32> {
+        self.drafter.propose(&self.token_ids, max_drafts)
     }
 
-    /// The tokens of a chunk.
+    /// The known tokens of a chunk.
     pub(super) fn rows(&self, chunk: &Chunk) -> Vec<u32> {
-        [&self.token_ids[self.n_computed..self.n_computed + chunk.n_rows], &chunk.drafts].concat()
+        self.token_ids[self.n_computed..self.n_computed + chunk.n_rows].to_vec()
     }
 
     /// The blocks of the table that no plan has carried yet; the caller puts them into one.

@@ -1,5 +1,5 @@
 //! A long random life of the scheduler: arrivals, aborts, deadlines, preemptions, shared prefixes, tiny pools, resets,
-//! drafts that turn out right and wrong.
+//! drafts from either source that turn out right and wrong.
 //!
 //! Beside the scheduler runs a follower that knows nothing but the plans. It keeps block tables and a KV storage in which
 //! each slot remembers the tokens that its keys and values stand for. Every row that a plan computes must find, in every
@@ -14,7 +14,7 @@ use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use super::plan::{BlockId, LogitsRows, SeqId, SequenceStep, StepPlan};
-use super::speculation::{MAX_ROWS, Speculation};
+use super::speculation::{Draftable, Drafts, MAX_ROWS, Speculation};
 use super::{Ended, NewSequence, Refusal, Sampled, Scheduled, Scheduler, SchedulerConfig};
 use crate::test_seed::seed;
 
@@ -63,6 +63,9 @@ struct Seen {
     drafts_rejected: u64,
     drafts_cut_by_a_stop: u64,
     blocks_for_drafts: u64,
+    model_drafts: u64,
+    model_drafts_beside_repeats: u64,
+    model_without_drafts: u64,
 }
 
 impl Seen {
@@ -87,6 +90,9 @@ impl Seen {
             self.drafts_rejected,
             self.drafts_cut_by_a_stop,
             self.blocks_for_drafts,
+            self.model_drafts,
+            self.model_drafts_beside_repeats,
+            self.model_without_drafts,
         ];
         // The rarest happens about twenty times: so few that a higher limit would fail by chance now and then.
         assert!(counts.iter().all(|count| *count >= 3), "{self:?}");
@@ -179,6 +185,17 @@ struct World {
     arrival_probability: f64,
     /// Text mostly repeats what stands so many tokens before.
     period: Option<usize>,
+    /// A draft model, if there is one.
+    draft_model: Option<Oracle>,
+}
+
+/// A draft model that knows what is right, and says it now and then.
+#[derive(Clone, Copy)]
+struct Oracle {
+    /// How often a draft is right.
+    p_right: f64,
+    /// The longest that one of its steps takes, in steps of one row.
+    step_time_max: f64,
 }
 
 impl World {
@@ -204,6 +221,10 @@ impl World {
             next_step_id: 0,
             arrival_probability: *[0.05, 0.3, 0.9].choose(rng).unwrap(),
             period: rng.random_bool(0.8).then(|| rng.random_range(1..8)),
+            draft_model: rng.random_bool(0.6).then(|| Oracle {
+                p_right: *[0.0, 0.5, 0.9, 1.0].choose(rng).unwrap(),
+                step_time_max: *[0.0, 0.1, 3.0].choose(rng).unwrap(),
+            }),
             config,
         }
     }
@@ -301,8 +322,12 @@ impl World {
         seen.steps += 1;
         self.now += Duration::from_millis(rng.random_range(0..3));
         let without_drafts = rng.random_bool(0.1).then(|| self.schedule_without_drafts());
-        let scheduled = self.scheduler.schedule(self.now);
+        let mut scheduled = self.scheduler.schedule(self.now);
         self.scheduler.check_integrity();
+        if let (Some(plan), Some(draft_model)) = (&mut scheduled.plan, self.draft_model) {
+            self.ask(draft_model, plan, rng, seen);
+            self.scheduler.check_integrity();
+        }
         if let Some(without_drafts) = without_drafts {
             self.check_that_nobody_pays(&scheduled, &without_drafts, seen);
         }
@@ -325,6 +350,32 @@ impl World {
         }
         self.commit(&plan, rng, seen);
         assert!(self.clients.values().all(|client| seen.steps < client.must_end_by), "somebody starves");
+    }
+
+    /// Has the draft model draft for whoever may have drafts from it, or for some of them.
+    fn ask(&mut self, draft_model: Oracle, plan: &mut StepPlan, rng: &mut ChaCha8Rng, seen: &mut Seen) {
+        let step_time = rng.random_range(0.0..=draft_model.step_time_max);
+        let mut drafts = Vec::new();
+        for Draftable { id, max_drafts, .. } in self.scheduler.draftable(step_time) {
+            assert!(max_drafts > 0 && self.scheduler.drafts(id).is_empty());
+            if rng.random_bool(0.2) {
+                continue;
+            }
+            let mut token_ids = self.clients[&id].token_ids.clone();
+            for _ in 0..rng.random_range(0..=max_drafts) {
+                let right = next_token(&token_ids, self.period);
+                let is_right = rng.random_bool(draft_model.p_right);
+                token_ids.push(if is_right { right } else { (right + 1) % VOCAB_SIZE });
+            }
+            let token_ids = token_ids.split_off(self.clients[&id].token_ids.len());
+            drafts.push(Drafts { id, token_ids });
+        }
+        let n_repeat = plan.sequences.iter().filter(|step| !self.scheduler.drafts(step.id).is_empty()).count();
+        let n_wanted: usize = drafts.iter().map(|drafts| drafts.token_ids.len()).sum();
+        seen.model_drafts += n_wanted as u64;
+        seen.model_drafts_beside_repeats += u64::from(n_repeat > 0 && n_wanted > 0);
+        seen.model_without_drafts += u64::from(drafts.iter().any(|drafts| drafts.token_ids.is_empty()));
+        self.scheduler.add_drafts(plan, drafts, step_time * n_wanted as f64);
     }
 
     fn check_expired(&mut self, expired: &[SeqId], seen: &mut Seen) {
