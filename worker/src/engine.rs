@@ -10,6 +10,7 @@
 //!      └────────Event, one bounded queue a job────┘
 //! ```
 
+pub mod draft_model;
 pub mod follower;
 pub mod handle;
 pub mod leader;

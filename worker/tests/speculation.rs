@@ -1,7 +1,7 @@
 //! Speculation changes nothing but the number of steps: the same jobs, with and without it, through the leader's loop.
 //!
 //! The model is a parrot. It keeps its tokens in slots, as others keep keys and values, and reads what it has heard from
-//! there: a draft that was rejected and not written over would be heard.
+//! there: a draft that was rejected and not written over would be heard. The draft model is a parrot that thinks less.
 
 #![allow(clippy::unwrap_used, reason = "a test's helpers panic as tests do")]
 
@@ -16,16 +16,18 @@ use std::{
 };
 
 use lockstep_collectives::Collective;
+use lockstep_kernels::KvEncoding;
 use lockstep_worker::{
     engine::{
         Event, FinishReason, Job,
+        draft_model::DraftModel,
         handle::{self, EngineHandle},
         leader::Leader,
         metrics::Metrics,
     },
     group::{Attestation, GroupConfig, LeaderGroup},
     model::{StepError, llama::LogitsRoom},
-    model_runner::RunStep,
+    model_runner::{BackendChoice, RunStep, RunnerSettings},
     sampler::{SamplingParams, TokenLogprobs},
     scheduler::{
         Scheduler, SchedulerConfig,
@@ -42,15 +44,40 @@ use tokio_stream::StreamExt as _;
 const VOCAB_SIZE: usize = 24;
 const BLOCK_SIZE: usize = 4;
 
-/// What is said repeats what was said so many tokens before, mostly.
+/// What is said depends on what was said so many tokens before, mostly.
 const PERIOD: usize = 9;
+
+/// Times that the model thinks everything over: a draft model must be faster to be asked.
+const N_THOUGHTS: usize = 200;
 
 /// Far longer than anything here takes: a test that would hang fails instead.
 const HANG: Duration = Duration::from_secs(60);
 
+/// How a parrot speaks.
+#[derive(Clone, Copy, Debug)]
+enum Speech {
+    /// It says the same again.
+    Repeats,
+    /// It says the next number, so that no three tokens are followed by what followed them before.
+    Counts,
+}
+
+/// What speculates.
+#[derive(Clone, Copy, Debug)]
+struct Setting {
+    speech: Speech,
+    n_blocks: u32,
+    /// Jobs at a time.
+    at_a_time: usize,
+    /// Blocks of the draft model, if there is one.
+    n_draft_blocks: Option<usize>,
+}
+
 /// See the module's documentation.
 #[derive(Debug)]
 struct Parrot {
+    speech: Speech,
+    n_thoughts: usize,
     slots: HashMap<usize, u32>,
     tables: HashMap<SeqId, Vec<usize>>,
     gone: HashSet<SeqId>,
@@ -78,13 +105,26 @@ struct Engine {
 // === impl Parrot ===
 
 impl Parrot {
-    /// Logits after a text: noise that depends on every token of it, and a liking for what it repeats.
-    fn logits(heard: &[u32]) -> Vec<f32> {
+    fn new(speech: Speech, n_thoughts: usize) -> Self {
+        let (slots, tables, gone, n_came_back) = Default::default();
+        Self { speech, n_thoughts, slots, tables, gone, n_came_back }
+    }
+
+    /// Logits after a text: noise that depends on every token of it, and a liking for what its speech demands. Without a
+    /// thought there is no noise, and no doubt either.
+    fn logits(&self, heard: &[u32]) -> Vec<f32> {
         let seed = heard.iter().fold(1, |seed: u64, token| seed.wrapping_mul(0x100_0000_01B3) ^ u64::from(*token));
-        let mut noise = ChaCha8Rng::seed_from_u64(seed);
-        let mut logits: Vec<f32> = (0..VOCAB_SIZE).map(|_| noise.random_range(-2.0..2.0)).collect();
-        if let Some(repeated) = heard.iter().nth_back(PERIOD - 1) {
-            logits[*repeated as usize] += 3.0;
+        let mut logits = vec![0.0; VOCAB_SIZE];
+        for _ in 0..self.n_thoughts {
+            let mut noise = ChaCha8Rng::seed_from_u64(seed);
+            logits.fill_with(|| noise.random_range(-2.0..2.0));
+        }
+        if let Some(said) = heard.iter().nth_back(PERIOD - 1) {
+            let next = match self.speech {
+                Speech::Repeats => *said as usize,
+                Speech::Counts => (*said as usize + 1) % VOCAB_SIZE,
+            };
+            logits[next] += if self.n_thoughts == 0 { 7.0 } else { 3.0 };
         }
         logits
     }
@@ -99,8 +139,9 @@ impl RunStep for Parrot {
         room.logits.clear();
         for step in &plan.sequences {
             self.n_came_back.fetch_add(u64::from(self.gone.remove(&step.id)), Ordering::Relaxed);
-            let table = self.tables.entry(step.id).or_default();
-            table.extend(step.new_blocks.iter().map(|block| block.0 as usize));
+            let new_blocks = step.new_blocks.iter().map(|block| block.0 as usize);
+            self.tables.entry(step.id).or_default().extend(new_blocks);
+            let table = &self.tables[&step.id];
             let slot = |position: usize| table[position / BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE;
             let rows = step.start_position as usize..step.start_position as usize + step.token_ids.len();
             self.slots.extend(rows.clone().map(slot).zip(step.token_ids.iter().copied()));
@@ -111,7 +152,7 @@ impl RunStep for Parrot {
             };
             for row in wanted {
                 let heard: Vec<u32> = (0..=row).map(|position| self.slots[&slot(position)]).collect();
-                room.logits.extend(Self::logits(&heard));
+                room.logits.extend(self.logits(&heard));
             }
         }
         Ok(())
@@ -134,7 +175,7 @@ impl RunStep for Parrot {
 // === impl Engine ===
 
 impl Engine {
-    fn start(speculation: Speculation, n_blocks: u32) -> Self {
+    fn start(speculation: Speculation, setting: Setting) -> Self {
         let runtime = Runtime::new().unwrap();
         let attestation = Attestation::from_iter([("test", "")]);
         let (group, _rpc) = LeaderGroup::new(GroupConfig::default(), attestation, runtime.handle()).unwrap();
@@ -144,21 +185,28 @@ impl Engine {
             max_prompt_logits_rows: 8,
             max_running: 4,
             max_waiting: 16,
-            n_blocks,
+            n_blocks: setting.n_blocks,
             block_size: BLOCK_SIZE as u32,
             context_length: 128,
             speculation,
         });
-        let n_came_back = Arc::new(AtomicU64::new(0));
-        let runner = Parrot {
-            slots: HashMap::new(),
-            tables: HashMap::new(),
-            gone: HashSet::new(),
-            n_came_back: Arc::clone(&n_came_back),
-        };
+        let runner = Parrot::new(setting.speech, N_THOUGHTS);
+        let n_came_back = Arc::clone(&runner.n_came_back);
+        let draft_model = setting.n_draft_blocks.map(|n_blocks| {
+            let settings = RunnerSettings {
+                backend: BackendChoice::Cpu,
+                threads: 1,
+                n_blocks,
+                block_size: BLOCK_SIZE,
+                kv_encoding: KvEncoding::F16,
+                context_length: 100,
+            };
+            DraftModel::new(Box::new(Parrot::new(setting.speech, 0)), &settings)
+        });
         let (handle, port) = handle::channel(Instant::now());
         let metrics = Metrics::register(&mut Registry::default());
         let leader = Leader::new(group, Box::new(runner), scheduler.unwrap(), metrics.clone(), port);
+        let leader = leader.with_draft_model(draft_model);
         let thread = std::thread::spawn(move || leader.run());
         let engine = Self { handle, metrics, n_came_back, thread, runtime };
         engine.wait(async { engine.handle.status().wait_for(|status| status.ready).await.map(drop) }).unwrap();
@@ -245,12 +293,12 @@ fn jobs() -> Vec<Job> {
     ]
 }
 
-/// Runs jobs with and without speculation, so many at a time, and compares all that their readers are told.
+/// Runs jobs with and without speculation and compares all that their readers are told.
 #[track_caller]
-fn check(n_blocks: u32, at_a_time: usize) {
-    let plain = Engine::start(Speculation::Off, n_blocks);
-    let speculative = Engine::start(Speculation::Ngram, n_blocks);
-    for jobs in jobs().chunks(at_a_time) {
+fn check(setting: Setting) {
+    let plain = Engine::start(Speculation::Off, Setting { n_draft_blocks: None, ..setting });
+    let speculative = Engine::start(Speculation::Ngram, setting);
+    for jobs in jobs().chunks(setting.at_a_time) {
         let (wanted, got) = (plain.run(jobs), speculative.run(jobs));
         for ((job, wanted), got) in jobs.iter().zip(wanted).zip(got) {
             assert_eq!(got, wanted, "{job:?}");
@@ -260,25 +308,46 @@ fn check(n_blocks: u32, at_a_time: usize) {
     println!("{} steps of sequences, {} without drafts", steps(&speculative), steps(&plain));
     assert_eq!(plain.metrics.drafted_tokens.get(), 0);
     let (drafted, accepted) = (speculative.metrics.drafted_tokens.get(), speculative.metrics.accepted_tokens.get());
-    assert!(accepted >= 50 && drafted >= accepted + 20, "{accepted} of {drafted} drafts were right");
-    if n_blocks < 50 {
+    // How often a draft model is asked depends on how fast it is found to be.
+    let (some, more) = if setting.n_draft_blocks.is_some() { (20, 10) } else { (50, 20) };
+    assert!(accepted >= some && drafted >= accepted + more, "{accepted} of {drafted} drafts were right");
+    if setting.n_blocks < 50 {
         assert!(speculative.n_came_back.load(Ordering::Relaxed) > 0, "somebody was preempted");
     }
     plain.stop();
     speculative.stop();
 }
 
+/// Without a draft model.
+const REPEATS: Setting = Setting { speech: Speech::Repeats, n_blocks: 256, at_a_time: 1, n_draft_blocks: None };
+
+/// With one, whose cache holds all that runs.
+const COUNTS: Setting = Setting { speech: Speech::Counts, n_draft_blocks: Some(256), ..REPEATS };
+
 #[test]
 fn a_job_alone_is_told_the_same() {
-    check(64, 1);
+    check(Setting { n_blocks: 64, ..REPEATS });
+    check(Setting { n_blocks: 64, ..COUNTS });
 }
 
 #[test]
 fn jobs_side_by_side_are_told_the_same() {
-    check(256, 3);
+    check(Setting { at_a_time: 3, ..REPEATS });
+    check(Setting { at_a_time: 3, ..COUNTS });
 }
 
 #[test]
 fn jobs_that_preempt_one_another_are_told_the_same() {
-    check(36, 4);
+    check(Setting { n_blocks: 36, at_a_time: 4, ..REPEATS });
+    check(Setting { n_blocks: 36, at_a_time: 4, ..COUNTS });
+}
+
+#[test]
+fn a_draft_model_and_what_was_said_before_may_take_turns() {
+    check(Setting { at_a_time: 2, n_draft_blocks: Some(256), ..REPEATS });
+}
+
+#[test]
+fn a_draft_model_that_has_no_room_for_all_is_no_harm() {
+    check(Setting { at_a_time: 3, n_draft_blocks: Some(24), ..COUNTS });
 }

@@ -13,6 +13,7 @@ use tracing::{debug, info, warn};
 
 use super::{
     EngineError,
+    draft_model::{DraftModel, Found},
     handle::{Command, EnginePort, EngineStatus, Submission},
     live::{LiveJobs, Reason},
     metrics::Metrics,
@@ -37,6 +38,7 @@ pub struct Leader {
     group: LeaderGroup,
     runner: Box<dyn RunStep>,
     room: LogitsRoom,
+    draft_model: Option<DraftModel>,
     scheduler: Scheduler,
     sampler: Sampler,
     metrics: Metrics,
@@ -57,6 +59,8 @@ enum EpochEnd {
     Group(#[from] GroupError),
     #[error(transparent)]
     Step(#[from] StepError),
+    #[error("the draft model: {0}")]
+    DraftModel(StepError),
 }
 
 impl Leader {
@@ -73,6 +77,7 @@ impl Leader {
             group,
             runner,
             room: LogitsRoom::default(),
+            draft_model: None,
             scheduler,
             sampler,
             metrics,
@@ -83,6 +88,12 @@ impl Leader {
             ready: false,
             draining: false,
         }
+    }
+
+    /// Has a draft model, of the same vocabulary, draft where the scheduler allows it.
+    #[must_use]
+    pub fn with_draft_model(self, draft_model: Option<DraftModel>) -> Self {
+        Self { draft_model, ..self }
     }
 
     /// Serves until it is stopped. Blocks: the thread is the engine's own.
@@ -123,6 +134,9 @@ impl Leader {
         if let Err(failure) = warm_up(self.runner.as_mut(), collective.as_mut()) {
             return failure.into();
         }
+        if let Some(Err(failure)) = self.draft_model.as_mut().map(DraftModel::reset) {
+            return EpochEnd::DraftModel(failure);
+        }
         self.ready = true;
         info!(epoch = number, world_size = collective.world_size(), "the group is ready");
         loop {
@@ -151,7 +165,8 @@ impl Leader {
         for id in scheduled.expired {
             self.live.finish(id, Reason::Deadline);
         }
-        if let Some(plan) = scheduled.plan {
+        if let Some(mut plan) = scheduled.plan {
+            self.draft(&mut plan).map_err(EpochEnd::DraftModel)?;
             self.step(&plan, collective)?;
         }
         self.answer_drains();
@@ -159,11 +174,31 @@ impl Leader {
         Ok(ControlFlow::Continue(()))
     }
 
+    /// Adds what the draft model guesses to a plan.
+    fn draft(&mut self, plan: &mut StepPlan) -> Result<(), StepError> {
+        let Some(draft_model) = &mut self.draft_model else { return Ok(()) };
+        draft_model.release(&plan.released);
+        let draftable = self.scheduler.draftable(draft_model.step_time());
+        let asked: Vec<_> = draftable.into_iter().filter_map(|draftable| self.live.ask(draftable)).collect();
+        if asked.is_empty() {
+            return Ok(());
+        }
+        let start = Instant::now();
+        let Found { drafts, time } = draft_model.draft(&asked, &mut self.sampler)?;
+        self.metrics.draft.observe(start.elapsed().as_secs_f64());
+        self.scheduler.add_drafts(plan, drafts, time);
+        Ok(())
+    }
+
     /// Runs one plan on every rank and hands its tokens out.
     fn step(&mut self, plan: &StepPlan, collective: &mut dyn Collective) -> Result<(), EpochEnd> {
         self.group.send_plan(plan, self.live.announce(plan))?;
         let (runner, room) = (self.runner.as_mut(), &mut self.room);
+        let start = Instant::now();
         self.metrics.time_step(collective, |collective| runner.run(plan, collective, room))?;
+        if let Some(draft_model) = &mut self.draft_model {
+            draft_model.note_target_step(plan.n_rows(), start.elapsed());
+        }
 
         let room = std::mem::take(&mut self.room);
         let (sampled, cut_off) = self.hand_out(plan, &room.logits);

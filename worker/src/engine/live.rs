@@ -4,12 +4,13 @@ use std::{collections::HashMap, time::Instant};
 
 use tokio::sync::mpsc::error::TrySendError;
 
-use super::{EngineError, Event, FinishReason, GenerationId, Job, handle::Outlet};
+use super::{EngineError, Event, FinishReason, GenerationId, Job, draft_model::Asked, handle::Outlet};
 use crate::{
     sampler::{Sampler, TokenLogprobs},
     scheduler::{
         NewSequence, Refusal, Sampled, Scheduler,
         plan::{SeqId, SequenceStep, StepPlan},
+        speculation::Draftable,
     },
 };
 
@@ -123,6 +124,13 @@ impl LiveJobs {
         for (row, &token) in logits.chunks_exact(sampler.vocab_size()).zip(predicted) {
             live.prompt_logprobs.push(sampler.logprobs(row, token, n_top));
         }
+    }
+
+    /// What a draft model is to know of a sequence.
+    pub(super) fn ask(&self, draftable: Draftable) -> Option<Asked<'_>> {
+        let sequence = self.sequences.get(&draftable.id)?;
+        let Job { prompt, params, .. } = &self.jobs.get(&sequence.generation)?.job;
+        Some(Asked { draftable, prompt, emitted: &sequence.emitted, params, choice: sequence.choice })
     }
 
     /// Samples a sequence's next tokens and tells the reader: one from the first row of `logits`,

@@ -17,6 +17,8 @@ pub struct Metrics {
     pub step: Histogram,
     /// Time of a step that went into collectives: waiting for the slowest rank, and moving data.
     pub collective: Histogram,
+    /// Time that a step waited for the draft model.
+    pub draft: Histogram,
     /// Prompt tokens of admitted jobs.
     pub prompt_tokens: Counter,
     /// Tokens sampled.
@@ -50,6 +52,7 @@ impl Metrics {
         let metrics = Self {
             step: Histogram::new(step_buckets()),
             collective: Histogram::new(step_buckets()),
+            draft: Histogram::new(step_buckets()),
             prompt_tokens: Counter::<u64, AtomicU64>::default(),
             generated_tokens: Counter::default(),
             drafted_tokens: Counter::default(),
@@ -68,6 +71,8 @@ impl Metrics {
         sub.register_with_unit("step", "Time of a step on this rank", Unit::Seconds, metrics.step.clone());
         let help = "Time of a step on this rank that went into collectives";
         sub.register_with_unit("collective", help, Unit::Seconds, metrics.collective.clone());
+        let help = "Time that a step waited for the draft model";
+        sub.register_with_unit("draft", help, Unit::Seconds, metrics.draft.clone());
         sub.register("prompt_tokens", "Prompt tokens of admitted jobs", metrics.prompt_tokens.clone());
         sub.register("generated_tokens", "Tokens sampled", metrics.generated_tokens.clone());
         sub.register("drafted_tokens", "Tokens guessed in advance", metrics.drafted_tokens.clone());

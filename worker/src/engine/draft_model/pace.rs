@@ -1,0 +1,84 @@
+//! A pace: how long steps take, of the model that is served and of the draft model, smoothed.
+
+use std::time::Duration;
+
+use crate::scheduler::speculation::{MAX_ROWS, step_time};
+
+/// The part of an average that a new value makes up: an average forgets in some tens of steps.
+const WEIGHT: f64 = 1.0 / 16.0;
+
+/// A value counts for at most so many times the average. A step in which the machine did something else may take a
+/// hundred times as long, and says nothing of the next one.
+const MAX_OUTLIER: f64 = 2.0;
+
+/// See the module's documentation. Unit: seconds.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Pace {
+    /// Of a step of the draft model.
+    draft_step: Average,
+    /// Of a step of the served model with one row.
+    target_row: Average,
+}
+
+#[derive(Clone, Debug, Default)]
+struct Average(Option<f64>);
+
+impl Pace {
+    pub(super) fn note_draft_step(&mut self, took: Duration) {
+        self.draft_step.note(took.as_secs_f64());
+    }
+
+    /// Steps with many rows say nothing of those that only decode.
+    pub(super) fn note_target_step(&mut self, n_rows: usize, took: Duration) {
+        if n_rows <= MAX_ROWS {
+            self.target_row.note(took.as_secs_f64() / step_time(n_rows));
+        }
+    }
+
+    /// How long a step of the draft model takes, in steps of one row of the served model. Nothing, as long as nothing is
+    /// known.
+    pub(super) fn draft_step_time(&self) -> f64 {
+        match (self.draft_step.0, self.target_row.0) {
+            (Some(draft), Some(target)) if target > 0.0 => draft / target,
+            _ => 0.0,
+        }
+    }
+}
+
+impl Average {
+    fn note(&mut self, value: f64) {
+        let average = self.0.unwrap_or(value);
+        self.0 = Some(average + WEIGHT * (value.min(MAX_OUTLIER * average) - average));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MS: Duration = Duration::from_millis(1);
+
+    #[test]
+    fn times_are_in_steps_of_one_row() {
+        let mut pace = Pace::default();
+        pace.note_draft_step(2 * MS);
+        assert_eq!(pace.draft_step_time(), 0.0, "nothing to compare it with");
+        pace.note_target_step(MAX_ROWS + 1, MS);
+        assert_eq!(pace.draft_step_time(), 0.0, "a prefill");
+        pace.note_target_step(1, 10 * MS);
+        assert!((pace.draft_step_time() - 0.2).abs() < 1e-9, "{pace:?}");
+        (0..100).for_each(|_| pace.note_target_step(5, 20 * MS));
+        assert!((pace.draft_step_time() - 0.2).abs() < 1e-9, "five rows take as long as two steps: {pace:?}");
+    }
+
+    #[test]
+    fn an_outlier_counts_little_and_a_change_is_followed() {
+        let mut pace = Pace::default();
+        pace.note_target_step(1, 10 * MS);
+        pace.note_draft_step(MS);
+        pace.note_draft_step(1_000 * MS);
+        assert!(pace.draft_step_time() < 0.11, "{pace:?}");
+        (0..100).for_each(|_| pace.note_draft_step(10 * MS));
+        assert!((pace.draft_step_time() - 1.0).abs() < 0.1, "{pace:?}");
+    }
+}
