@@ -32,6 +32,9 @@ pub struct TinyModel {
     pub seed: u64,
     /// Transformer layers.
     pub n_layers: usize,
+    /// Further layers that add nothing: they take time, and change no logit. Without them it is a model that says the same
+    /// and is faster.
+    pub n_idle_layers: usize,
     /// Query heads; a multiple of `n_kv_heads`.
     pub n_heads: usize,
     /// Key and value heads.
@@ -76,6 +79,7 @@ impl Default for TinyModel {
         TinyModel {
             seed: 0,
             n_layers: 2,
+            n_idle_layers: 0,
             n_heads: 16,
             n_kv_heads: 8,
             head_dim: 32,
@@ -130,7 +134,9 @@ impl TinyModel {
         let mut data = header.write(Vec::new())?;
         let mut weights = Weights { rng: ChaCha8Rng::seed_from_u64(self.seed) };
         for tensor in &tensors {
-            data.write(&quantize(self.encoding_of(tensor), &weights.draw(tensor)))?;
+            let is_idle = tensor.layer.is_some_and(|layer| layer >= self.n_layers);
+            let values = if is_idle { vec![0.0; tensor.shape.iter().product()] } else { weights.draw(tensor) };
+            data.write(&quantize(self.encoding_of(tensor), &values))?;
         }
         if let Some(factors) = &self.rope_factors {
             data.write(&quantize(Encoding::F32, factors))?;
@@ -140,7 +146,7 @@ impl TinyModel {
 
     fn shape(&self) -> LlamaShape {
         LlamaShape {
-            n_layers: self.n_layers,
+            n_layers: self.n_layers + self.n_idle_layers,
             hidden_dim: self.hidden_dim,
             ffn_dim: self.ffn_dim,
             n_heads: self.n_heads,

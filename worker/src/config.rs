@@ -47,6 +47,8 @@ pub struct ModelSettings {
     pub path: PathBuf,
     /// The name that requests use.
     pub name: String,
+    /// A GGUF file with a smaller model that drafts.
+    pub draft_path: Option<PathBuf>,
 }
 
 /// How the engine computes. See [`KEYS`] for what each setting costs.
@@ -87,6 +89,13 @@ const MAX_PROMPT_LOGITS_ROWS: usize = 64;
 pub const KEYS: &[Key] = &[
     Key { path: "model.path", help: "GGUF file to serve. Default: none, it must be given." },
     Key { path: "model.name", help: "Name that requests use for the model. Default: default." },
+    Key {
+        path: "model.draft_path",
+        help: "GGUF file of a smaller model with the same vocabulary, which drafts where engine.speculation finds \
+               nothing to repeat. Default: none. Rank 0 alone loads it, with a cache of engine.kv_cache_tokens; the \
+               others need not have the file. Text comes faster if it is much faster than the model and often right, and \
+               at most 2 % slower if not, once it has read the prompt. What comes is the same.",
+    },
     Key {
         path: "engine.backend",
         help: "cpu (our own kernels) or reference (candle tensors: plain and slow, for comparison). Default: cpu.",
@@ -133,9 +142,9 @@ pub const KEYS: &[Key] = &[
     Key {
         path: "engine.speculation",
         help: "ngram (while at most 4 sequences decode, each also computes up to 7 tokens that it may be about to repeat, \
-               and keeps those that turn out right) or off. Default: ngram. Text that copies comes faster; other text \
-               at most 2 % slower, and who shares a step with one that copies waits longer for it. What comes is the \
-               same. Rank 0 decides; the others need not have the same value.",
+               and keeps those that turn out right; model.draft_path gives more of them) or off. Default: ngram. Text \
+               that copies comes faster; other text at most 2 % slower, and who shares a step with one that copies waits \
+               longer for it. What comes is the same. Rank 0 decides; the others need not have the same value.",
     },
     Key {
         path: "engine.stall_after_ms",
@@ -161,7 +170,7 @@ impl Default for WorkerConfig {
 
 impl Default for ModelSettings {
     fn default() -> Self {
-        Self { path: PathBuf::new(), name: "default".into() }
+        Self { path: PathBuf::new(), name: "default".into(), draft_path: None }
     }
 }
 
@@ -216,6 +225,11 @@ impl Settings for WorkerConfig {
 }
 
 impl WorkerConfig {
+    /// Whether this rank has a use for a draft model.
+    pub fn drafts(&self) -> bool {
+        self.group.rank == 0 && self.engine.speculation != Speculation::Off
+    }
+
     /// What the server needs.
     pub fn server(&self) -> ServerSettings {
         ServerSettings {
@@ -228,7 +242,7 @@ impl WorkerConfig {
 }
 
 impl EngineSettings {
-    /// How this rank's runner is built.
+    /// How the runner of `model` is built on this rank.
     pub fn runner(&self, model: &ModelConfig) -> RunnerSettings {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         RunnerSettings {

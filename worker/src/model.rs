@@ -19,6 +19,8 @@ pub mod mlp;
 pub mod ops;
 pub mod shard;
 
+use std::path::PathBuf;
+
 use lockstep_checkpoint::CheckpointError;
 use lockstep_collectives::CollectiveError;
 
@@ -42,6 +44,16 @@ pub enum LoadError {
         /// What was asked for.
         world_size: usize,
         /// What stands against it.
+        why: String,
+    },
+    /// Two models that are to speak of the same tokens do not.
+    #[error("{} and {} have different vocabularies: {why}", path.display(), other.display())]
+    Vocabulary {
+        /// One file.
+        path: PathBuf,
+        /// The other.
+        other: PathBuf,
+        /// A difference, in the same order.
         why: String,
     },
     /// A kernel refused a weight.

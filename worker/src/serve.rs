@@ -22,6 +22,7 @@ use crate::{
     VERSION,
     config::WorkerConfig,
     engine::{
+        draft_model::DraftModel,
         follower::Follower,
         handle::{self, EngineHandle},
         leader::Leader,
@@ -53,6 +54,7 @@ const READINESS_INTERVAL: Duration = Duration::from_millis(500);
 /// A rank's loaded shard, and what it says about itself.
 struct Shard {
     runner: Box<dyn RunStep>,
+    draft_model: Option<DraftModel>,
     settings: RunnerSettings,
     identity: Identity,
     attestation: Attestation,
@@ -118,6 +120,7 @@ fn load(config: &WorkerConfig) -> Result<Shard> {
     let digest = std::thread::spawn(move || digesting.digest());
     let (rank, world_size) = (config.group.rank, config.group.world_size);
     let source = Source::open(checkpoint, rank, world_size).with_context(|| path.display().to_string())?;
+    let draft_source = open_draft_model(config, &source)?;
     let settings = config.engine.runner(source.config());
     let runner = model_runner::build(&source, &settings).with_context(|| path.display().to_string())?;
     let digest = digest.join().map_err(|_| anyhow!("the digest panicked"))?;
@@ -126,6 +129,7 @@ fn load(config: &WorkerConfig) -> Result<Shard> {
     info!(rank, world_size, seconds = start.elapsed().as_secs_f64(), "loaded {}", path.display());
     Ok(Shard {
         runner,
+        draft_model: draft_source.map(|source| load_draft_model(&source, &settings)).transpose()?,
         settings,
         attestation: attest(&digest, &settings, world_size),
         identity: Identity {
@@ -136,6 +140,29 @@ fn load(config: &WorkerConfig) -> Result<Shard> {
             limits: Limits { vocab_size, context_length: settings.context_length },
         },
     })
+}
+
+/// The model that drafts for `target`, whole, where one is wanted.
+fn open_draft_model(config: &WorkerConfig, target: &Source) -> Result<Option<Source>> {
+    let Some(path) = config.model.draft_path.as_ref().filter(|_| config.drafts()) else { return Ok(None) };
+    let open = || -> Result<Source> {
+        let source =
+            Source::open(Arc::new(Checkpoint::open(path)?), 0, 1).with_context(|| path.display().to_string())?;
+        source.check_same_vocabulary(target)?;
+        Ok(source)
+    };
+    open().map(Some).context("model.draft_path")
+}
+
+/// It computes in turn with the model that is served: the threads of one sleep while those of the other work.
+fn load_draft_model(source: &Source, target: &RunnerSettings) -> Result<DraftModel> {
+    let start = Instant::now();
+    let context_length = target.context_length.min(source.config().context_length);
+    let settings = RunnerSettings { context_length, ..*target };
+    let path = source.checkpoint().path().display();
+    let runner = model_runner::build(source, &settings).with_context(|| format!("model.draft_path: {path}"))?;
+    info!(seconds = start.elapsed().as_secs_f64(), "loaded {path} to draft");
+    Ok(DraftModel::new(runner, &settings))
 }
 
 /// All that decides the result of a step.
@@ -154,12 +181,12 @@ pub fn attest(digest: &str, settings: &RunnerSettings, world_size: usize) -> Att
 }
 
 fn start_leader(config: &WorkerConfig, shard: Shard, metrics: Metrics, switches: &Switches) -> Result<Engine> {
-    let Shard { runner, settings, identity, attestation } = shard;
+    let Shard { runner, draft_model, settings, identity, attestation } = shard;
     let (group, rpc) = LeaderGroup::new(config.group.clone(), attestation, &Handle::current())?;
     let (stop, hung) = (group.stop_handle(), group.hung());
     let scheduler = Scheduler::new(config.engine.scheduler(&settings))?;
     let (handle, port) = handle::channel(Instant::now());
-    let leader = Leader::new(group, runner, scheduler, metrics, port);
+    let leader = Leader::new(group, runner, scheduler, metrics, port).with_draft_model(draft_model);
     let thread = std::thread::Builder::new().name("engine".into()).spawn(move || {
         leader.run();
         Ok(())

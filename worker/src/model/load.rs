@@ -59,6 +59,31 @@ impl Source {
         &self.checkpoint
     }
 
+    /// Sees to it that a token id means the same to another model: vocabularies have one size and, where both files spell
+    /// them out, the same texts.
+    ///
+    /// # Errors
+    /// Two different vocabularies, or one that cannot be read.
+    pub fn check_same_vocabulary(&self, other: &Source) -> Result<(), LoadError> {
+        const TEXTS: &str = "tokenizer.ggml.tokens";
+        let differs = |why: String| LoadError::Vocabulary {
+            path: self.checkpoint.path().to_owned(),
+            other: other.checkpoint.path().to_owned(),
+            why,
+        };
+        let (mine, others) = (self.config.vocab_size, other.config.vocab_size);
+        if mine != others {
+            return Err(differs(format!("{mine} tokens and {others}")));
+        }
+        let mine = self.checkpoint.metadata().opt_strings(TEXTS)?;
+        let others = other.checkpoint.metadata().opt_strings(TEXTS)?;
+        let pairs = mine.unwrap_or_default().iter().zip(others.unwrap_or_default());
+        match pairs.enumerate().find(|(_, (mine, others))| mine != others) {
+            None => Ok(()),
+            Some((id, (mine, others))) => Err(differs(format!("token {id} is {mine:?} and {others:?}"))),
+        }
+    }
+
     /// The attention that this rank computes.
     ///
     /// `context_length`: positions are below this.
