@@ -14,7 +14,10 @@ use lockstep_proto::v1::{
     ChatRequest, ContentPart, Conversation, Message, RawPrompt, Role, SamplingParams, StreamGenerateRequest,
     StreamGenerateResponse, content_part::Part, inference_service_client::InferenceServiceClient, raw_prompt::Prompt,
 };
-use lockstep_tests::cluster::{PATIENCE, binary, demo_model};
+use lockstep_tests::{
+    cluster::{PATIENCE, binary, demo_model},
+    tiny_model::TinyModel,
+};
 use tempfile::NamedTempFile;
 use tokio::{
     io::{AsyncBufReadExt, BufReader},
@@ -45,13 +48,14 @@ struct Up {
 }
 
 impl Up {
-    /// Two ranks on the demo model; returns when it says that it serves.
-    async fn start() -> Result<Self> {
+    /// Two ranks on a model; returns when it says that it serves.
+    async fn start(model: &Path, further: &[&str]) -> Result<Self> {
         let log = NamedTempFile::new()?;
         let mut process = Command::new(binary("lockstep")?)
             .arg("up")
-            .arg(demo_model())
+            .arg(model)
             .args(["--world-size", "2", "--threads", "1", "--gateway-listen", "127.0.0.1:0"])
+            .args(further)
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(log.reopen()?)
@@ -195,7 +199,7 @@ fn segments() -> Result<BTreeSet<std::ffi::OsString>> {
 #[tokio::test]
 async fn a_killed_service_comes_back_and_nothing_is_left_at_the_end() -> Result<()> {
     let segments_before = segments()?;
-    let mut up = Up::start().await?;
+    let mut up = Up::start(&demo_model(), &[]).await?;
     let names: Vec<_> = up.services()?.into_keys().collect();
     assert_eq!(names, ["gateway", "tokenizer", "worker-0.0", "worker-0.1"]);
     up.chat().await??;
@@ -220,5 +224,23 @@ async fn a_killed_service_comes_back_and_nothing_is_left_at_the_end() -> Result<
         assert!(Instant::now() < deadline, "left in {SEGMENTS}: {:?}", segments()?);
         sleep(Duration::from_millis(10)).await;
     }
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_draft_model_is_given_to_rank_0_alone() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let [model, draft_model] = ["model.gguf", "draft.gguf"].map(|name| folder.path().join(name));
+    TinyModel::default().write(&model)?;
+    TinyModel { n_layers: 1, ..TinyModel::default() }.write(&draft_model)?;
+    let draft_model = draft_model.to_str().context("a path")?;
+    let mut up = Up::start(&model, &["--draft-model", draft_model]).await?;
+    up.chat().await??;
+    for (name, id) in up.services()? {
+        let command = fs::read_to_string(format!("/proc/{id}/cmdline"))?;
+        assert_eq!(command.contains("draft.gguf"), name == "worker-0.0", "{name}: {command}");
+    }
+    let status = up.terminate().await?;
+    assert!(status.success(), "{status}: {}", up.log());
     Ok(())
 }

@@ -1,6 +1,11 @@
 //! A [`Plan`] is what has to run for a cluster: which programs, with which flags.
 
-use std::{ffi::OsString, net::SocketAddr, path::PathBuf, thread};
+use std::{
+    ffi::OsString,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    thread,
+};
 
 use super::{Options, Transport, child::Spec};
 use crate::{
@@ -18,6 +23,7 @@ pub(super) struct Plan {
     pub(super) world_size: u32,
     pub(super) replicas: u32,
     model: PathBuf,
+    draft_model: Option<PathBuf>,
     threads: u32,
     transport: Transport,
     gateway_listen: SocketAddr,
@@ -31,8 +37,8 @@ pub(super) struct Plan {
 
 impl Plan {
     pub(super) fn new(options: &Options) -> Result<Self, Failure> {
-        let shown = options.model.display();
-        let model = options.model.canonicalize().map_err(|error| Failure::Usage(format!("model {shown}: {error}")))?;
+        let model = found("model", &options.model)?;
+        let draft_model = options.draft_model.as_ref().map(|path| found("draft model", path)).transpose()?;
         let ranks = options.world_size * options.replicas;
         let cores = thread::available_parallelism().map_or(1, |cores| u32::try_from(cores.get()).unwrap_or(1));
         let plan = Self {
@@ -47,6 +53,7 @@ impl Plan {
             tokenizer_config: options.tokenizer_config.clone(),
             drain_timeout_ms: options.drain_timeout.saturating_mul(1000),
             model,
+            draft_model,
         };
         plan.check_names()?;
         Ok(plan)
@@ -78,6 +85,9 @@ impl Plan {
     pub(super) fn worker(&self, group: u32, rank: u32, leader: Option<SocketAddr>) -> Result<Spec, Failure> {
         let mut flags = config_flag(self.worker_config.as_ref());
         flags.extend(["--model.path".into(), self.model.clone().into()]);
+        if let (0, Some(path)) = (rank, &self.draft_model) {
+            flags.extend(["--model.draft-path".into(), path.into()]);
+        }
         let mut add = |flag: &str, value: String| flags.extend([OsString::from(flag), value.into()]);
         add("--model.name", self.model_name.clone());
         add("--engine.threads", self.threads.to_string());
@@ -114,8 +124,13 @@ fn config_flag(file: Option<&PathBuf>) -> Vec<OsString> {
     file.map(|file| vec!["--config".into(), file.into()]).unwrap_or_default()
 }
 
+/// Where a file is, whatever the folder that a child is started in.
+fn found(what: &str, path: &Path) -> Result<PathBuf, Failure> {
+    path.canonicalize().map_err(|error| Failure::Usage(format!("{what} {}: {error}", path.display())))
+}
+
 /// A folder's name, or a file's without `.gguf`.
-fn model_name(path: &std::path::Path) -> String {
+fn model_name(path: &Path) -> String {
     let name = path.file_name().unwrap_or(path.as_os_str()).to_string_lossy();
     name.strip_suffix(".gguf").unwrap_or(&name).to_owned()
 }
