@@ -162,3 +162,61 @@ impl Scheduler {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Instant;
+
+    use super::*;
+    use crate::scheduler::{NewSequence, Sampled, SchedulerConfig};
+
+    const N_STEPS: usize = 1_000;
+
+    /// One sequence that never repeats itself and a draft model whose steps take so long. Returns how often the model is
+    /// asked in so many steps, and the drafts that it is asked for in the last one.
+    fn ask(n_steps: usize, draft_step_time: f64, is_right: bool) -> (usize, usize) {
+        let mut scheduler = Scheduler::new(SchedulerConfig {
+            max_step_tokens: 16,
+            max_prefill_chunk: 16,
+            max_prompt_logits_rows: 1,
+            max_running: 1,
+            max_waiting: 1,
+            n_blocks: 1_000,
+            block_size: 16,
+            context_length: 16_000,
+            speculation: Speculation::Ngram,
+        })
+        .unwrap();
+        let new = NewSequence { prompt: vec![0], max_new_tokens: 16_000, ..NewSequence::default() };
+        let id = scheduler.add(new, Instant::now()).unwrap();
+        let (mut n_asked, mut n_wanted, mut next) = (0, 0, 1);
+        for _ in 0..n_steps {
+            let mut plan = scheduler.schedule(Instant::now()).plan.unwrap();
+            let draftable = scheduler.draftable(draft_step_time);
+            n_asked += draftable.len();
+            n_wanted = draftable.first().map_or(0, |draftable| draftable.max_drafts);
+            let token_ids: Vec<u32> = (next..).take(n_wanted).map(|right| right + u32::from(!is_right)).collect();
+            let drafts = draftable.iter().map(|_| Drafts { id, token_ids: token_ids.clone() }).collect();
+            scheduler.add_drafts(&mut plan, drafts, n_wanted as f64 * draft_step_time);
+            let n_sampled = if is_right { 1 + n_wanted as u32 } else { 1 };
+            let tokens = (next..next + n_sampled).collect();
+            next += n_sampled;
+            scheduler.commit(&[Sampled { id, tokens, stop: false }]);
+            scheduler.check_integrity();
+        }
+        (n_asked, n_wanted)
+    }
+
+    #[test]
+    fn a_draft_model_that_is_fast_and_right_is_asked_for_all_that_there_is_room_for() {
+        assert_eq!(ask(N_STEPS, 0.03, true), (N_STEPS, MAX_ROWS - 1));
+    }
+
+    #[test]
+    fn one_that_is_wrong_or_too_slow_is_asked_now_and_then() {
+        for (draft_step_time, is_right) in [(0.03, false), (1.0, false), (1.0, true)] {
+            let (n_asked, _) = ask(N_STEPS, draft_step_time, is_right);
+            assert!((10..=100).contains(&n_asked), "{n_asked} of {N_STEPS} steps: {draft_step_time}, {is_right}");
+        }
+    }
+}
