@@ -9,7 +9,7 @@ use std::{io::Write as _, path::Path};
 
 use anyhow::{Context, Result};
 use lockstep_checkpoint::{Checkpoint, Encoding, GgufHeader, Tensor, Value};
-use lockstep_kernels::dequantize;
+use lockstep_kernels::{KvEncoding, dequantize};
 use lockstep_tests::{
     cluster::{demo_model, repository},
     ranks::{Ranks, logprob},
@@ -77,7 +77,7 @@ fn encode(model: &Checkpoint, encoding: Encoding, mut file: impl std::io::Write)
 
 /// Of each window by itself.
 fn perplexity<'a>(model: &Path, backend: BackendChoice, windows: impl Iterator<Item = &'a [u32]>) -> Result<f64> {
-    let mut ranks = Ranks::load(model, backend, 1, 2, 1024)?;
+    let mut ranks = Ranks::load(model, backend, KvEncoding::F16, 1, 2, 1024)?;
     let (mut sum, mut n_predicted) = (0.0, 0);
     for window in windows {
         let logits = ranks.logits(window, 128)?;

@@ -38,8 +38,8 @@ fn a_made_model_is_one_like_any_other() -> Result<()> {
         output(&["make-model", "--shape", "tiny", "--encoding", encoding, &model])?;
         let description = output(&["inspect", &model, "--world-size", "2"])?;
         assert!(description.contains("layers        2 of hidden 256"), "{description}");
-        // Two layers, two KV heads a rank.
-        assert!(description.contains("KV cache 1.0 KiB a token, 0.5 as int8"), "{description}");
+        // Two layers, one KV head a rank.
+        assert!(description.contains("KV cache 0.5 KiB a token, 0.3 as int8"), "{description}");
         let sizes = ["--prompt", "32", "--generate", "8", "--repeat", "1", "--kv-cache-encoding", "int8"];
         let bench = [&["bench", "engine", &model, "--json"], &sizes[..]].concat();
         let report: serde_json::Value = serde_json::from_str(&output(&bench)?)?;

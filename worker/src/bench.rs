@@ -130,6 +130,8 @@ impl EngineBench {
             rates[rates.len() / 2]
         };
         let last = runs.last().context("--repeat is at least 1")?;
+        let profiles = if self.profile { [&last.prefill, &last.decode].map(Phase::lines) } else { Default::default() };
+        let [prefill_profile, decode_profile] = profiles;
         self.print(&Report {
             model: self.model.display().to_string(),
             backend: self.backend,
@@ -143,8 +145,8 @@ impl EngineBench {
             decode_tokens_per_s: median(|run| &run.decode),
             load_s: load.as_secs_f64(),
             peak_memory_mib: peak_memory_mib(),
-            prefill_profile: self.profile.then(|| last.prefill.lines()).unwrap_or_default(),
-            decode_profile: self.profile.then(|| last.decode.lines()).unwrap_or_default(),
+            prefill_profile,
+            decode_profile,
         })
     }
 
