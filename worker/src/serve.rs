@@ -13,6 +13,7 @@ use lockstep_proto::{
     telemetry,
     worker::v1::{group_service_server::GroupServiceServer, worker_service_server::WorkerServiceServer},
 };
+use sha2::{Digest, Sha256};
 use tokio::runtime::Handle;
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 use tonic::service::Routes;
@@ -123,8 +124,7 @@ fn load(config: &WorkerConfig) -> Result<Shard> {
     let draft_source = open_draft_model(config, &source)?;
     let settings = config.engine.runner(source.config());
     let runner = model_runner::build(&source, &settings).with_context(|| path.display().to_string())?;
-    let digest = digest.join().map_err(|_| anyhow!("the digest panicked"))?;
-    let digest: String = digest.iter().map(|byte| format!("{byte:02x}")).collect();
+    let digest = hex(&digest.join().map_err(|_| anyhow!("the digest panicked"))?);
     let vocab_size = source.config().vocab_size;
     info!(rank, world_size, seconds = start.elapsed().as_secs_f64(), "loaded {}", path.display());
     Ok(Shard {
@@ -134,7 +134,7 @@ fn load(config: &WorkerConfig) -> Result<Shard> {
         attestation: attest(&digest, &settings, world_size),
         identity: Identity {
             model: config.model.name.clone(),
-            model_digest: digest,
+            model_digest: model_digest(&digest, &settings),
             world_size: world_size as u32,
             block_size: settings.block_size as u32,
             limits: Limits { vocab_size, context_length: settings.context_length },
@@ -163,6 +163,16 @@ fn load_draft_model(source: &Source, target: &RunnerSettings) -> Result<DraftMod
     let runner = model_runner::build(source, &settings).with_context(|| format!("model.draft_path: {path}"))?;
     info!(seconds = start.elapsed().as_secs_f64(), "loaded {path} to draft");
     Ok(DraftModel::new(runner, &settings))
+}
+
+/// SHA-256 of all that decides a model's logits, whatever group runs it: groups of one digest are replicas.
+fn model_digest(weights_digest: &str, settings: &RunnerSettings) -> String {
+    let RunnerSettings { backend, kv_encoding, .. } = settings;
+    hex(&Sha256::digest(format!("{weights_digest} {backend:?} {kv_encoding:?}")))
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// All that decides the result of a step.
@@ -251,5 +261,30 @@ async fn watch_readiness(engine: EngineHandle, readiness: Readiness, stall_after
             readiness.set_ready(false);
             return;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use lockstep_kernels::KvEncoding;
+
+    use super::*;
+    use crate::model_runner::BackendChoice;
+
+    #[test]
+    fn a_model_is_what_decides_its_logits() {
+        let settings = RunnerSettings {
+            backend: BackendChoice::Cpu,
+            threads: 2,
+            n_blocks: 64,
+            block_size: 16,
+            kv_encoding: KvEncoding::F16,
+            context_length: 512,
+        };
+        let digest = |settings: RunnerSettings| model_digest("ab12", &settings);
+        assert_eq!(digest(RunnerSettings { threads: 1, n_blocks: 8, block_size: 32, ..settings }), digest(settings));
+        assert_ne!(digest(RunnerSettings { kv_encoding: KvEncoding::Int8, ..settings }), digest(settings));
+        assert_ne!(digest(RunnerSettings { backend: BackendChoice::Reference, ..settings }), digest(settings));
+        assert_ne!(model_digest("cd34", &settings), digest(settings));
     }
 }
