@@ -10,6 +10,7 @@
 //! | 5 | `5[0..3]` | `5[3..5]`, `6[0..1]` | `6[1..4]` | `6[4..5]`, `7[0..2]` | `7[2..5]` | |
 //! | 6 | `6[0..2]` | `6[2..4]` | `6[4..6]` | `7[0..2]` | `7[2..4]` | `7[4..6]` |
 
+use crate::cpu::simd::unrolled;
 use crate::packed::PANEL;
 use crate::quant::Block;
 
@@ -59,12 +60,17 @@ pub(crate) const fn layout(n_bits: usize) -> Layout {
 pub(super) fn put<const BITS: usize>(lines: &mut [Line], blocks: &[Block; PANEL], part_idx: usize) {
     for (lane, block) in blocks.iter().enumerate() {
         let quads = &block.codes.as_chunks::<4>().0.as_chunks::<QUADS>().0[part_idx];
+        let layout = const { &layout(BITS) };
         let mut words = [0; BITS];
-        for (quad, pieces) in quads.iter().zip(const { layout(BITS) }) {
-            for Piece { line, shift, mask } in pieces {
-                words[line] |= (u32::from_le_bytes(*quad) & u32::from_le_bytes([mask; 4])) << shift;
-            }
-        }
+        // Written out, as the compiler would not, all of the layout is constants.
+        unrolled!(quad_idx in 0..QUADS {
+            let quad = u32::from_le_bytes(quads[quad_idx]);
+            let put = |piece: Piece| (quad & u32::from_le_bytes([piece.mask; 4])) << piece.shift;
+            let [first, second, third] = layout[quad_idx];
+            words[first.line] |= put(first);
+            words[second.line] |= put(second);
+            words[third.line] |= put(third);
+        });
         lines.iter_mut().zip(words).for_each(|(line, word)| line.0.as_chunks_mut().0[lane] = word.to_le_bytes());
     }
 }
