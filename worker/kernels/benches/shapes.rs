@@ -102,7 +102,7 @@ fn bench_gated(cpu: &mut Cpu, name: &str, encoding: Encoding, n_out: usize, n_in
         .as_secs_f64();
         let (gbs, gops) = (pair_bytes as f64 / seconds / 1e9, (4 * n_rows * n_out * n_in) as f64 / seconds / 1e9);
         let name = format!("{name} gated");
-        println!("{name:<22} {encoding:>5} {n_rows:>5} {:>10.1} {gbs:>8.1} {gops:>8.0}", seconds * 1e6);
+        println!("{name:<22} {encoding:>6} {n_rows:>5} {:>10.1} {gbs:>8.1} {gops:>8.0}", seconds * 1e6);
     }
 }
 

@@ -276,19 +276,6 @@ impl Cpu {
         });
     }
 
-    /// Copies the rows `ids` of an embedding table, exactly dequantized, to `out`, `[ids.len(), n_in]`.
-    ///
-    /// # Panics
-    /// If an id is not below the table's `n_out`, or `out` has another length.
-    pub fn embed(&mut self, table: &PackedMatrix, ids: &[u32], out: &mut [f32]) {
-        let width = table.n_in();
-        self.by_rows(ids.len(), width, out, |rows, out| {
-            for (id, out) in ids[rows].iter().zip(out.chunks_exact_mut(width)) {
-                table.dequantize_row(*id as usize, out);
-            }
-        });
-    }
-
     /// Adds `terms`, planes of the shape of `x`, to `x`, `[n_rows, weight.len()]`, if there are any; then
     /// `out = x / sqrt(mean(x^2) + eps) * weight`, row by row.
     ///
@@ -497,7 +484,7 @@ impl Division {
         // With many rows, a small run of panels is work enough.
         let work = unit_bytes.max(1) * n_rows.min(rows_per_task).div_ceil(4).max(1);
         let n_units = matrix.n_panels().div_ceil(panels_per_unit);
-        let units_per_task = (WEIGHT_BYTES_PER_TASK / work).max(n_units / MAX_RUNS).max(1);
+        let units_per_task = (WEIGHT_BYTES_PER_TASK / work).max(n_units.div_ceil(MAX_RUNS));
         Self { n_rows, n_units, rows_per_task, units_per_task }
     }
 

@@ -184,8 +184,7 @@ impl PackedMatrix {
         }
     }
 
-    /// Decodes row `row_idx` to `out[..n_in]`: exactly what [`dequantize`](crate::dequantize) gives for the file's row. An embedding
-    /// table that is the output matrix too is thus kept once.
+    /// Decodes row `row_idx` to `out[..n_in]`: exactly what [`dequantize`](crate::dequantize) gives for the file's row.
     ///
     /// # Panics
     /// If `row_idx` is not below `n_out`, or `out` is not `n_in` long.

@@ -100,16 +100,6 @@ fn sum_lanes(lanes: [f32; 16]) -> f32 {
     (four[0] + four[2]) + (four[1] + four[3])
 }
 
-/// The rows `ids` of a table.
-///
-/// # Panics
-/// If an id is out of range or `out` has another length.
-pub fn embed(table: &EncodedRows<'_>, ids: &[u32], out: &mut [f32]) {
-    for (id, out) in ids.iter().zip(out.chunks_exact_mut(table.n_cols())) {
-        dequantize(table.encoding(), table.row(*id as usize), out);
-    }
-}
-
 /// `out = x / sqrt(mean(x^2) + eps) * weight`, row by row.
 pub fn rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
     for (x, out) in x.chunks_exact(weight.len()).zip(out.chunks_exact_mut(weight.len())) {
