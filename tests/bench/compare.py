@@ -41,7 +41,7 @@ def main():
     # Ended by a signal, it still ends what it has started.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     lockstep, llama = Lockstep(options), Llama(options)
-    models = [("SmolLM2", options.smollm)]
+    models = [("SmolLM2", options.smollm)] if not options.without_smollm else []
     if options.with_8b:
         models += [(f"8B {encoding}", make_8b(lockstep, options.with_8b, encoding)) for encoding in ENCODINGS_8B]
     for _, path in models:
@@ -66,6 +66,7 @@ def parse_arguments():
     parser.add_argument("--llama-bin", type=Path, help="folder of llama.cpp's programs; default: PATH")
     parser.add_argument("--smollm", type=Path, default=ROOT / "models/SmolLM2-135M-Instruct.Q4_1.gguf")
     parser.add_argument("--with-8b", type=Path, metavar="DIR", help="also Llama-3-8B, made in DIR if it is not there")
+    parser.add_argument("--without-smollm", action="store_true", help="only the models of --with-8b")
     parser.add_argument("--only", type=parse_groups, default=GROUPS, metavar="GROUPS", help=",".join(GROUPS))
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--rounds", type=int, default=3)

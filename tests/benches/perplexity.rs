@@ -1,4 +1,4 @@
-//! What running each encoding with 8-bit activations costs in accuracy: `cargo bench -p lockstep-tests --bench perplexity --
+//! What running each encoding with 8-bit activations costs in accuracy: `cargo bench --workspace --bench perplexity --
 //! [n_windows]`.
 //!
 //! The demo model is encoded anew in every encoding, plainly, so that the files themselves are worse than real ones. One

@@ -3,7 +3,7 @@
 
 use std::process::Command;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use lockstep_checkpoint::Checkpoint;
 use lockstep_tests::{
     cluster::{binary, demo_model},
@@ -40,11 +40,15 @@ fn a_made_model_is_one_like_any_other() -> Result<()> {
         assert!(description.contains("layers        2 of hidden 256"), "{description}");
         // Two layers, one KV head a rank.
         assert!(description.contains("KV cache 0.5 KiB a token, 0.3 as int8"), "{description}");
-        let sizes = ["--prompt", "32", "--generate", "8", "--repeat", "1", "--kv-cache-encoding", "int8"];
+        let sizes = ["--prompt", "32", "--generate", "8", "--repeat", "1", "--kv-cache-encoding", "int8", "--profile"];
         let bench = [&["bench", "engine", &model, "--json"], &sizes[..]].concat();
         let report: serde_json::Value = serde_json::from_str(&output(&bench)?)?;
         assert_eq!(report["kv_cache_encoding"], "int8");
         assert!(report["decode_tokens_per_s"].as_f64().is_some_and(|rate| rate > 0.0), "{report}");
+        let lines = report["decode_profile"].as_array().context("lines")?;
+        let gated = lines.iter().find(|line| line["op"] == "gated 1024 x 256").context("a line for gate and up")?;
+        assert!(gated["calls"] == 2.0 && gated["gb_per_s"].as_f64().is_some_and(|rate| rate > 0.0), "{report}");
+        assert!(lines.last().is_some_and(|line| line["op"] == "all" && line["percent"] == 100.0), "{report}");
 
         let ids: Vec<u32> = (0..24).map(|i| 3 + i * 13 % 500).collect();
         let logits = oracle::logits(&Checkpoint::open(&path)?, &ids)?.concat();
