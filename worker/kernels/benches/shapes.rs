@@ -9,11 +9,14 @@ use std::time::{Duration, Instant};
 use lockstep_checkpoint::Encoding;
 use lockstep_kernels::{
     Activations, AttentionBatch, AttentionRow, Cpu, EncodedRows, Forms, Isa, KvCache, KvEncoding, PackedMatrix,
-    RopeStyle, RopeTable,
+    RopeStyle, RopeTable, read_bandwidth,
 };
 
 /// Weights that a pass goes over: beyond the last-level caches of the machines this runs on.
 const PASS_BYTES: usize = 96 << 20;
+
+/// Memory that is read to measure how fast it is.
+const MEMORY_BYTES: usize = 512 << 20;
 
 const ROW_COUNTS: [usize; 5] = [1, 4, 8, 16, 128];
 
@@ -40,7 +43,8 @@ fn main() {
     let named = |name: &String| Isa::ALL.into_iter().find(|isa| format!("{isa:?}").eq_ignore_ascii_case(name));
     let isa = args.get(2).and_then(named).unwrap_or(Isa::best());
     let mut cpu = Cpu::with_isa(n_threads, isa).expect("a supported instruction set");
-    println!("{:?}, {n_threads} threads", cpu.isa());
+    let memory = read_bandwidth::<1>(n_threads, MEMORY_BYTES) / 1e9;
+    println!("{:?}, {n_threads} threads; memory, the limit of GB/s, is read at {memory:.1}", cpu.isa());
     println!("{:<22} {:>6} {:>5} {:>10} {:>8} {:>8}", "matrix", "", "rows", "us", "GB/s", "Gop/s");
     for (name, encoding, n_out, n_in) in MATRICES {
         if format!("{name} {encoding}").contains(&filter) {
