@@ -75,7 +75,7 @@ pub struct EngineSettings {
     pub max_running: usize,
     /// Sequences that may wait.
     pub max_waiting: usize,
-    /// Whether, and from what, tokens are drafted.
+    /// Whether tokens are drafted.
     pub speculation: Speculation,
     /// A step loop that has not gone round for so long makes the worker not ready.
     pub stall_after_ms: u64,

@@ -85,7 +85,7 @@ pub struct SchedulerConfig {
     pub block_size: u32,
     /// Longest prompt and output together. Unit: tokens.
     pub context_length: u32,
-    /// Whether, and from what, tokens are drafted.
+    /// Whether tokens are drafted.
     pub speculation: Speculation,
 }
 

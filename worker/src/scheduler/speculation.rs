@@ -34,7 +34,7 @@ use super::{Scheduler, allowance};
 
 /// Sequences that draft have so many rows of a step together at most, last tokens included, in equal shares: one alone
 /// has 7 drafts, two have 3 each, four have 1, and more have none. Each row beyond would slow down all sequences of a
-/// busy step for the sake of one, and the kernels compute four rows at a time.
+/// busy step for the sake of one, and the kernels compute eight rows at a time.
 pub const MAX_ROWS: usize = 8;
 
 /// What a row adds to the time of a step, in steps of one row.
