@@ -28,6 +28,13 @@ pub struct Source {
     plan: ShardPlan,
 }
 
+/// An entry of a vocabulary.
+struct Token<'a> {
+    text: &'a str,
+    /// Control or unused: no text is made of it.
+    is_reserved: bool,
+}
+
 impl Source {
     /// Reads the configuration and plans the shard; loads nothing yet.
     ///
@@ -60,12 +67,12 @@ impl Source {
     }
 
     /// Sees to it that a token id means the same to another model: vocabularies have one size and, where both files spell
-    /// them out, the same texts.
+    /// them out, the same texts. Tokens that both have for control, or for nothing, may have two names: releases of one
+    /// family rename those that they had reserved.
     ///
     /// # Errors
     /// Two different vocabularies, or one that cannot be read.
     pub fn check_same_vocabulary(&self, other: &Source) -> Result<(), LoadError> {
-        const TEXTS: &str = "tokenizer.ggml.tokens";
         let differs = |why: String| LoadError::Vocabulary {
             path: self.checkpoint.path().to_owned(),
             other: other.checkpoint.path().to_owned(),
@@ -75,12 +82,11 @@ impl Source {
         if mine != others {
             return Err(differs(format!("{mine} tokens and {others}")));
         }
-        let mine = self.checkpoint.metadata().opt_strings(TEXTS)?;
-        let others = other.checkpoint.metadata().opt_strings(TEXTS)?;
-        let pairs = mine.unwrap_or_default().iter().zip(others.unwrap_or_default());
-        match pairs.enumerate().find(|(_, (mine, others))| mine != others) {
+        let (mine, others) = (tokens(&self.checkpoint)?, tokens(&other.checkpoint)?);
+        let mut pairs = mine.iter().zip(&others).enumerate();
+        match pairs.find(|(_, (mine, other))| mine.text != other.text && !(mine.is_reserved && other.is_reserved)) {
             None => Ok(()),
-            Some((id, (mine, others))) => Err(differs(format!("token {id} is {mine:?} and {others:?}"))),
+            Some((id, (mine, other))) => Err(differs(format!("token {id} is {:?} and {:?}", mine.text, other.text))),
         }
     }
 
@@ -251,6 +257,16 @@ pub(super) fn check_shape(tensor: &Tensor<'_>, n_rows: Option<usize>, n_cols: us
     let wanted = n_rows.map_or_else(|| format!("[*, {n_cols}]"), |n| format!("[{n}, {n_cols}]"));
     let why = format!("its shape {:?} is not {wanted}, which the model's metadata asks for", tensor.shape);
     Err(LoadError::Unsupported { what: format!("tensor {}", tensor.name), why })
+}
+
+/// The vocabulary, if the file spells it out.
+fn tokens(checkpoint: &Checkpoint) -> Result<Vec<Token<'_>>, LoadError> {
+    /// What `token_type` says of control tokens, and of unused ones.
+    const RESERVED: [i32; 2] = [3, 5];
+    let texts = checkpoint.metadata().opt_strings("tokenizer.ggml.tokens")?.unwrap_or_default();
+    let types = checkpoint.metadata().opt_i32s("tokenizer.ggml.token_type")?.unwrap_or_default();
+    let is_reserved = |id: usize| types.get(id).is_some_and(|kind| RESERVED.contains(kind));
+    Ok((0..).zip(texts).map(|(id, text)| Token { text, is_reserved: is_reserved(id) }).collect())
 }
 
 fn encoded<'a>(tensor: &Tensor<'a>) -> Result<EncodedRows<'a>, OpError> {
