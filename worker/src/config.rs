@@ -1,6 +1,9 @@
 //! Settings of a worker.
 
-use std::{net::SocketAddr, path::PathBuf};
+use std::{
+    net::SocketAddr,
+    path::{Path, PathBuf},
+};
 
 use lockstep_kernels::KvEncoding;
 use lockstep_proto::{
@@ -93,7 +96,7 @@ pub const KEYS: &[Key] = &[
         path: "model.draft_path",
         help: "GGUF file of a smaller model with the same vocabulary, which drafts where engine.speculation finds \
                nothing to repeat. Default: none. Rank 0 alone loads it, with a cache of engine.kv_cache_tokens; the \
-               others need not have the file. Text comes faster if it is much faster than the model and often right, and \
+               others need not have the file. Not with engine.speculation = off. Text comes faster if it is much faster than the model and often right, and \
                at most 2 % slower if not, once it has read the prompt. What comes is the same.",
     },
     Key {
@@ -218,6 +221,7 @@ impl Settings for WorkerConfig {
             let rule = format!("must be at least engine.max_running = {}", engine.max_running);
             return Err(ConfigError::invalid("engine.max_step_tokens", engine.max_step_tokens, rule));
         }
+        self.check_draft_model()?;
         self.group.validate()?;
         self.limits.validate()?;
         self.log.validate()
@@ -225,9 +229,19 @@ impl Settings for WorkerConfig {
 }
 
 impl WorkerConfig {
-    /// Whether this rank has a use for a draft model.
-    pub fn drafts(&self) -> bool {
-        self.group.rank == 0 && self.engine.speculation != Speculation::Off
+    /// The draft model's file, on the rank that drafts.
+    pub fn draft_path(&self) -> Option<&Path> {
+        self.model.draft_path.as_deref().filter(|_| self.group.rank == 0)
+    }
+
+    fn check_draft_model(&self) -> Result<(), ConfigError> {
+        match self.draft_path() {
+            Some(path) if self.engine.speculation == Speculation::Off => {
+                let rule = "has no use with engine.speculation = off: leave out one of the two";
+                Err(ConfigError::invalid("model.draft_path", path.display(), rule))
+            }
+            _ => Ok(()),
+        }
     }
 
     /// What the server needs.
@@ -278,5 +292,22 @@ mod tests {
     #[test]
     fn every_setting_has_a_key() {
         lockstep_proto::config::assert_keys_match_fields::<WorkerConfig>();
+    }
+
+    #[test]
+    fn a_draft_model_that_nobody_asks_is_refused_where_it_would_be_loaded() {
+        let mut config = WorkerConfig::default();
+        config.model.path = "model.gguf".into();
+        config.model.draft_path = Some("small.gguf".into());
+        assert!(config.validate().is_ok());
+        config.engine.speculation = Speculation::Off;
+        let error = config.validate().unwrap_err().to_string();
+        for part in ["model.draft_path", "small.gguf", "engine.speculation = off"] {
+            assert!(error.contains(part), "{part} is not in: {error}");
+        }
+        config.group.rank = 1;
+        config.group.world_size = 2;
+        assert_eq!(config.draft_path(), None);
+        assert!(config.check_draft_model().is_ok(), "rank 0 alone drafts");
     }
 }

@@ -144,7 +144,7 @@ fn load(config: &WorkerConfig) -> Result<Shard> {
 
 /// The model that drafts for `target`, whole, where one is wanted.
 fn open_draft_model(config: &WorkerConfig, target: &Source) -> Result<Option<Source>> {
-    let Some(path) = config.model.draft_path.as_ref().filter(|_| config.drafts()) else { return Ok(None) };
+    let Some(path) = config.draft_path() else { return Ok(None) };
     let open = || -> Result<Source> {
         let source =
             Source::open(Arc::new(Checkpoint::open(path)?), 0, 1).with_context(|| path.display().to_string())?;
