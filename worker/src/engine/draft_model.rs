@@ -146,14 +146,14 @@ impl DraftModel {
 
     /// Begins to draft for a sequence, if there is room for it.
     fn follow<'a>(&mut self, mut asked: Asked<'a>) -> Option<Drafting<'a>> {
-        let token_ids = [asked.prompt, asked.emitted].concat();
-        let n_known = token_ids.len();
+        let n_known = asked.prompt.len() + asked.emitted.len();
         let draftable = &mut asked.draftable;
         // The last draft is not computed.
         draftable.max_drafts = draftable.max_drafts.min((self.context_length + 1).saturating_sub(n_known));
         if draftable.max_drafts == 0 {
             return None;
         }
+        let token_ids = [asked.prompt, asked.emitted].concat();
         let n_held = self.shadows.follow(draftable.id, &token_ids, draftable.max_drafts - 1)?;
         Some(Drafting { asked, token_ids, n_known, n_held, chance: 1.0, is_done: false })
     }

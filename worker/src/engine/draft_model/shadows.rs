@@ -71,6 +71,10 @@ impl Shadows {
         // The last known token has to be computed in any case, for its logits.
         let before = &known[..known.len() - 1];
         let Self { kv, block_size, by_id, .. } = self;
+        if kv.n_available() == 0 && by_id.get(&id).is_none_or(|shadow| shadow.blocks.is_empty()) {
+            // It would need one at least. Found out before its whole text is hashed, as it is every turn.
+            return None;
+        }
         let shadow = by_id.entry(id).or_default();
         if shadow.blocks.is_empty() {
             let mut keys: Vec<BlockKey> = Vec::new();
@@ -170,6 +174,15 @@ mod tests {
         shadows.release(&[SeqId(0)]);
         assert_eq!(draft(&mut shadows, 1, &[1, 2, 3, 4, 5, 6, 7, 8, 3], &[1]), Some(8));
         assert_eq!(draft(&mut shadows, 2, &[1, 2, 3, 4, 5, 6, 7, 8], &[1]), Some(4), "the last one has no logits");
+    }
+
+    #[test]
+    fn who_cannot_have_a_block_takes_no_part_in_anything() {
+        let mut shadows = shadows(2);
+        draft(&mut shadows, 0, &[1, 2, 3, 4, 5], &[1]);
+        draft(&mut shadows, 0, &[1, 2, 3, 4, 5, 6], &[1]);
+        assert_eq!(draft(&mut shadows, 1, &[1, 2, 3, 4, 7], &[1]), None);
+        assert!(!shadows.by_id.contains_key(&SeqId(1)), "nor has it looked for its text");
     }
 
     /// A model that keeps its tokens in slots, as others keep keys and values, sees each sequence's tokens there.
