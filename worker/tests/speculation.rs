@@ -50,6 +50,9 @@ const PERIOD: usize = 9;
 /// Times that the model thinks everything over: a draft model must be faster to be asked.
 const N_THOUGHTS: usize = 200;
 
+/// What a model runs before anybody asks it.
+const N_WARM_UP_RUNS: u64 = 1;
+
 /// Far longer than anything here takes: a test that would hang fails instead.
 const HANG: Duration = Duration::from_secs(60);
 
@@ -69,8 +72,15 @@ struct Setting {
     n_blocks: u32,
     /// Jobs at a time.
     at_a_time: usize,
-    /// Blocks of the draft model, if there is one.
-    n_draft_blocks: Option<usize>,
+    draft_model: Option<DraftSetting>,
+}
+
+/// A draft model.
+#[derive(Clone, Copy, Debug)]
+struct DraftSetting {
+    n_blocks: usize,
+    /// Runs that it completes, those to warm up among them, before one fails.
+    n_runs_max: u64,
 }
 
 /// See the module's documentation.
@@ -83,6 +93,8 @@ struct Parrot {
     gone: HashSet<SeqId>,
     /// Sequences that came back after they had been preempted.
     n_came_back: Arc<AtomicU64>,
+    n_runs: Arc<AtomicU64>,
+    n_runs_max: u64,
 }
 
 /// All that a job's reader was told, choice by choice.
@@ -98,6 +110,8 @@ struct Engine {
     handle: EngineHandle,
     metrics: Metrics,
     n_came_back: Arc<AtomicU64>,
+    /// Runs of the draft model.
+    n_draft_runs: Arc<AtomicU64>,
     thread: JoinHandle<()>,
     runtime: Runtime,
 }
@@ -106,8 +120,8 @@ struct Engine {
 
 impl Parrot {
     fn new(speech: Speech, n_thoughts: usize) -> Self {
-        let (slots, tables, gone, n_came_back) = Default::default();
-        Self { speech, n_thoughts, slots, tables, gone, n_came_back }
+        let (slots, tables, gone, n_came_back, n_runs) = Default::default();
+        Self { speech, n_thoughts, slots, tables, gone, n_came_back, n_runs, n_runs_max: u64::MAX }
     }
 
     /// Logits after a text: noise that depends on every token of it, and a liking for what its speech demands. Without a
@@ -132,6 +146,10 @@ impl Parrot {
 
 impl RunStep for Parrot {
     fn run(&mut self, plan: &StepPlan, _: &mut dyn Collective, room: &mut LogitsRoom) -> Result<(), StepError> {
+        if self.n_runs.load(Ordering::Relaxed) == self.n_runs_max {
+            return Err(StepError::Plan { step_id: plan.step_id, why: "it has said enough".into() });
+        }
+        self.n_runs.fetch_add(1, Ordering::Relaxed);
         for id in &plan.released {
             self.tables.remove(id);
             self.gone.insert(*id);
@@ -192,7 +210,8 @@ impl Engine {
         });
         let runner = Parrot::new(setting.speech, N_THOUGHTS);
         let n_came_back = Arc::clone(&runner.n_came_back);
-        let draft_model = setting.n_draft_blocks.map(|n_blocks| {
+        let n_draft_runs = Arc::default();
+        let draft_model = setting.draft_model.map(|DraftSetting { n_blocks, n_runs_max }| {
             let settings = RunnerSettings {
                 backend: BackendChoice::Cpu,
                 threads: 1,
@@ -201,14 +220,15 @@ impl Engine {
                 kv_encoding: KvEncoding::F16,
                 context_length: 100,
             };
-            DraftModel::new(Box::new(Parrot::new(setting.speech, 0)), &settings)
+            let n_runs = Arc::clone(&n_draft_runs);
+            DraftModel::new(Box::new(Parrot { n_runs, n_runs_max, ..Parrot::new(setting.speech, 0) }), &settings)
         });
         let (handle, port) = handle::channel(Instant::now());
         let metrics = Metrics::register(&mut Registry::default());
         let leader = Leader::new(group, Box::new(runner), scheduler.unwrap(), metrics.clone(), port);
         let leader = leader.with_draft_model(draft_model);
         let thread = std::thread::spawn(move || leader.run());
-        let engine = Self { handle, metrics, n_came_back, thread, runtime };
+        let engine = Self { handle, metrics, n_came_back, n_draft_runs, thread, runtime };
         engine.wait(async { engine.handle.status().wait_for(|status| status.ready).await.map(drop) }).unwrap();
         engine
     }
@@ -293,10 +313,10 @@ fn jobs() -> Vec<Job> {
     ]
 }
 
-/// Runs jobs with and without speculation and compares all that their readers are told.
+/// Runs jobs with and without speculation and compares all that their readers are told. Returns the speculative engine.
 #[track_caller]
-fn check(setting: Setting) {
-    let plain = Engine::start(Speculation::Off, Setting { n_draft_blocks: None, ..setting });
+fn compare(setting: Setting) -> Engine {
+    let plain = Engine::start(Speculation::Off, Setting { draft_model: None, ..setting });
     let speculative = Engine::start(Speculation::Ngram, setting);
     for jobs in jobs().chunks(setting.at_a_time) {
         let (wanted, got) = (plain.run(jobs), speculative.run(jobs));
@@ -307,22 +327,35 @@ fn check(setting: Setting) {
     let steps = |engine: &Engine| engine.metrics.generated_tokens.get() - engine.metrics.accepted_tokens.get();
     println!("{} steps of sequences, {} without drafts", steps(&speculative), steps(&plain));
     assert_eq!(plain.metrics.drafted_tokens.get(), 0);
-    let (drafted, accepted) = (speculative.metrics.drafted_tokens.get(), speculative.metrics.accepted_tokens.get());
+    assert_eq!(speculative.metrics.epochs.get(), 1);
+    plain.stop();
+    speculative
+}
+
+/// Sees to it that drafts change nothing, and that there are many.
+#[track_caller]
+fn check(setting: Setting) {
+    let engine = compare(setting);
+    let (drafted, accepted) = (engine.metrics.drafted_tokens.get(), engine.metrics.accepted_tokens.get());
     // How often a draft model is asked depends on how fast it is found to be.
-    let (some, more) = if setting.n_draft_blocks.is_some() { (20, 10) } else { (50, 20) };
+    let (some, more) = if setting.draft_model.is_some() { (20, 10) } else { (50, 20) };
     assert!(accepted >= some && drafted >= accepted + more, "{accepted} of {drafted} drafts were right");
     if setting.n_blocks < 50 {
-        assert!(speculative.n_came_back.load(Ordering::Relaxed) > 0, "somebody was preempted");
+        assert!(engine.n_came_back.load(Ordering::Relaxed) > 0, "somebody was preempted");
     }
-    plain.stop();
-    speculative.stop();
+    let n_draft_runs = engine.n_draft_runs.load(Ordering::Relaxed);
+    assert_eq!(n_draft_runs > N_WARM_UP_RUNS, setting.draft_model.is_some(), "{n_draft_runs} runs of the draft model");
+    engine.stop();
 }
 
 /// Without a draft model.
-const REPEATS: Setting = Setting { speech: Speech::Repeats, n_blocks: 256, at_a_time: 1, n_draft_blocks: None };
+const REPEATS: Setting = Setting { speech: Speech::Repeats, n_blocks: 256, at_a_time: 1, draft_model: None };
 
-/// With one, whose cache holds all that runs.
-const COUNTS: Setting = Setting { speech: Speech::Counts, n_draft_blocks: Some(256), ..REPEATS };
+/// A draft model whose cache holds all that runs.
+const TALKER: DraftSetting = DraftSetting { n_blocks: 256, n_runs_max: u64::MAX };
+
+/// With it.
+const COUNTS: Setting = Setting { speech: Speech::Counts, draft_model: Some(TALKER), ..REPEATS };
 
 #[test]
 fn a_job_alone_is_told_the_same() {
@@ -344,10 +377,21 @@ fn jobs_that_preempt_one_another_are_told_the_same() {
 
 #[test]
 fn a_draft_model_and_what_was_said_before_may_take_turns() {
-    check(Setting { at_a_time: 2, n_draft_blocks: Some(256), ..REPEATS });
+    check(Setting { at_a_time: 2, draft_model: Some(TALKER), ..REPEATS });
 }
 
 #[test]
 fn a_draft_model_that_has_no_room_for_all_is_no_harm() {
-    check(Setting { at_a_time: 3, n_draft_blocks: Some(24), ..COUNTS });
+    check(Setting { at_a_time: 3, draft_model: Some(DraftSetting { n_blocks: 24, ..TALKER }), ..COUNTS });
+}
+
+#[test]
+fn a_draft_model_that_fails_is_missed_by_nobody() {
+    // As it is warmed up, as it reads a prompt, as it drafts, and later.
+    for n_runs_max in [0, N_WARM_UP_RUNS, N_WARM_UP_RUNS + 1, N_WARM_UP_RUNS + 4] {
+        let draft_model = Some(DraftSetting { n_runs_max, ..TALKER });
+        let engine = compare(Setting { at_a_time: 3, draft_model, ..COUNTS });
+        assert_eq!(engine.n_draft_runs.load(Ordering::Relaxed), n_runs_max, "it has come to fail");
+        engine.stop();
+    }
 }

@@ -9,6 +9,8 @@
 //! than what a draft costs ([`Draftable::min_chance`]). What its steps take is measured, beside those of the model that is
 //! served, and smoothed ([`Pace`]).
 //!
+//! Should it fail, all goes on without it.
+//!
 //! # Nobody waits for it
 //!
 //! A sequence that it knows little of, such as one that has just got past its prompt, is first brought up to date:

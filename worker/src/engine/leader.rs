@@ -59,8 +59,6 @@ enum EpochEnd {
     Group(#[from] GroupError),
     #[error(transparent)]
     Step(#[from] StepError),
-    #[error("the draft model: {0}")]
-    DraftModel(StepError),
 }
 
 impl Leader {
@@ -135,7 +133,7 @@ impl Leader {
             return failure.into();
         }
         if let Some(Err(failure)) = self.draft_model.as_mut().map(DraftModel::reset) {
-            return EpochEnd::DraftModel(failure);
+            self.go_on_without_draft_model(&failure);
         }
         self.ready = true;
         info!(epoch = number, world_size = collective.world_size(), "the group is ready");
@@ -166,7 +164,9 @@ impl Leader {
             self.live.finish(id, Reason::Deadline);
         }
         if let Some(mut plan) = scheduled.plan {
-            self.draft(&mut plan).map_err(EpochEnd::DraftModel)?;
+            if let Err(failure) = self.draft(&mut plan) {
+                self.go_on_without_draft_model(&failure);
+            }
             self.step(&plan, collective)?;
         }
         self.answer_drains();
@@ -174,7 +174,7 @@ impl Leader {
         Ok(ControlFlow::Continue(()))
     }
 
-    /// Adds what the draft model guesses to a plan.
+    /// Adds what the draft model guesses to a plan. A failure leaves the plan as it was.
     fn draft(&mut self, plan: &mut StepPlan) -> Result<(), StepError> {
         let Some(draft_model) = &mut self.draft_model else { return Ok(()) };
         draft_model.release(&plan.released);
@@ -188,6 +188,12 @@ impl Leader {
         self.metrics.draft.observe(start.elapsed().as_secs_f64());
         self.scheduler.add_drafts(plan, drafts, time);
         Ok(())
+    }
+
+    /// Nothing that is served depends on what is drafted.
+    fn go_on_without_draft_model(&mut self, failure: &StepError) {
+        warn!(%failure, "the draft model has failed; going on without it");
+        self.draft_model = None;
     }
 
     /// Runs one plan on every rank and hands its tokens out.
