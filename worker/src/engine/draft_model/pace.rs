@@ -7,8 +7,9 @@ use crate::scheduler::speculation::{MAX_ROWS, step_time};
 /// The part of an average that a new value makes up: an average forgets in some tens of steps.
 const WEIGHT: f64 = 1.0 / 16.0;
 
-/// A value counts for at most so many times the average. A step in which the machine did something else may take a
-/// hundred times as long, and says nothing of the next one.
+/// A value counts for at most so many times the average, and the average for at most so many times a value: it may be a
+/// first value alone. A step in which the machine did something else may take a hundred times as long, and says nothing of
+/// the next one.
 const MAX_OUTLIER: f64 = 2.0;
 
 /// See the module's documentation. Unit: seconds.
@@ -47,7 +48,7 @@ impl Pace {
 
 impl Average {
     fn note(&mut self, value: f64) {
-        let average = self.0.unwrap_or(value);
+        let average = self.0.unwrap_or(value).min(MAX_OUTLIER * value);
         self.0 = Some(average + WEIGHT * (value.min(MAX_OUTLIER * average) - average));
     }
 }
@@ -80,5 +81,14 @@ mod tests {
         assert!(pace.draft_step_time() < 0.11, "{pace:?}");
         (0..100).for_each(|_| pace.note_draft_step(10 * MS));
         assert!((pace.draft_step_time() - 1.0).abs() < 0.1, "{pace:?}");
+    }
+
+    #[test]
+    fn an_outlier_that_comes_first_is_forgotten_at_once() {
+        let mut pace = Pace::default();
+        pace.note_target_step(1, 10 * MS);
+        pace.note_draft_step(1_000 * MS);
+        pace.note_draft_step(MS);
+        assert!(pace.draft_step_time() < 0.21, "{pace:?}");
     }
 }
