@@ -30,7 +30,10 @@ use serde::{Deserialize, Serialize};
 
 use super::plan::{LogitsRows, SeqId, StepPlan};
 use super::sequence::Sequence;
-use super::{Scheduler, allowance};
+use super::{
+    Scheduler,
+    allowance::{self, Allowance},
+};
 
 /// Sequences that draft have so many rows of a step together at most, last tokens included, in equal shares: one alone
 /// has 7 drafts, two have 3 each, four have 1, and more have none. Each row beyond would slow down all sequences of a
@@ -84,6 +87,29 @@ impl Scheduler {
     /// The sequences of the plan under way that a draft model may draft for, oldest first, if each of its steps takes
     /// `draft_step_time` and gives each of them a draft. Unit: steps of one row.
     pub fn draftable(&self, draft_step_time: f64) -> Vec<Draftable> {
+        self.find_draftable(draft_step_time, Allowance::n_drafts)
+    }
+
+    /// Adds what a draft model says to the plan under way. `time` is what it took to find it, in steps of one row; the
+    /// sequences pay for it in equal parts, also those that it has found nothing for.
+    ///
+    /// # Panics
+    /// If a sequence is not [`draftable`](Self::draftable), or has more drafts than it may have.
+    pub fn add_drafts(&mut self, plan: &mut StepPlan, drafts: Vec<Drafts>, time: f64) {
+        let time = time / drafts.len() as f64;
+        drafts.into_iter().for_each(|drafts| self.put_into_plan(plan, drafts, time, Allowance::pay));
+    }
+
+    /// Drafts what sequences have said before.
+    pub(super) fn draft_repeats(&mut self, plan: &mut StepPlan) {
+        for Draftable { id, max_drafts, .. } in self.find_draftable(0.0, Allowance::n_repeats) {
+            let token_ids = self.running.get_mut(&id).expect("who is draftable runs").repeat(max_drafts);
+            self.put_into_plan(plan, Drafts { id, token_ids }, 0.0, Allowance::pay_for_repeats);
+        }
+    }
+
+    /// Those that have no drafts yet and may have some. `n_paid_for`: how many an allowance covers at a price.
+    fn find_draftable(&self, draft_step_time: f64, n_paid_for: fn(&Allowance, f64) -> usize) -> Vec<Draftable> {
         let n_decoding = self.decoding().count();
         if self.config.speculation == Speculation::Off || n_decoding == 0 {
             return Vec::new();
@@ -102,45 +128,30 @@ impl Scheduler {
         let price = allowance::price(ROW_TIME + draft_step_time / found.len() as f64, n_decoding);
         let paid_for = found.into_iter().map(|(id, sequence, max_drafts)| Draftable {
             id,
-            max_drafts: max_drafts.min(sequence.allowance.n_drafts(price)),
+            max_drafts: max_drafts.min(n_paid_for(&sequence.allowance, price)),
             min_chance: price,
         });
         paid_for.filter(|draftable| draftable.max_drafts > 0).collect()
     }
 
-    /// Adds drafts to the plan under way. `time` is what it took to find them, in steps of one row; the sequences that
-    /// they are for pay for it in equal parts, also those that none were found for.
-    ///
-    /// # Panics
-    /// If a sequence is not [`draftable`](Self::draftable), or has more drafts than it may have.
-    pub fn add_drafts(&mut self, plan: &mut StepPlan, drafts: Vec<Drafts>, time: f64) {
+    /// Adds one sequence's drafts to the plan under way, and has its allowance `pay` for them.
+    fn put_into_plan(&mut self, plan: &mut StepPlan, drafts: Drafts, time: f64, pay: fn(&mut Allowance, f64)) {
+        let Drafts { id, token_ids: mut drafts } = drafts;
+        assert!(self.n_rows_in_flight() + drafts.len() <= self.config.max_step_tokens, "{id:?} has no room");
         let n_decoding = self.decoding().count();
-        let price_of_finding = allowance::price(time / drafts.len() as f64, n_decoding);
-        let price_of_row = allowance::price(ROW_TIME, n_decoding);
-        for Drafts { id, token_ids: mut drafts } in drafts {
-            assert!(self.n_rows_in_flight() + drafts.len() <= self.config.max_step_tokens, "{id:?} has no room");
-            self.grow_for_drafts(id, drafts.len());
-            let sequence = self.running.get_mut(&id).expect("who is draftable runs");
-            assert!(sequence.decodes() && drafts.len() <= sequence.max_drafts(), "{id:?} has {} drafts", drafts.len());
-            drafts.truncate(sequence.n_free_slots());
-            sequence.allowance.pay(price_of_finding + drafts.len() as f64 * price_of_row);
-            let step = plan.sequences.iter_mut().find(|step| step.id == id).expect("it is in the plan");
-            step.new_blocks.extend(sequence.take_new_blocks());
-            if !drafts.is_empty() {
-                step.token_ids.extend(&drafts);
-                step.logits = LogitsRows::All;
-            }
-            let chunk = self.in_flight.as_mut().and_then(|chunks| chunks.get_mut(&id)).expect("the plan is under way");
-            chunk.drafts = drafts;
+        self.grow_for_drafts(id, drafts.len());
+        let sequence = self.running.get_mut(&id).expect("who is draftable runs");
+        assert!(sequence.decodes() && drafts.len() <= sequence.max_drafts(), "{id:?} has {} drafts", drafts.len());
+        drafts.truncate(sequence.n_free_slots());
+        pay(&mut sequence.allowance, allowance::price(time + drafts.len() as f64 * ROW_TIME, n_decoding));
+        let step = plan.sequences.iter_mut().find(|step| step.id == id).expect("it is in the plan");
+        step.new_blocks.extend(sequence.take_new_blocks());
+        if !drafts.is_empty() {
+            step.token_ids.extend(&drafts);
+            step.logits = LogitsRows::All;
         }
-    }
-
-    /// Drafts what sequences have said before.
-    pub(super) fn draft_repeats(&mut self, plan: &mut StepPlan) {
-        for Draftable { id, max_drafts, .. } in self.draftable(0.0) {
-            let token_ids = self.running.get_mut(&id).expect("who is draftable runs").repeat(max_drafts);
-            self.add_drafts(plan, vec![Drafts { id, token_ids }], 0.0);
-        }
+        let chunk = self.in_flight.as_mut().and_then(|chunks| chunks.get_mut(&id)).expect("the plan is under way");
+        chunk.drafts = drafts;
     }
 
     /// The sequences of the plan under way that need one row, oldest first.
@@ -218,5 +229,7 @@ mod tests {
             let (n_asked, _) = ask(N_STEPS, draft_step_time, is_right);
             assert!((10..=100).contains(&n_asked), "{n_asked} of {N_STEPS} steps: {draft_step_time}, {is_right}");
         }
+        let (n_asked, _) = ask(N_STEPS, 3.0, false);
+        assert!((3..=10).contains(&n_asked), "{n_asked} of {N_STEPS} steps");
     }
 }
