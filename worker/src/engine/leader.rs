@@ -13,7 +13,7 @@ use tracing::{debug, info, warn};
 
 use super::{
     EngineError,
-    draft_model::{DraftModel, Found},
+    draft_model::DraftModel,
     handle::{Command, EnginePort, EngineStatus, Submission},
     live::{LiveJobs, Reason},
     metrics::Metrics,
@@ -184,9 +184,9 @@ impl Leader {
             return Ok(());
         }
         let start = Instant::now();
-        let Found { drafts, time } = draft_model.draft(&asked, &mut self.sampler)?;
+        let drafts = draft_model.draft(&asked, &mut self.sampler)?;
         self.metrics.draft.observe(start.elapsed().as_secs_f64());
-        self.scheduler.add_drafts(plan, drafts, time);
+        self.scheduler.add_drafts(plan, drafts);
         Ok(())
     }
 

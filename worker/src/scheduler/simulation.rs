@@ -368,14 +368,14 @@ impl World {
                 token_ids.push(if is_right { right } else { (right + 1) % VOCAB_SIZE });
             }
             let token_ids = token_ids.split_off(self.clients[&id].token_ids.len());
-            drafts.push(Drafts { id, token_ids });
+            drafts.push(Drafts { id, time: step_time * token_ids.len() as f64, token_ids });
         }
         let n_repeat = plan.sequences.iter().filter(|step| !self.scheduler.drafts(step.id).is_empty()).count();
         let n_wanted: usize = drafts.iter().map(|drafts| drafts.token_ids.len()).sum();
         seen.model_drafts += n_wanted as u64;
         seen.model_drafts_beside_repeats += u64::from(n_repeat > 0 && n_wanted > 0);
         seen.model_without_drafts += u64::from(drafts.iter().any(|drafts| drafts.token_ids.is_empty()));
-        self.scheduler.add_drafts(plan, drafts, step_time * n_wanted as f64);
+        self.scheduler.add_drafts(plan, drafts);
     }
 
     fn check_expired(&mut self, expired: &[SeqId], seen: &mut Seen) {

@@ -70,12 +70,14 @@ pub struct Draftable {
 }
 
 /// Drafts for one sequence.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Debug)]
 pub struct Drafts {
     /// A [`Draftable`] sequence.
     pub id: SeqId,
     /// Guesses at its next tokens. May be empty.
     pub token_ids: Vec<u32>,
+    /// The sequence's part of the time that it took to find them. Unit: steps of one row.
+    pub time: f64,
 }
 
 /// The time of a step with few rows, in steps of one row.
@@ -90,21 +92,20 @@ impl Scheduler {
         self.find_draftable(draft_step_time, Allowance::n_drafts)
     }
 
-    /// Adds what a draft model says to the plan under way. `time` is what it took to find it, in steps of one row; the
-    /// sequences pay for it in equal parts, also those that it has found nothing for.
+    /// Adds what a draft model says to the plan under way. The sequences pay for it, also those that it has found nothing
+    /// for.
     ///
     /// # Panics
     /// If a sequence is not [`draftable`](Self::draftable), or has more drafts than it may have.
-    pub fn add_drafts(&mut self, plan: &mut StepPlan, drafts: Vec<Drafts>, time: f64) {
-        let time = time / drafts.len() as f64;
-        drafts.into_iter().for_each(|drafts| self.put_into_plan(plan, drafts, time, Allowance::pay));
+    pub fn add_drafts(&mut self, plan: &mut StepPlan, drafts: Vec<Drafts>) {
+        drafts.into_iter().for_each(|drafts| self.put_into_plan(plan, drafts, Allowance::pay));
     }
 
     /// Drafts what sequences have said before.
     pub(super) fn draft_repeats(&mut self, plan: &mut StepPlan) {
         for Draftable { id, max_drafts, .. } in self.find_draftable(0.0, Allowance::n_repeats) {
             let token_ids = self.running.get_mut(&id).expect("who is draftable runs").repeat(max_drafts);
-            self.put_into_plan(plan, Drafts { id, token_ids }, 0.0, Allowance::pay_for_repeats);
+            self.put_into_plan(plan, Drafts { id, token_ids, time: 0.0 }, Allowance::pay_for_repeats);
         }
     }
 
@@ -135,8 +136,8 @@ impl Scheduler {
     }
 
     /// Adds one sequence's drafts to the plan under way, and has its allowance `pay` for them.
-    fn put_into_plan(&mut self, plan: &mut StepPlan, drafts: Drafts, time: f64, pay: fn(&mut Allowance, f64)) {
-        let Drafts { id, token_ids: mut drafts } = drafts;
+    fn put_into_plan(&mut self, plan: &mut StepPlan, drafts: Drafts, pay: fn(&mut Allowance, f64)) {
+        let Drafts { id, token_ids: mut drafts, time } = drafts;
         assert!(self.n_rows_in_flight() + drafts.len() <= self.config.max_step_tokens, "{id:?} has no room");
         let n_decoding = self.decoding().count();
         self.grow_for_drafts(id, drafts.len());
@@ -207,8 +208,9 @@ mod tests {
             n_asked += draftable.len();
             n_wanted = draftable.first().map_or(0, |draftable| draftable.max_drafts);
             let token_ids: Vec<u32> = (next..).take(n_wanted).map(|right| right + u32::from(!is_right)).collect();
-            let drafts = draftable.iter().map(|_| Drafts { id, token_ids: token_ids.clone() }).collect();
-            scheduler.add_drafts(&mut plan, drafts, n_wanted as f64 * draft_step_time);
+            let time = n_wanted as f64 * draft_step_time;
+            let drafts = draftable.iter().map(|_| Drafts { id, token_ids: token_ids.clone(), time }).collect();
+            scheduler.add_drafts(&mut plan, drafts);
             let n_sampled = if is_right { 1 + n_wanted as u32 } else { 1 };
             let tokens = (next..next + n_sampled).collect();
             next += n_sampled;

@@ -17,6 +17,8 @@ const MAX_OUTLIER: f64 = 2.0;
 pub(super) struct Pace {
     /// Of a step of the draft model.
     draft_step: Average,
+    /// Of the draft model's reading, for each step of one row that [`step_time`] has its rows come to.
+    catch_up: Average,
     /// Of a step of the served model with one row.
     target_row: Average,
 }
@@ -29,6 +31,10 @@ impl Pace {
         self.draft_step.note(took.as_secs_f64());
     }
 
+    pub(super) fn note_catch_up(&mut self, n_rows: usize, took: Duration) {
+        self.catch_up.note(took.as_secs_f64() / step_time(n_rows));
+    }
+
     /// Steps with many rows say nothing of those that only decode.
     pub(super) fn note_target_step(&mut self, n_rows: usize, took: Duration) {
         if n_rows <= MAX_ROWS {
@@ -39,8 +45,17 @@ impl Pace {
     /// How long a step of the draft model takes, in steps of one row of the served model. Nothing, as long as nothing is
     /// known.
     pub(super) fn draft_step_time(&self) -> f64 {
-        match (self.draft_step.0, self.target_row.0) {
-            (Some(draft), Some(target)) if target > 0.0 => draft / target,
+        self.in_target_rows(&self.draft_step)
+    }
+
+    /// How long the draft model takes to read so many rows, in the same unit.
+    pub(super) fn catch_up_time(&self, n_rows: usize) -> f64 {
+        self.in_target_rows(&self.catch_up) * step_time(n_rows)
+    }
+
+    fn in_target_rows(&self, average: &Average) -> f64 {
+        match (average.0, self.target_row.0) {
+            (Some(average), Some(target)) if target > 0.0 => average / target,
             _ => 0.0,
         }
     }
@@ -90,5 +105,16 @@ mod tests {
         pace.note_draft_step(1_000 * MS);
         pace.note_draft_step(MS);
         assert!(pace.draft_step_time() < 0.21, "{pace:?}");
+    }
+
+    #[test]
+    fn reading_is_measured_by_itself() {
+        let mut pace = Pace::default();
+        pace.note_target_step(1, 10 * MS);
+        pace.note_draft_step(MS);
+        pace.note_catch_up(5, 4 * MS);
+        assert!((pace.catch_up_time(5) - 0.4).abs() < 1e-9, "{pace:?}");
+        assert!((pace.catch_up_time(13) - 0.8).abs() < 1e-9, "twice as many rows, in the model's measure: {pace:?}");
+        assert!((pace.draft_step_time() - 0.1).abs() < 1e-9, "{pace:?}");
     }
 }
