@@ -5,14 +5,14 @@
 //! line an encoding: the perplexity of the `reference` backend, which computes the same weights in float32, that of the
 //! `cpu` backend, and the ratio. Tokens are those of `tests/data/perplexity.json`, by windows.
 
-use std::{io::Write as _, path::Path};
+use std::io::Write as _;
 
 use anyhow::{Context, Result};
 use lockstep_checkpoint::{Checkpoint, Encoding, GgufHeader, Tensor, Value};
 use lockstep_kernels::{KvEncoding, dequantize};
 use lockstep_tests::{
     cluster::{demo_model, repository},
-    ranks::{Ranks, logprob},
+    ranks::{Ranks, perplexity},
     tiny_model::quantize,
 };
 use lockstep_worker::model_runner::BackendChoice;
@@ -37,8 +37,11 @@ fn main() -> Result<()> {
         let file = tempfile::NamedTempFile::new()?;
         encode(&demo, encoding, &file)?;
         let windows = || text.ids.chunks_exact(text.window).take(n_windows);
-        let reference = perplexity(file.path(), BackendChoice::Reference, windows())?;
-        let cpu = perplexity(file.path(), BackendChoice::Cpu, windows())?;
+        let measure = |backend| -> Result<f64> {
+            let mut ranks = Ranks::load(file.path(), backend, KvEncoding::F16, 1, 2, 1024)?;
+            Ok(perplexity(&ranks.logprobs(windows())?))
+        };
+        let (reference, cpu) = (measure(BackendChoice::Reference)?, measure(BackendChoice::Cpu)?);
         println!("{:<8} {reference:>10.4} {cpu:>10.4} {:>10.5}", encoding.to_string(), cpu / reference);
     }
     Ok(())
@@ -73,18 +76,4 @@ fn encode(model: &Checkpoint, encoding: Encoding, mut file: impl std::io::Write)
         data.write(&quantize(encoding_of(tensor), &values))?;
     }
     Ok(data.finish()?.flush()?)
-}
-
-/// Of each window by itself.
-fn perplexity<'a>(model: &Path, backend: BackendChoice, windows: impl Iterator<Item = &'a [u32]>) -> Result<f64> {
-    let mut ranks = Ranks::load(model, backend, KvEncoding::F16, 1, 2, 1024)?;
-    let (mut sum, mut n_predicted) = (0.0, 0);
-    for window in windows {
-        let logits = ranks.logits(window, 128)?;
-        for (row, &id) in logits.chunks_exact(ranks.vocab_size).zip(&window[1..]) {
-            sum -= logprob(row, id);
-            n_predicted += 1;
-        }
-    }
-    Ok((sum / f64::from(n_predicted)).exp())
 }

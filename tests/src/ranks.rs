@@ -82,6 +82,25 @@ impl Ranks {
         }
         Ok(logits)
     }
+
+    /// The log-probability of every token of a text that has one before it in its window, each window by itself.
+    ///
+    /// # Errors
+    /// A step that fails.
+    pub fn logprobs<'a>(&mut self, windows: impl Iterator<Item = &'a [u32]>) -> Result<Vec<f64>> {
+        let mut found = Vec::new();
+        for window in windows {
+            let logits = self.logits(window, 128)?;
+            let rows = logits.chunks_exact(self.vocab_size);
+            found.extend(rows.zip(&window[1..]).map(|(row, &id)| logprob(row, id)));
+        }
+        Ok(found)
+    }
+}
+
+/// The perplexity of a text whose tokens have these log-probabilities.
+pub fn perplexity(logprobs: &[f64]) -> f64 {
+    (-logprobs.iter().sum::<f64>() / logprobs.len() as f64).exp()
 }
 
 /// The likeliest token of a row of logits, the lowest id at a tie.

@@ -11,7 +11,7 @@
 use lockstep_kernels::KvEncoding;
 use lockstep_tests::{
     cluster::{demo_model, repository},
-    ranks::{Ranks, argmax, logprob},
+    ranks::{Ranks, argmax, logprob, perplexity},
 };
 use lockstep_worker::model_runner::BackendChoice;
 use serde::{Deserialize, de::DeserializeOwned};
@@ -95,32 +95,20 @@ fn perplexity_is_within_half_a_percent() {
     let reference: Perplexity = read("perplexity.json");
     assert!(reference.ids.len() >= 4_000);
     let mut ranks = load(BackendChoice::Cpu, KvEncoding::F16);
-    let perplexity = perplexity(&logprobs(&mut ranks, reference.ids.chunks_exact(reference.window)));
+    let logprobs = ranks.logprobs(reference.ids.chunks_exact(reference.window)).expect("the model runs");
+    let perplexity = perplexity(&logprobs);
     let ratio = perplexity / reference.perplexity;
     println!("perplexity {perplexity:.4}, reference {:.4}, ratio {ratio:.5}", reference.perplexity);
     assert!((ratio - 1.0).abs() <= 0.005, "perplexity {perplexity} is not within 0.5 % of {}", reference.perplexity);
 }
 
-/// The log-probability of every token of a text that has one before it in its window.
-fn logprobs<'a>(ranks: &mut Ranks, windows: impl Iterator<Item = &'a [u32]>) -> Vec<f64> {
-    let mut found = Vec::new();
-    for window in windows {
-        let logits = ranks.logits(window, 128).expect("the model runs");
-        let rows = logits.chunks_exact(ranks.vocab_size);
-        found.extend(rows.zip(&window[1..]).map(|(row, &id)| logprob(row, id)));
-    }
-    found
-}
-
-fn perplexity(logprobs: &[f64]) -> f64 {
-    (-logprobs.iter().sum::<f64>() / logprobs.len() as f64).exp()
-}
-
 /// Compares keys and values in 8 bits with f16 on windows of the text.
 fn check_int8(backend: BackendChoice, window: usize, n_windows: usize, tolerance: &Tolerance) {
     let text: Perplexity = read("perplexity.json");
-    let [f16, int8] = KvEncoding::ALL
-        .map(|encoding| logprobs(&mut load(backend, encoding), text.ids.chunks_exact(window).take(n_windows)));
+    let [f16, int8] = KvEncoding::ALL.map(|encoding| {
+        let windows = text.ids.chunks_exact(window).take(n_windows);
+        load(backend, encoding).logprobs(windows).expect("the model runs")
+    });
     let differences = f16.iter().zip(&int8).map(|(f16, int8)| (f16 - int8).abs());
     let mean = differences.clone().sum::<f64>() / f16.len() as f64;
     let max = differences.fold(0.0, f64::max);
