@@ -47,12 +47,11 @@ fn measure(ends: Vec<Endpoint>, floats: usize) -> Vec<Duration> {
 }
 
 fn time_calls(mut end: Endpoint, floats: usize) -> Vec<Duration> {
-    let mine = vec![end.rank() as f32; floats];
     let lengths = vec![floats; end.world_size()];
-    let mut out = vec![0.0; floats * end.world_size()];
+    let mut all = vec![end.rank() as f32; floats * end.world_size()];
     let mut call = || {
         let start = Instant::now();
-        end.all_gather(&mine, &lengths, &mut out).expect("all ranks make the same calls");
+        end.all_gather(&lengths, &mut all).expect("all ranks make the same calls");
         start.elapsed()
     };
     for _ in 0..calls(floats) / 10 {

@@ -6,8 +6,8 @@ use crate::{AbortHandle, CollectiveError};
 
 /// One rank's end of a group. All ranks make the same calls in the same order; none of them may be skipped.
 ///
-/// `lengths[r]` is the number of floats that rank `r` gives, equal on every rank; `out` holds all of them in rank order,
-/// `[lengths[0] + lengths[1] + …]`. Floats travel bit for bit.
+/// `lengths[r]` is the number of floats that rank `r` gives, equal on every rank; `all` and `out` hold those of all in rank
+/// order, `[lengths[0] + lengths[1] + …]`. Floats travel bit for bit.
 ///
 /// # Panics
 ///
@@ -24,8 +24,9 @@ pub trait Collective: fmt::Debug + Send {
     /// The number of ranks.
     fn world_size(&self) -> usize;
 
-    /// Gives `mine` to all ranks and takes theirs into `out`. Returns when the floats of all ranks have come.
-    fn all_gather(&mut self, mine: &[f32], lengths: &[usize], out: &mut [f32]) -> Result<(), CollectiveError>;
+    /// Gives this rank's part of `all` to all ranks and takes theirs into the other parts. Returns when the floats of all
+    /// ranks have come.
+    fn all_gather(&mut self, lengths: &[usize], all: &mut [f32]) -> Result<(), CollectiveError>;
 
     /// Gives `mine` to `root`, which alone passes `out`. Other ranks may return before `root` has taken their floats.
     fn gather(

@@ -3,7 +3,7 @@
 //! It does what all transports need alike: numbers the calls, checks their arguments, gives each its deadline, and
 //! remembers the first error, after which the ranks' calls no longer match and nothing may be sent any more.
 
-use std::fmt;
+use std::{fmt, ops::Range};
 
 use crate::{AbortHandle, Call, Collective, CollectiveError, Member, Op, member::Patience};
 
@@ -28,8 +28,28 @@ pub(crate) struct Exchange<'a> {
     pub(crate) mine: &'a [f32],
     /// Floats of each rank; none for a barrier.
     pub(crate) lengths: &'a [usize],
-    /// Where the floats of all ranks go; empty on a rank that takes none.
-    pub(crate) out: &'a mut [f32],
+    /// Where the peers' floats go; nowhere on a rank that takes none.
+    pub(crate) theirs: Theirs<'a>,
+}
+
+/// Where the floats of a rank's peers go.
+#[derive(Default)]
+pub(crate) struct Theirs<'a> {
+    /// Those of all lower ranks, in rank order.
+    pub(crate) lower: &'a mut [f32],
+    /// Those of all higher ranks.
+    pub(crate) higher: &'a mut [f32],
+}
+
+// === impl Theirs ===
+
+impl<'a> Theirs<'a> {
+    /// What is around this rank's part of `all`, and that part.
+    fn around(all: &'a mut [f32], part: Range<usize>) -> (&'a mut [f32], Self) {
+        let (rest, higher) = all.split_at_mut(part.end);
+        let (lower, mine) = rest.split_at_mut(part.start);
+        (mine, Self { lower, higher })
+    }
 }
 
 // === impl Exchange ===
@@ -51,6 +71,14 @@ impl Exchange<'_> {
         self.lengths.get(rank).copied().unwrap_or(0)
     }
 
+    /// Where the floats of `peer`, another rank than `me`, go: a part of `theirs`.
+    pub(crate) fn part(&mut self, me: usize, peer: usize) -> &mut [f32] {
+        let length = |rank: usize| self.lengths.get(rank).copied().unwrap_or(0);
+        let (among, first) = if peer < me { (&mut *self.theirs.lower, 0) } else { (&mut *self.theirs.higher, me + 1) };
+        let start = (first..peer).map(length).sum::<usize>();
+        &mut among[start..start + length(peer)]
+    }
+
     /// Compares what `rank` does with what it should do.
     pub(crate) fn check(&self, rank: usize, found: Call) -> Result<(), CollectiveError> {
         let expected = self.call(rank);
@@ -65,13 +93,13 @@ impl Endpoint {
         Self { member, next_index: 0, failed: None, link: Box::new(link) }
     }
 
-    fn call(&mut self, op: Op, mine: &[f32], lengths: &[usize], out: &mut [f32]) -> Result<(), CollectiveError> {
+    fn call(&mut self, op: Op, mine: &[f32], lengths: &[usize], theirs: Theirs<'_>) -> Result<(), CollectiveError> {
         if let Some(error) = &self.failed {
             return Err(error.clone());
         }
         self.member.progress.count_call();
         let patience = self.member.patience();
-        let exchange = Exchange { index: self.next_index, op, mine, lengths, out };
+        let exchange = Exchange { index: self.next_index, op, mine, lengths, theirs };
         let result = if patience.abort.is_aborted() {
             Err(CollectiveError::Aborted)
         } else {
@@ -82,15 +110,20 @@ impl Endpoint {
         result
     }
 
-    /// Panics unless the arguments fit one another.
-    fn check_arguments(&self, mine: &[f32], lengths: &[usize]) {
+    /// This rank's part of the floats of all ranks, `all`, and the others'.
+    ///
+    /// # Panics
+    ///
+    /// Unless there is a length for each rank and `all` is as long as they say.
+    fn split<'a>(&self, lengths: &[usize], all: &'a mut [f32]) -> (&'a mut [f32], Theirs<'a>) {
         assert_eq!(lengths.len(), self.member.world_size, "one length for each rank");
-        assert_eq!(mine.len(), lengths[self.member.rank], "this rank's floats are as many as its length says");
+        assert_eq!(all.len(), lengths.iter().sum::<usize>(), "the floats of all ranks");
+        Theirs::around(all, part(self.member.rank, lengths))
     }
 }
 
 /// Where `rank`'s floats lie in the floats of all ranks.
-fn part(rank: usize, lengths: &[usize]) -> std::ops::Range<usize> {
+fn part(rank: usize, lengths: &[usize]) -> Range<usize> {
     let start = lengths[..rank].iter().sum();
     start..start + lengths[rank]
 }
@@ -104,11 +137,9 @@ impl Collective for Endpoint {
         self.member.world_size
     }
 
-    fn all_gather(&mut self, mine: &[f32], lengths: &[usize], out: &mut [f32]) -> Result<(), CollectiveError> {
-        self.check_arguments(mine, lengths);
-        assert_eq!(out.len(), lengths.iter().sum::<usize>(), "out holds the floats of all ranks");
-        out[part(self.member.rank, lengths)].copy_from_slice(mine);
-        self.call(Op::AllGather, mine, lengths, out)
+    fn all_gather(&mut self, lengths: &[usize], all: &mut [f32]) -> Result<(), CollectiveError> {
+        let (mine, theirs) = self.split(lengths, all);
+        self.call(Op::AllGather, mine, lengths, theirs)
     }
 
     fn gather(
@@ -118,19 +149,20 @@ impl Collective for Endpoint {
         lengths: &[usize],
         out: Option<&mut [f32]>,
     ) -> Result<(), CollectiveError> {
-        self.check_arguments(mine, lengths);
+        assert_eq!(lengths.len(), self.member.world_size, "one length for each rank");
+        assert_eq!(mine.len(), lengths[self.member.rank], "this rank's floats are as many as its length says");
         assert!(root < self.member.world_size, "root {root} is outside the group");
         assert_eq!(out.is_some(), root == self.member.rank, "the root alone passes out");
         let Some(out) = out else {
-            return self.call(Op::Gather { root }, mine, lengths, &mut []);
+            return self.call(Op::Gather { root }, mine, lengths, Theirs::default());
         };
-        assert_eq!(out.len(), lengths.iter().sum::<usize>(), "out holds the floats of all ranks");
-        out[part(root, lengths)].copy_from_slice(mine);
-        self.call(Op::Gather { root }, mine, lengths, out)
+        let (own, theirs) = self.split(lengths, out);
+        own.copy_from_slice(mine);
+        self.call(Op::Gather { root }, mine, lengths, theirs)
     }
 
     fn barrier(&mut self) -> Result<(), CollectiveError> {
-        self.call(Op::Barrier, &[], &[], &mut [])
+        self.call(Op::Barrier, &[], &[], Theirs::default())
     }
 
     fn abort_handle(&self) -> AbortHandle {

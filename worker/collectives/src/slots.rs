@@ -118,8 +118,7 @@ impl Slots {
             self.wait_for_round(peer, self.round, exchange, patience)?;
             exchange.check(peer, self.region.slot_call(peer, self.round))?;
             let theirs = chunk_of(exchange.length(peer), chunk);
-            let start = exchange.lengths.iter().take(peer).sum::<usize>() + theirs.start;
-            let out = &mut exchange.out[start..start + theirs.len()];
+            let out = &mut exchange.part(me, peer)[theirs];
             // SAFETY: the peer has published this round, and writes the slot again only once this rank has published
             // the next one.
             unsafe { self.region.read_slot(peer, self.round, out) };
@@ -228,6 +227,7 @@ fn chunk_of(length: usize, chunk: usize) -> std::ops::Range<usize> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::endpoint::Theirs;
 
     #[test]
     fn rounds_go_on_when_their_number_wraps() {
@@ -247,13 +247,16 @@ mod tests {
                     for index in 0..10 {
                         let rank = slots.member.rank;
                         let mine = [(index * 2 + rank as u64) as f32];
-                        let mut out = [f32::NAN; 2];
-                        out[rank] = mine[0];
+                        let mut other = [f32::NAN];
+                        let theirs = match rank {
+                            0 => Theirs { higher: &mut other, ..Theirs::default() },
+                            _ => Theirs { lower: &mut other, ..Theirs::default() },
+                        };
                         let exchange =
-                            Exchange { index, op: crate::Op::AllGather, mine: &mine, lengths: &[1, 1], out: &mut out };
+                            Exchange { index, op: crate::Op::AllGather, mine: &mine, lengths: &[1, 1], theirs };
                         let patience = slots.member.patience();
                         slots.exchange(exchange, &patience).unwrap();
-                        assert_eq!(out, [(index * 2) as f32, (index * 2 + 1) as f32]);
+                        assert_eq!(other, [(index * 2 + 1 - rank as u64) as f32]);
                     }
                 });
             }

@@ -39,8 +39,8 @@ impl Collective for Timed<'_> {
         self.inner.world_size()
     }
 
-    fn all_gather(&mut self, mine: &[f32], lengths: &[usize], out: &mut [f32]) -> Result<(), CollectiveError> {
-        self.timed(|inner| inner.all_gather(mine, lengths, out))
+    fn all_gather(&mut self, lengths: &[usize], all: &mut [f32]) -> Result<(), CollectiveError> {
+        self.timed(|inner| inner.all_gather(lengths, all))
     }
 
     fn gather(

@@ -67,11 +67,12 @@ fn segment_name(purpose: &str) -> String {
 fn gather_until_it_fails(end: &mut Endpoint, mut after_each: impl FnMut(u64)) -> CollectiveError {
     let rank = end.rank();
     for call in 1.. {
-        let mut out = [0.0; WORLD_SIZE];
-        if let Err(error) = end.all_gather(&[rank as f32], &[1; WORLD_SIZE], &mut out) {
+        let mut all = [f32::NAN; WORLD_SIZE];
+        all[rank] = rank as f32;
+        if let Err(error) = end.all_gather(&[1; WORLD_SIZE], &mut all) {
             return error;
         }
-        assert_eq!(out, [0.0, 1.0, 2.0]);
+        assert_eq!(all, [0.0, 1.0, 2.0]);
         after_each(call);
     }
     unreachable!("calls are not counted to the end")

@@ -140,6 +140,12 @@ impl Reduction {
     pub fn n_partials(&self, rank: usize) -> usize {
         self.subtrees[rank].len()
     }
+
+    /// Which of all ranks' partial sums are those of `rank`.
+    pub fn partials(&self, rank: usize) -> Range<usize> {
+        let start = (0..rank).map(|lower| self.n_partials(lower)).sum();
+        start..start + self.n_partials(rank)
+    }
 }
 
 /// The part of `n` things that `rank` owns: sizes differ by one at most, larger parts last.

@@ -17,7 +17,7 @@ use rustix::event::{PollFd, PollFlags, poll};
 use crate::{
     Call, CollectiveError, Member,
     call::CALL_WORDS,
-    endpoint::{Exchange, Link},
+    endpoint::{Exchange, Link, Theirs},
     member::{Interruption, Patience, timespec},
 };
 
@@ -76,7 +76,7 @@ impl Mesh {
     }
 
     /// The frames that this rank sends and receives in a call.
-    fn frames<'a>(&'a self, exchange: &Exchange<'a>, out: &'a mut [f32]) -> Frames<'a> {
+    fn frames<'a>(&'a self, exchange: &Exchange<'a>, theirs: Theirs<'a>) -> Frames<'a> {
         let me = self.member.rank;
         let head = bytemuck::cast(exchange.call(me).encode());
         let floats = bytemuck::cast_slice(exchange.mine);
@@ -85,13 +85,13 @@ impl Mesh {
             .map(|(peer, stream)| Outgoing { peer, stream, head, floats, sent: 0 });
         let mut frames = Frames { outgoing: outgoing.collect(), incoming: Vec::new() };
         if exchange.op.receives(me) {
-            let mut rest: &mut [u8] = bytemuck::cast_slice_mut(out);
-            for (peer, stream) in self.connections.0.iter().enumerate() {
-                let (floats, others) = rest.split_at_mut(exchange.length(peer) * size_of::<f32>());
-                rest = others;
-                if let Some(stream) = stream {
-                    frames.incoming.push(Incoming { peer, stream, head: [0; HEAD_BYTES], floats, received: 0 });
-                }
+            let Theirs { mut lower, mut higher } = theirs;
+            for (peer, stream) in self.connections.iter() {
+                let rest = if peer < me { &mut lower } else { &mut higher };
+                // As long as the ranks' lengths together, so it is long enough.
+                let floats = rest.split_off_mut(..exchange.length(peer)).unwrap_or_default();
+                let floats = bytemuck::cast_slice_mut(floats);
+                frames.incoming.push(Incoming { peer, stream, head: [0; HEAD_BYTES], floats, received: 0 });
             }
         }
         frames
@@ -100,8 +100,8 @@ impl Mesh {
 
 impl Link for Mesh {
     fn exchange(&mut self, mut exchange: Exchange<'_>, patience: &Patience) -> Result<(), CollectiveError> {
-        let out = std::mem::take(&mut exchange.out);
-        let mut frames = self.frames(&exchange, out);
+        let theirs = std::mem::take(&mut exchange.theirs);
+        let mut frames = self.frames(&exchange, theirs);
         let mut idle_turns = 0;
         while let Some(next) = frames.next_peer() {
             if frames.advance(&exchange, patience)? {

@@ -158,13 +158,10 @@ impl Backend for CpuBackend {
         collective: &mut dyn Collective,
     ) -> Result<CpuTerms, StepError> {
         let plane = x.n_rows() * weight.n_out();
-        let mut planes = self.values(weight.n_partials() * plane);
-        self.cpu.matmul(weight, x, &mut planes);
-        if collective.world_size() > 1 {
-            let mut gathered = self.values(reduction.order.n_planes() * plane);
-            gather(&planes, plane, reduction, collective, &mut gathered)?;
-            planes = gathered;
-        }
+        let mut planes = self.values(reduction.order.n_planes() * plane);
+        let mine = reduction.partials(collective.rank());
+        self.cpu.matmul(weight, x, &mut planes[mine.start * plane..mine.end * plane]);
+        gather(&mut planes, plane, reduction, collective)?;
         Ok(CpuTerms { planes, order: reduction.order.clone() })
     }
 
@@ -217,14 +214,16 @@ impl Backend for CpuBackend {
     }
 }
 
-/// Gathers every rank's partial planes, `[n_planes, plane]` in all.
+/// Gathers every rank's partial planes, `[n_planes, plane]` in all, of which this rank's are there.
 pub(super) fn gather(
-    mine: &[f32],
+    planes: &mut [f32],
     plane: usize,
     reduction: &Reduction,
     collective: &mut dyn Collective,
-    all: &mut [f32],
 ) -> Result<(), StepError> {
+    if collective.world_size() == 1 {
+        return Ok(());
+    }
     let lengths: Vec<usize> = (0..collective.world_size()).map(|rank| reduction.n_partials(rank) * plane).collect();
-    Ok(collective.all_gather(mine, &lengths, all)?)
+    Ok(collective.all_gather(&lengths, planes)?)
 }

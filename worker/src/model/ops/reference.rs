@@ -204,7 +204,8 @@ impl Backend for ReferenceBackend {
         let stacked = Tensor::stack(&partials, 0).map_err(OpError::from)?;
         let (mine, plane) = (to_vec(&stacked)?, n_rows * n_out);
         let mut planes = vec![0.0; reduction.order.n_planes() * plane];
-        gather(&mine, plane, reduction, collective, &mut planes)?;
+        planes[reduction.partials(collective.rank()).start * plane..][..mine.len()].copy_from_slice(&mine);
+        gather(&mut planes, plane, reduction, collective)?;
         let mut sum = vec![0.0; plane];
         reduction.order.add(&planes, &mut sum);
         Ok(self.upload(sum, n_out)?)
