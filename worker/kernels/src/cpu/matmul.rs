@@ -37,6 +37,9 @@ use crate::sum_tree::MAX_PENDING;
 /// Rows that share the loading and unpacking of weights.
 const ABREAST: usize = 8;
 
+/// Panels that may go through a task's strips in turn: two of gate and two of up.
+pub(crate) const MAX_TURNS: usize = 4;
+
 /// How far ahead of their use codes are fetched, in runs of 32 inputs: 2 to 4 KiB.
 const PREFETCH_PARTS: usize = 8;
 
@@ -84,7 +87,7 @@ impl PanelsTimesRows<'_> {
     pub(crate) fn run<S: Simd>(&self, simd: S) {
         for panel_idx in self.panels.clone() {
             for strip in strips(self.rows.clone(), self.product.x.n_rows()) {
-                self.product.panel(simd, Place { panel_idx, ..strip });
+                self.product.panel(simd, Place { panel_idx, ..strip }, 0);
             }
         }
     }
@@ -112,8 +115,9 @@ impl GatedRows<'_> {
                 });
                 // In the order of `PackedMatrix::pack_pair`.
                 for panel_idx in 2 * pair_idx..n_panels.min(2 * pair_idx + 2) {
-                    gate_sums.panel(simd, Place { panel_idx, ..strip });
-                    up_sums.panel(simd, Place { panel_idx, ..strip });
+                    let place = Place { panel_idx, ..strip };
+                    gate_sums.panel(simd, place, panel_idx % 2 * 2);
+                    up_sums.panel(simd, place, panel_idx % 2 * 2 + 1);
                 }
                 simd.vectorize(Gate { gate: &gate, up: &up, pair_idx, strip, out: self.out });
             }
@@ -144,17 +148,27 @@ impl Kernel for Gate<'_> {
 
 /// A task's rows, strip by strip: places without a panel yet.
 fn strips(rows: Range<usize>, n_rows: usize) -> impl Iterator<Item = Place> {
-    let strip = move |first_row| Place { panel_idx: 0, first_row, place: 0, n_rows: strip_rows(first_row, n_rows) };
-    rows.step_by(STRIP).map(strip)
+    let (start, is_only) = (rows.start, rows.len() <= STRIP);
+    rows.step_by(STRIP).map(move |first_row| {
+        let turn = if is_only {
+            Turn::Only
+        } else if first_row == start {
+            Turn::First
+        } else {
+            Turn::Later
+        };
+        Place { panel_idx: 0, first_row, place: 0, n_rows: strip_rows(first_row, n_rows), turn }
+    })
 }
 
 // === impl Multiplication ===
 
 impl<'a> Multiplication<'a> {
-    /// One panel times the rows of a strip: with tiles, or as many rows at a time as vectors take.
-    fn panel<S: Simd>(&self, simd: S, strip: Place) {
+    /// One panel times the rows of a strip: with tiles, or as many rows at a time as vectors take. If panels take turns,
+    /// `turn_idx`, below [`MAX_TURNS`], tells them apart.
+    fn panel<S: Simd>(&self, simd: S, strip: Place, turn_idx: usize) {
         if let Weights::Integers(integers) = self.matrix.weights()
-            && simd.sum_with_tiles(self, integers, strip)
+            && simd.sum_with_tiles(self, integers, strip, turn_idx)
         {
             return;
         }
@@ -270,6 +284,15 @@ pub(crate) struct Place {
     place: usize,
     /// How many rows.
     pub(crate) n_rows: usize,
+    pub(crate) turn: Turn,
+}
+
+/// Which of a task's strips meets the panel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Turn {
+    Only,
+    First,
+    Later,
 }
 
 /// One panel of integer weights.

@@ -34,7 +34,7 @@ pub(crate) trait Simd: Copy + Send + Sync {
 
     /// Computes a panel's outputs for the rows of a strip with tiles; does nothing and says so if there are none, or if
     /// vectors are as fast.
-    fn sum_with_tiles(self, _product: &Multiplication<'_>, _integers: &Integers, _strip: Place) -> bool {
+    fn sum_with_tiles(self, _: &Multiplication<'_>, _: &Integers, _strip: Place, _turn_idx: usize) -> bool {
         false
     }
 

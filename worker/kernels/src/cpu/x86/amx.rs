@@ -3,20 +3,23 @@
 //! Per run of 32 inputs, activations `[n_rows, 32]` times the panel's codes, offset taken off, `[8 quads, 16 outputs, 4]`
 //! give 16 outputs of integers a row, exactly those of [`SumFormat`](crate::cpu::matmul). What is left, turning them into
 //! scaled floats, is done with the same operations in the same order, so the bits are the same, too. It takes longer
-//! than the products themselves, so a run is multiplied while the one before is scaled.
+//! than the products themselves, so runs are multiplied while those before are scaled, and what a panel needs is
+//! unpacked once for all strips that it goes through.
 //!
-//! The compiler knows nothing of tiles: they are set up, used and let go within one call.
+//! The compiler knows nothing of tiles: whoever multiplies with them sees to it that they have the right shapes. Nothing
+//! else in a process uses them.
 
 use std::arch::asm;
 use std::arch::x86_64::*;
+use std::cell::Cell;
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
 use super::avx512::Avx512;
 use crate::cpu::activations::{ActivationBlock, STRIP};
-use crate::cpu::matmul::{Multiplication, Panel, Place, add_group};
+use crate::cpu::matmul::{MAX_TURNS, Multiplication, Panel, Place, Turn, add_group};
 use crate::cpu::simd::{LANES, Simd, unrolled};
-use crate::packed::{BLOCK, Integers, Line};
+use crate::packed::{BLOCK, Integers, Line, QUADS};
 use crate::sum_tree::MAX_PENDING;
 
 /// Rows of a strip from which on tiles are faster: fewer leave most of a tile empty.
@@ -36,16 +39,63 @@ struct Shapes {
     rows: [u8; 16],
 }
 
-/// Integer products of one run of 32 inputs: of all of them, or of either half.
+/// A run of 32 inputs of a panel, unpacked.
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+struct Run {
+    /// Codes by quads, signed: the offset is taken off.
+    quads: [Line; QUADS],
+    /// Scales of all inputs, or of either half.
+    scales: [[f32; LANES]; 2],
+    /// Minimums likewise.
+    minimums: [[f32; LANES]; 2],
+}
+
+/// Integer products of one run: of all its inputs, or of either half.
 type Dots = [[[i32; LANES]; STRIP]; 2];
 
-/// The products of a panel and the rows of a strip, `N` or less.
-struct SumTiles<'a, const N: usize, const BITS: usize, const CODEBOOK: bool, const HALVES: bool, const MINIMUM: bool> {
+/// Runs that are multiplied before one is scaled: what is stored can be loaded into tiles, and from them, only after tens
+/// of cycles.
+const AHEAD: usize = 2;
+
+/// Places that runs ahead use in turn; more than [`AHEAD`].
+const RING: usize = 4;
+
+/// What a thread has for its strips.
+#[derive(Default)]
+struct Scratch {
+    /// Unpacked panels, one for each that goes through strips in turn: all its runs, or if there is one strip, a ring.
+    panels: [Vec<Run>; MAX_TURNS],
+    /// A ring.
+    dots: [Dots; RING],
+}
+
+/// The products of a panel and the rows of a strip: `N`, or if it is not `FULL`, fewer.
+struct SumTiles<
+    'a,
+    const N: usize,
+    const FULL: bool,
+    const BITS: usize,
+    const CODEBOOK: bool,
+    const HALVES: bool,
+    const MINIMUM: bool,
+> {
     product: Multiplication<'a>,
     panel: Panel<'a>,
     place: Place,
     /// The strip, `[n_in / 32, n_rows]`.
     blocks: &'a [ActivationBlock],
+    /// The panel's runs, or a ring of them.
+    runs: &'a mut [Run],
+    dots: &'a mut [Dots; RING],
+}
+
+thread_local! {
+    /// Made by the first strip. Grows to what the largest matrix needs.
+    static SCRATCH: Cell<Option<Box<Scratch>>> = const { Cell::new(None) };
+    /// Rows of activations and parts of a run that the tiles of this thread are set up for. They stay so: a thread's tiles
+    /// cost little when it is switched, and setting them up takes longer than a run.
+    static SET_UP_FOR: Cell<(usize, usize)> = const { Cell::new((0, 0)) };
 }
 
 // === impl Tiles ===
@@ -62,23 +112,38 @@ impl Tiles {
     }
 
     /// Computes a panel's outputs for the rows of a strip; does nothing and says so where vectors are as fast.
-    pub(crate) fn sum(self, simd: Avx512, product: &Multiplication<'_>, integers: &Integers, place: Place) -> bool {
+    pub(crate) fn sum(
+        self,
+        simd: Avx512,
+        product: &Multiplication<'_>,
+        integers: &Integers,
+        place: Place,
+        turn_idx: usize,
+    ) -> bool {
         if place.n_rows < MIN_ROWS {
             return false;
         }
         let panel = Panel { integers, panel_idx: integers.place(place.panel_idx) };
+        let mut scratch = SCRATCH.take().unwrap_or_default();
+        let Scratch { panels, dots } = &mut *scratch;
+        let n_runs = if place.turn == Turn::Only { RING } else { integers.n_parts() };
+        if panels[turn_idx].len() < n_runs {
+            panels[turn_idx].resize(n_runs, Run::EMPTY);
+        }
+        let strip = Strip { product, panel, place, runs: &mut panels[turn_idx], dots };
         let format = integers.format;
         match (format.bits, format.codebook, format.group_len, format.has_minimum) {
-            (4, None, 32, false) => sum_format::<4, false, false, false>(simd, product, panel, place),
-            (4, None, 32, true) => sum_format::<4, false, false, true>(simd, product, panel, place),
-            (4, None, _, false) => sum_format::<4, false, true, false>(simd, product, panel, place),
-            (4, None, _, true) => sum_format::<4, false, true, true>(simd, product, panel, place),
-            (4, Some(_), ..) => sum_format::<4, true, false, false>(simd, product, panel, place),
-            (5, _, _, false) => sum_format::<5, false, false, false>(simd, product, panel, place),
-            (5, _, _, true) => sum_format::<5, false, false, true>(simd, product, panel, place),
-            (6, ..) => sum_format::<6, false, true, false>(simd, product, panel, place),
-            _ => sum_format::<8, false, false, false>(simd, product, panel, place),
+            (4, None, 32, false) => strip.sum::<4, false, false, false>(simd),
+            (4, None, 32, true) => strip.sum::<4, false, false, true>(simd),
+            (4, None, _, false) => strip.sum::<4, false, true, false>(simd),
+            (4, None, _, true) => strip.sum::<4, false, true, true>(simd),
+            (4, Some(_), ..) => strip.sum::<4, true, false, false>(simd),
+            (5, _, _, false) => strip.sum::<5, false, false, false>(simd),
+            (5, _, _, true) => strip.sum::<5, false, false, true>(simd),
+            (6, ..) => strip.sum::<6, false, true, false>(simd),
+            _ => strip.sum::<8, false, false, false>(simd),
         }
+        SCRATCH.set(Some(scratch));
         true
     }
 }
@@ -100,20 +165,49 @@ fn ask_system() -> bool {
     result == 0
 }
 
-fn sum_format<const BITS: usize, const CODEBOOK: bool, const HALVES: bool, const MINIMUM: bool>(
-    simd: Avx512,
-    product: &Multiplication<'_>,
-    panel: Panel<'_>,
+/// A panel and a strip that it meets.
+struct Strip<'a> {
+    product: &'a Multiplication<'a>,
+    panel: Panel<'a>,
     place: Place,
-) {
-    let blocks = product.strip(panel, place);
-    let product = *product;
-    // SAFETY: `simd` proves that the processor has the vector instructions, and this module is reached through `Tiles`.
-    unsafe {
-        match place.n_rows {
-            8 => run(simd, SumTiles::<8, BITS, CODEBOOK, HALVES, MINIMUM> { product, panel, place, blocks }),
-            9..=12 => run(simd, SumTiles::<12, BITS, CODEBOOK, HALVES, MINIMUM> { product, panel, place, blocks }),
-            _ => run(simd, SumTiles::<STRIP, BITS, CODEBOOK, HALVES, MINIMUM> { product, panel, place, blocks }),
+    runs: &'a mut [Run],
+    dots: &'a mut [Dots; RING],
+}
+
+impl Strip<'_> {
+    fn sum<const BITS: usize, const CODEBOOK: bool, const HALVES: bool, const MINIMUM: bool>(self, simd: Avx512) {
+        let Strip { product, panel, place, runs, dots } = self;
+        let (blocks, product) = (product.strip(panel, place), *product);
+        // SAFETY: `simd` proves that the processor has the vector instructions, and this module is reached through `Tiles`.
+        unsafe {
+            match place.n_rows {
+                8 => run(
+                    simd,
+                    SumTiles::<8, true, BITS, CODEBOOK, HALVES, MINIMUM> { product, panel, place, blocks, runs, dots },
+                ),
+                STRIP => run(
+                    simd,
+                    SumTiles::<STRIP, true, BITS, CODEBOOK, HALVES, MINIMUM> {
+                        product,
+                        panel,
+                        place,
+                        blocks,
+                        runs,
+                        dots,
+                    },
+                ),
+                _ => run(
+                    simd,
+                    SumTiles::<STRIP, false, BITS, CODEBOOK, HALVES, MINIMUM> {
+                        product,
+                        panel,
+                        place,
+                        blocks,
+                        runs,
+                        dots,
+                    },
+                ),
+            }
         }
     }
 }
@@ -121,34 +215,54 @@ fn sum_format<const BITS: usize, const CODEBOOK: bool, const HALVES: bool, const
 /// # Safety
 /// The processor must have the features of [`Avx512`] and [`Tiles`].
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
-unsafe fn run<const N: usize, const BITS: usize, const CODEBOOK: bool, const HALVES: bool, const MINIMUM: bool>(
+unsafe fn run<
+    const N: usize,
+    const FULL: bool,
+    const BITS: usize,
+    const CODEBOOK: bool,
+    const HALVES: bool,
+    const MINIMUM: bool,
+>(
     simd: Avx512,
-    task: SumTiles<'_, N, BITS, CODEBOOK, HALVES, MINIMUM>,
+    mut task: SumTiles<'_, N, FULL, BITS, CODEBOOK, HALVES, MINIMUM>,
 ) {
     task.run(simd);
 }
 
+/// Gives this thread's tiles the shapes for a strip of `n_rows` and runs in `n_parts` parts.
+fn set_up(n_rows: usize, n_parts: usize) {
+    if SET_UP_FOR.get() == (n_rows, n_parts) {
+        return;
+    }
+    let mut shapes = Shapes { palette: 1, start_row: 0, reserved: [0; 14], bytes_a_row: [0; 16], rows: [0; 16] };
+    shapes.bytes_a_row[..3].copy_from_slice(&[64, (BLOCK / n_parts) as u16, 64]);
+    shapes.rows[..3].copy_from_slice(&[n_rows as u8, n_rows as u8, (QUADS / n_parts) as u8]);
+    // SAFETY: this module is reached through `Tiles`, so there are tiles, and these shapes are within palette 1.
+    unsafe { asm!("ldtilecfg [{}]", in(reg) &raw const shapes, options(nostack, readonly)) };
+    SET_UP_FOR.set((n_rows, n_parts));
+}
+
+// === impl Run ===
+
+impl Run {
+    const EMPTY: Self = Self { quads: [Line([0; 64]); QUADS], scales: [[0.0; LANES]; 2], minimums: [[0.0; LANES]; 2] };
+}
+
 // === impl SumTiles ===
 
-impl<const N: usize, const BITS: usize, const CODEBOOK: bool, const HALVES: bool, const MINIMUM: bool>
-    SumTiles<'_, N, BITS, CODEBOOK, HALVES, MINIMUM>
+impl<const N: usize, const FULL: bool, const BITS: usize, const CODEBOOK: bool, const HALVES: bool, const MINIMUM: bool>
+    SumTiles<'_, N, FULL, BITS, CODEBOOK, HALVES, MINIMUM>
 {
     #[inline(always)]
-    fn run(&self, simd: Avx512) {
-        let (n_rows, n_parts) = (self.place.n_rows as u8, if HALVES { 2 } else { 1 });
-        let mut shapes = Shapes { palette: 1, start_row: 0, reserved: [0; 14], bytes_a_row: [0; 16], rows: [0; 16] };
-        shapes.bytes_a_row[..3].copy_from_slice(&[64, BLOCK as u16 / n_parts, 64]);
-        shapes.rows[..3].copy_from_slice(&[n_rows, n_rows, 8 / n_parts as u8]);
-        // SAFETY: the processor has tiles (`Tiles::detect`), and these shapes are within palette 1.
-        unsafe { asm!("ldtilecfg [{}]", in(reg) &raw const shapes, options(nostack, readonly)) };
-        // Cleared once a panel: a segment may be short.
-        let mut dots: [Dots; 2] = [[[[0; LANES]; STRIP]; 2]; 2];
-        for (plane_idx, segments) in self.product.matrix.plan().subtrees().enumerate() {
+    fn run(&mut self, simd: Avx512) {
+        set_up(self.place.n_rows, if HALVES { 2 } else { 1 });
+        let product = self.product;
+        for (plane_idx, segments) in product.matrix.plan().subtrees().enumerate() {
             let mut pending = [const { MaybeUninit::uninit() }; MAX_PENDING];
             let mut n_pending = 0;
             let mut sums = [simd.splat(0.0); N];
             for segment in segments {
-                sums = self.sum_segment(simd, &segment.cols, &mut dots);
+                sums = self.sum_segment(simd, &segment.cols);
                 for _ in 0..segment.n_merges {
                     n_pending -= 1;
                     // SAFETY: the entries below `n_pending` were written when it passed them, and it was above this one.
@@ -159,77 +273,105 @@ impl<const N: usize, const BITS: usize, const CODEBOOK: bool, const HALVES: bool
                 n_pending += 1;
             }
             for (i, sums) in sums.iter().enumerate().take(self.place.n_rows) {
-                self.product.store(simd, plane_idx, self.place, i, *sums);
+                product.store(simd, plane_idx, self.place, i, *sums);
             }
         }
-        // SAFETY: as above. A thread that holds no tiles is cheap to switch.
-        unsafe { asm!("tilerelease", options(nostack, nomem)) };
     }
 
     #[inline(always)]
-    fn sum_segment(&self, simd: Avx512, cols: &Range<usize>, dots: &mut [Dots; 2]) -> [__m512; N] {
-        let parts = cols.start / BLOCK..cols.end / BLOCK;
+    fn sum_segment(&mut self, simd: Avx512, cols: &Range<usize>) -> [__m512; N] {
+        let runs = cols.start / BLOCK..cols.end / BLOCK;
         let mut sums = [simd.splat(0.0); N];
-        self.multiply(simd, parts.start, &mut dots[parts.start % 2]);
-        for part_idx in parts.clone() {
-            if part_idx + 1 < parts.end {
-                self.multiply(simd, part_idx + 1, &mut dots[(part_idx + 1) % 2]);
+        for run_idx in runs.clone().take(AHEAD) {
+            self.multiply(simd, run_idx);
+        }
+        for run_idx in runs.clone() {
+            if run_idx + AHEAD < runs.end {
+                self.multiply(simd, run_idx + AHEAD);
             }
-            self.scale(simd, part_idx, &dots[part_idx % 2], &mut sums);
+            self.scale(simd, run_idx, &mut sums);
         }
         sums
     }
 
+    /// Where a run is unpacked.
+    #[inline(always)]
+    fn place_of(&self, run_idx: usize) -> usize {
+        if self.place.turn == Turn::Only { run_idx % RING } else { run_idx }
+    }
+
+    /// The strip's rows of a run's inputs. Their number is a constant if it is full.
+    #[inline(always)]
+    fn rows(&self, run_idx: usize) -> &[ActivationBlock] {
+        let n_rows = if FULL { N } else { self.place.n_rows };
+        &self.blocks[run_idx * n_rows..][..n_rows]
+    }
+
     /// The integers of one run of 32 inputs.
     #[inline(always)]
-    fn multiply(&self, simd: Avx512, part_idx: usize, dots: &mut Dots) {
-        self.panel.prefetch::<Avx512, BITS>(simd, part_idx);
-        let codes = self.panel.codes::<Avx512, BITS, CODEBOOK>(simd, part_idx);
-        let offset = self.panel.offset() as i8;
-        let mut lines = [Line([0; 64]); 8];
-        for (line, codes) in lines.iter_mut().zip(codes) {
+    fn multiply(&mut self, simd: Avx512, run_idx: usize) {
+        if self.place.turn != Turn::Later {
+            self.unpack(simd, run_idx);
+        }
+        let codes: *const u8 = self.rows(run_idx).as_ptr().cast();
+        let (quads, dots) = (&self.runs[self.place_of(run_idx)].quads, &mut self.dots[run_idx % RING]);
+        let half = BLOCK / 2;
+        // SAFETY: a block begins with its 32 codes, and there are as many as the tiles are set up for, 64 bytes apart; the
+        // second half begins 16 bytes and four quads further.
+        unsafe {
+            multiply_tiles(codes, &quads[0], &mut dots[0]);
+            if HALVES {
+                multiply_tiles(codes.add(half), &quads[half / 4], &mut dots[1]);
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn unpack(&mut self, simd: Avx512, run_idx: usize) {
+        let (panel, place) = (self.panel, self.place_of(run_idx));
+        let run = &mut self.runs[place];
+        panel.prefetch::<Avx512, BITS>(simd, run_idx);
+        let offset = panel.offset() as i8;
+        for (line, codes) in run.quads.iter_mut().zip(panel.codes::<Avx512, BITS, CODEBOOK>(simd, run_idx)) {
             // SAFETY: a line is 64 bytes on a boundary of 64, and `simd` proves the features.
             unsafe {
                 let codes = if MINIMUM { codes } else { _mm512_sub_epi8(codes, _mm512_set1_epi8(offset)) };
                 _mm512_store_si512(line.0.as_mut_ptr().cast(), codes);
             }
         }
-        let n_rows = self.place.n_rows;
-        let blocks = &self.blocks[part_idx * n_rows..(part_idx + 1) * n_rows];
-        let half = BLOCK / 2;
-        // SAFETY: a block begins with its 32 codes, and there are `n_rows` of them, 64 bytes apart; the second half begins
-        // 16 bytes and four quads further.
-        unsafe {
-            let codes: *const u8 = blocks.as_ptr().cast();
-            multiply_tiles(codes, &lines[0], &mut dots[0]);
-            if HALVES {
-                multiply_tiles(codes.add(half), &lines[half / 4], &mut dots[1]);
+        let n_groups = if HALVES { 2 } else { 1 };
+        for i in 0..n_groups {
+            let (scale, minimum) = panel.group::<Avx512, MINIMUM>(simd, n_groups * run_idx + i);
+            simd.store(scale, &mut run.scales[i]);
+            if MINIMUM {
+                simd.store(minimum, &mut run.minimums[i]);
             }
         }
     }
 
     #[inline(always)]
-    fn scale(&self, simd: Avx512, part_idx: usize, dots: &Dots, sums: &mut [__m512; N]) {
-        let n_rows = self.place.n_rows;
-        let blocks = &self.blocks[part_idx * n_rows..(part_idx + 1) * n_rows];
+    fn scale(&self, simd: Avx512, run_idx: usize, sums: &mut [__m512; N]) {
+        let (run, blocks) = (&self.runs[self.place_of(run_idx)], self.rows(run_idx));
+        let dots = &self.dots[run_idx % RING];
+        let group = |half: usize| (simd.load(&run.scales[half]), simd.load(&run.minimums[half]));
         let dot = |half: usize, row_idx: usize| {
             let dots = &dots[half][row_idx];
             // SAFETY: the reference covers the 64 bytes read; unaligned loads are allowed; `simd` proves the feature.
             unsafe { _mm512_loadu_si512(dots.as_ptr().cast()) }
         };
+        // What has no row repeats the last one and is dropped.
+        let last = blocks.len() - 1;
         if HALVES {
-            let first = self.panel.group::<Avx512, MINIMUM>(simd, 2 * part_idx);
-            let second = self.panel.group::<Avx512, MINIMUM>(simd, 2 * part_idx + 1);
+            let (first, second) = (group(0), group(1));
             unrolled!(i in [0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15], N {
-                // What has no row repeats the last one and is dropped.
-                let x = &blocks[i.min(n_rows - 1)];
+                let x = &blocks[i.min(last)];
                 let sum = add_group::<_, MINIMUM>(simd, sums[i], first, dot(0, i), x.scale, x.scaled_half_sums[0]);
                 sums[i] = add_group::<_, MINIMUM>(simd, sum, second, dot(1, i), x.scale, x.scaled_half_sums[1]);
             });
         } else {
-            let group = self.panel.group::<Avx512, MINIMUM>(simd, part_idx);
+            let group = group(0);
             unrolled!(i in [0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15], N {
-                let x = &blocks[i.min(n_rows - 1)];
+                let x = &blocks[i.min(last)];
                 sums[i] = add_group::<_, MINIMUM>(simd, sums[i], group, dot(0, i), x.scale, x.scaled_sum);
             });
         }

@@ -72,8 +72,8 @@ impl Simd for Avx512 {
         unsafe { run(self, kernel) }
     }
 
-    fn sum_with_tiles(self, product: &Multiplication<'_>, integers: &Integers, strip: Place) -> bool {
-        self.tiles.is_some_and(|tiles| tiles.sum(self, product, integers, strip))
+    fn sum_with_tiles(self, product: &Multiplication<'_>, integers: &Integers, strip: Place, turn_idx: usize) -> bool {
+        self.tiles.is_some_and(|tiles| tiles.sum(self, product, integers, strip, turn_idx))
     }
 
     #[inline(always)]
