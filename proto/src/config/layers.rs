@@ -174,7 +174,7 @@ pub(super) fn merge<S: Settings>(layers: &[Layer], schema: &Schema) -> Result<S,
         builder = builder.add_source(layer.clone());
     }
     let merged = builder.build().map_err(unexpected)?;
-    let settings: S = merged.try_deserialize().map_err(|error| describe(&error, layers, schema))?;
+    let settings: S = merged.try_deserialize().map_err(|error| describe::<S>(&error, layers, schema))?;
     let effective = serde_json::to_value(&settings).unwrap_or_default();
     let mut settled = BTreeSet::new();
     for entry in layers.iter().rev().flat_map(|layer| &layer.entries) {
@@ -265,7 +265,7 @@ fn agrees(given: &Value, outcome: &Json) -> bool {
 }
 
 /// An error of the `config` crate in our words: the key and its value instead of a path into nested errors.
-fn describe(error: &config::ConfigError, layers: &[Layer], schema: &Schema) -> ConfigError {
+fn describe<S: Settings>(error: &config::ConfigError, layers: &[Layer], schema: &Schema) -> ConfigError {
     let (path, rule) = match error {
         config::ConfigError::Type { key, expected, .. } => (key.clone(), format!("expected {expected}")),
         config::ConfigError::At { key, error, .. } => (key.clone(), one_line(&error.to_string())),
@@ -273,10 +273,18 @@ fn describe(error: &config::ConfigError, layers: &[Layer], schema: &Schema) -> C
     };
     let path = path.unwrap_or_default();
     match schema.key_of(&path).and_then(|key| find(layers, key)) {
-        Some(entry) if entry.key == path => invalid(entry, &rule),
+        Some(entry) if entry.key == path => invalid(entry, &unknown_variant::<S>(entry).unwrap_or(rule)),
         Some(entry) => invalid(entry, &format!("{path}: {rule}")),
         None => ConfigError::Usage(format!("`{path}`: {rule}")),
     }
+}
+
+/// What serde says of a value that is none of those that there are: it lists them, which the `config` crate does not.
+fn unknown_variant<S: Settings>(entry: &Entry) -> Option<String> {
+    let mut settings = defaults::<S>();
+    *settings.pointer_mut(&format!("/{}", entry.key.replace('.', "/")))? = Json::String(entry.value.to_string());
+    let message = serde_json::from_value::<S>(settings).err()?.to_string();
+    message.starts_with("unknown variant").then_some(message)
 }
 
 fn invalid(entry: &Entry, rule: &str) -> ConfigError {

@@ -9,6 +9,14 @@ use super::*;
 struct Inner {
     max_connections: u32,
     ratio: f32,
+    policy: Policy,
+}
+
+#[derive(Debug, Serialize, Deserialize, PartialEq)]
+#[serde(rename_all = "lowercase")]
+enum Policy {
+    Wait,
+    Refuse,
 }
 
 #[derive(Debug, Serialize, Deserialize, PartialEq)]
@@ -38,7 +46,7 @@ impl Default for Sample {
             eager: false,
             peers: vec!["a".into()],
             models: Vec::new(),
-            limits: Inner { max_connections: 7, ratio: 0.5 },
+            limits: Inner { max_connections: 7, ratio: 0.5, policy: Policy::Wait },
         }
     }
 }
@@ -46,6 +54,7 @@ impl Default for Sample {
 const LIMITS: &[Key] = &[
     Key { path: "limits.max_connections", help: "Connections. Default: 7." },
     Key { path: "limits.ratio", help: "Ratio. Default: 0.5." },
+    Key { path: "limits.policy", help: "Policy. Default: wait." },
 ];
 
 impl Settings for Sample {
@@ -116,7 +125,7 @@ fn later_sources_win_key_by_key() {
     let settings = run(file, &env, &["--limits.max-connections=4"]);
     assert_eq!(settings.name, "file");
     assert_eq!(settings.listen.port(), 3);
-    assert_eq!(settings.limits, Inner { max_connections: 4, ratio: 0.25 });
+    assert_eq!(settings.limits, Inner { max_connections: 4, ratio: 0.25, policy: Policy::Wait });
 }
 
 #[test]
@@ -162,6 +171,8 @@ fn bad_values_name_key_source_and_value() {
     check_error("", &[], &["--limits.max-connections", "-1"], &["`limits.max_connections`", "-1"]);
     check_error("", &[], &["--limits.max-connections=4294967296"], &["`limits.max_connections`", "4294967296"]);
     check_error("", &[], &["--models", "a, b"], &["`models` = `a,b` from flag --models: "]);
+    let variants = "= `drop` from flag --limits.policy: unknown variant `drop`, expected `wait` or `refuse`";
+    check_error("", &[], &["--limits.policy=drop"], &["`limits.policy`", variants]);
 }
 
 #[test]
