@@ -114,6 +114,7 @@ impl<'a> Pump<'a> {
         if completion_tokens == 0 && expired {
             return Err(Failure::Deadline);
         }
+        self.decoding.decoder.close();
         Ok((self.emitter, End { choices, completion_tokens, cached_tokens: self.started.cached_tokens }))
     }
 

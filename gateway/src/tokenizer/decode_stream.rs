@@ -18,7 +18,10 @@ const CAPACITY: usize = 512;
 /// Unanswered messages, beside the last one of each choice (at most 128), that a caller may have.
 pub const MAX_UNANSWERED: usize = CAPACITY / 2;
 
-/// An open `StreamDecode`. Dropping it ends the call at once.
+/// How long the tokenizer has to end a call that was closed.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// An open `StreamDecode`. Dropping it cancels the call.
 #[derive(Debug)]
 pub struct DecodeStream {
     address: String,
@@ -68,6 +71,17 @@ impl DecodeStream {
                 Err(TokenizerError::Lost { address: self.address.clone(), cause: status.message().to_owned() })
             }
         }
+    }
+
+    /// Ends the call as one that was good: there are no more ids. Nobody waits until the tokenizer has taken note.
+    pub fn close(self) {
+        let Self { ids, mut texts, .. } = self;
+        drop(ids);
+        tokio::spawn(async move {
+            // What is answered meanwhile is past a stop string.
+            let rest = async { while let Ok(Some(_past)) = texts.message().await {} };
+            let _cancelled_then = tokio::time::timeout(CLOSE_TIMEOUT, rest).await;
+        });
     }
 
     /// The instance that decodes.
