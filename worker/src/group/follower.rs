@@ -308,6 +308,7 @@ impl Enrolled {
         let (sender, plans) = mpsc::channel(PLAN_QUEUE);
         let end = Arc::new(end);
         let (epoch, patience) = (heart.epoch, heart.config.collective_timeout());
+        let leave = heart.leave.clone();
         let declared = Arc::clone(&end);
         let task = runtime.spawn(async move {
             let reason = tokio::select! {
@@ -315,7 +316,10 @@ impl Enrolled {
                 reason = heart.beat() => reason,
                 () = stop.cancelled() => "this rank shuts down".to_owned(),
             };
-            tracing::warn!(epoch, %reason, "the epoch has ended");
+            match leave.is_cancelled() {
+                true => tracing::info!(epoch, %reason, "left the group"),
+                false => tracing::warn!(epoch, %reason, "the epoch has ended"),
+            }
             // Before the queue ends with its sender, so that who finds it ended finds the reason.
             declared.declare(reason);
             drop(sender);

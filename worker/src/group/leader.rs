@@ -426,7 +426,10 @@ impl State {
                 }
                 Action::Run { .. } => {}
                 Action::Break { epoch, reason } => {
-                    tracing::warn!(epoch, %reason, "the epoch has ended");
+                    match self.stopped {
+                        true => tracing::info!(epoch, %reason, "the epoch has ended"),
+                        false => tracing::warn!(epoch, %reason, "the epoch has ended"),
+                    }
                     if matches!(reason, BreakReason::Suspected(Suspicion { rank: LEADER, .. })) {
                         self.hung.cancel();
                     }
