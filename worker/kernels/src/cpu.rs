@@ -126,7 +126,7 @@ impl Detected {
             Isa::Portable => Some(Self::Portable(Portable)),
             Isa::Avx2 => x86::Avx2::detect().map(Self::Avx2),
             Isa::Avx512 => x86::Avx512::detect().map(Self::Avx512),
-            Isa::Amx => x86::Avx512::detect_with_tiles().map(Self::Avx512),
+            Isa::Amx => Some(Self::Avx512(x86::Avx512::detect()?.with_tiles(x86::Tiles::detect()?))),
         }
     }
 
@@ -198,7 +198,29 @@ impl Cpu {
     /// As [`Cpu::new`].
     pub fn with_isa(n_threads: usize, isa: Isa) -> Result<Self, KernelError> {
         let isa = Detected::new(isa).ok_or(KernelError::UnsupportedIsa { isa })?;
-        Ok(Self { pool: Pool::new(n_threads), isa, runs: Vec::new(), parts: Vec::new() })
+        Ok(Self::with_detected(n_threads, isa))
+    }
+
+    /// As [`Cpu::with_isa`] with [`Isa::Amx`] where only the tiles are missing, for tests that emulate them.
+    ///
+    /// # Errors
+    /// If this processor lacks AVX-512.
+    ///
+    /// # Panics
+    /// As [`Cpu::new`].
+    ///
+    /// # Safety
+    /// From now on, whichever thread of this process comes to an AMX instruction, something must execute it.
+    #[cfg(target_arch = "x86_64")]
+    pub unsafe fn with_emulated_tiles(n_threads: usize) -> Result<Self, KernelError> {
+        let simd = x86::Avx512::detect().ok_or(KernelError::UnsupportedIsa { isa: Isa::Amx })?;
+        // SAFETY: the caller's promise.
+        let tiles = unsafe { x86::Tiles::promised() };
+        Ok(Self::with_detected(n_threads, Detected::Avx512(simd.with_tiles(tiles))))
+    }
+
+    fn with_detected(n_threads: usize, isa: Detected) -> Self {
+        Self { pool: Pool::new(n_threads), isa, runs: Vec::new(), parts: Vec::new() }
     }
 
     /// The instruction set in use.

@@ -1,8 +1,11 @@
-//! The conformance table: every op, on every instruction set that the processor has, with several numbers of threads and
-//! rows, gives the bits of its plain twin; and the plain twins agree with f64 arithmetic and with candle.
+//! The conformance table: every op, on every instruction set that the processor has (or that is emulated, as AMX is on
+//! Linux), with several numbers of threads and rows, gives the bits of its plain twin; and the plain twins agree with f64
+//! arithmetic and with candle.
 
 mod attention;
 mod elementwise;
+#[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+mod emulated_amx;
 mod encodings;
 mod products;
 mod random;
@@ -13,13 +16,24 @@ use lockstep_kernels::{Cpu, Isa};
 /// Row counts: one, a few, odd ones, and past every number of rows that kernels take at once.
 const ROW_COUNTS: [usize; 10] = [1, 2, 3, 5, 7, 8, 11, 13, 16, 33];
 
-/// Runs `check` on every supported instruction set with one, two and three threads.
+/// Runs `check` on every instruction set that can be had, with one, two and three threads.
 fn on_every_cpu(mut check: impl FnMut(&mut Cpu)) {
-    for isa in Isa::ALL.into_iter().filter(|isa| isa.is_supported()) {
+    for isa in Isa::ALL {
         for n_threads in 1..=3 {
-            check(&mut Cpu::with_isa(n_threads, isa).expect("a supported one"));
+            let Some(mut cpu) = cpu(n_threads, isa) else { continue };
+            assert_eq!(cpu.isa(), isa);
+            check(&mut cpu);
         }
     }
+}
+
+/// Threads with an instruction set, if the processor has it or it can be emulated.
+fn cpu(n_threads: usize, isa: Isa) -> Option<Cpu> {
+    #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+    if isa == Isa::Amx && !isa.is_supported() {
+        return emulated_amx::cpu(n_threads);
+    }
+    Cpu::with_isa(n_threads, isa).ok()
 }
 
 /// Asserts that two results have the same bits, and says where they first differ.

@@ -7,7 +7,8 @@
 //! unpacked once for all strips that it goes through.
 //!
 //! The compiler knows nothing of tiles: whoever multiplies with them sees to it that they have the right shapes. Nothing
-//! else in a process uses them.
+//! else in a process uses them. Where a processor has none, the tests emulate the instructions
+//! (`tests/conformance/emulated_amx.rs`), those that are here and no others.
 
 use std::arch::asm;
 use std::arch::x86_64::*;
@@ -25,7 +26,7 @@ use crate::sum_tree::MAX_PENDING;
 /// Rows of a strip from which on tiles are faster: fewer leave most of a tile empty.
 const MIN_ROWS: usize = 8;
 
-/// The proof that this processor and system have AMX with 8-bit integers.
+/// The proof that AMX with 8-bit integers is there: this processor and system have it, or somebody has promised as much.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Tiles(());
 
@@ -109,6 +110,14 @@ impl Tiles {
         let tiles = if __cpuid(0).eax >= 7 { __cpuid_count(7, 0).edx } else { 0 };
         let there = features & OS_SAVES_STATE != 0 && tiles & TILES_AND_INT8 == TILES_AND_INT8;
         (there && ask_system()).then_some(Self(()))
+    }
+
+    /// The proof, on the caller's word.
+    ///
+    /// # Safety
+    /// This process's threads must be able to execute the instructions.
+    pub(crate) unsafe fn promised() -> Self {
+        Self(())
     }
 
     /// Computes a panel's outputs for the rows of a strip; does nothing and says so where vectors are as fast.

@@ -29,10 +29,9 @@ impl Avx512 {
         detected.then_some(Self { tiles: None })
     }
 
-    /// As [`Avx512::detect`], with tiles.
-    pub(crate) fn detect_with_tiles() -> Option<Self> {
-        let Self { .. } = Self::detect()?;
-        Some(Self { tiles: Some(Tiles::detect()?) })
+    /// The same, with tiles.
+    pub(crate) fn with_tiles(self, tiles: Tiles) -> Self {
+        Self { tiles: Some(tiles) }
     }
 
     /// Whether it uses tiles.
