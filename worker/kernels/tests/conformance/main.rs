@@ -14,7 +14,7 @@ mod ranks;
 use lockstep_kernels::{Cpu, Isa};
 
 /// Row counts: one, a few, odd ones, and past every number of rows that kernels take at once.
-const ROW_COUNTS: [usize; 10] = [1, 2, 3, 5, 7, 8, 11, 13, 16, 33];
+const ROW_COUNTS: [usize; 11] = [1, 2, 3, 5, 7, 8, 11, 13, 16, 28, 33];
 
 /// Runs `check` on every instruction set that can be had, with one, two and three threads.
 fn on_every_cpu(mut check: impl FnMut(&mut Cpu)) {
