@@ -78,9 +78,9 @@ pub(crate) struct Options {
     /// How ranks of a group exchange sums
     #[arg(long, value_enum, default_value_t = Transport::Shm)]
     transport: Transport,
-    /// GGUF file of a smaller model with the same vocabulary, which guesses what the model says next: the same text,
+    /// A smaller model with the same vocabulary, which guesses what the model says next: the same text,
     /// faster where it is often right
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "PATH")]
     draft_model: Option<PathBuf>,
     /// Where the gateway answers
     #[arg(long, value_name = "ADDR", default_value = DEFAULT_TARGET)]

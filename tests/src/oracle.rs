@@ -6,7 +6,7 @@
 pub mod dequantize;
 
 use anyhow::{Result, ensure};
-use lockstep_checkpoint::{Checkpoint, Metadata, Tensor};
+use lockstep_checkpoint::{Checkpoint, Metadata, ROPE_HALVES, Tensor};
 
 use self::dequantize::dequantize;
 
@@ -25,22 +25,22 @@ pub fn logits(model: &Checkpoint, ids: &[u32]) -> Result<Rows> {
     for layer in 0..config.n_layers {
         let weight = |name: &str| model.tensor(&format!("blk.{layer}.{name}.weight"));
 
-        let normed = rms_norm(&x, weight("attn_norm")?, config.norm_eps);
-        let mut q = linear(&normed, weight("attn_q")?); // [n_ids][n_heads * head_dim]
-        let mut k = linear(&normed, weight("attn_k")?); // [n_ids][n_kv_heads * head_dim]
-        let v = linear(&normed, weight("attn_v")?); // [n_ids][n_kv_heads * head_dim]
+        let normed = rms_norm(&x, weight("attn_norm")?, config.norm_eps)?;
+        let mut q = linear(&normed, weight("attn_q")?)?; // [n_ids][n_heads * head_dim]
+        let mut k = linear(&normed, weight("attn_k")?)?; // [n_ids][n_kv_heads * head_dim]
+        let v = linear(&normed, weight("attn_v")?)?; // [n_ids][n_kv_heads * head_dim]
         rotate(&mut q, &config);
         rotate(&mut k, &config);
         let attended = attend(&q, &k, &v, &config); // [n_ids][n_heads * head_dim]
-        add(&mut x, &linear(&attended, weight("attn_output")?));
+        add(&mut x, &linear(&attended, weight("attn_output")?)?);
 
-        let normed = rms_norm(&x, weight("ffn_norm")?, config.norm_eps);
-        let gate = linear(&normed, weight("ffn_gate")?); // [n_ids][ffn_dim]
-        let up = linear(&normed, weight("ffn_up")?); // [n_ids][ffn_dim]
-        add(&mut x, &linear(&silu_times(&gate, &up), weight("ffn_down")?));
+        let normed = rms_norm(&x, weight("ffn_norm")?, config.norm_eps)?;
+        let gate = linear(&normed, weight("ffn_gate")?)?; // [n_ids][ffn_dim]
+        let up = linear(&normed, weight("ffn_up")?)?; // [n_ids][ffn_dim]
+        add(&mut x, &linear(&silu_times(&gate, &up), weight("ffn_down")?)?);
     }
-    let normed = rms_norm(&x, model.tensor("output_norm.weight")?, config.norm_eps);
-    Ok(linear(&normed, output))
+    let normed = rms_norm(&x, model.tensor("output_norm.weight")?, config.norm_eps)?;
+    linear(&normed, output)
 }
 
 /// Natural log-probabilities of one row of logits.
@@ -59,6 +59,8 @@ struct Config {
     norm_eps: f64,
     /// Radians that pair `i` of a head turns per position.
     turns: Vec<f64>,
+    /// How far apart the values of a pair are, and how far the pairs.
+    pair_stride: (usize, usize),
 }
 
 impl Config {
@@ -79,6 +81,10 @@ impl Config {
             head_dim: head_dim as usize,
             norm_eps: metadata.f32("llama.attention.layer_norm_rms_epsilon")?.into(),
             turns: turns(metadata, model.find("rope_freqs.weight"), head_dim)?,
+            pair_stride: match metadata.opt_bool(ROPE_HALVES)? {
+                Some(true) => (head_dim as usize / 2, 1),
+                _ => (1, 2),
+            },
         })
     }
 }
@@ -89,50 +95,55 @@ fn turns(metadata: &Metadata, factors: Option<Tensor<'_>>, head_dim: u32) -> Res
     let base: f64 = metadata.opt_f32("llama.rope.freq_base")?.unwrap_or(10_000.0).into();
     let rope_dim = metadata.opt_u32("llama.rope.dimension_count")?.unwrap_or(head_dim);
     let n_pairs = rope_dim as usize / 2;
-    let factors = factors.map_or_else(|| vec![1.0; n_pairs], |tensor| dequantize(tensor.encoding, tensor.bytes));
+    let factors = factors.map_or_else(|| Ok(vec![1.0; n_pairs]), values)?;
     ensure!(factors.len() == n_pairs, "{} rope factors for {n_pairs} pairs", factors.len());
     let speed = |i: usize| base.powf(-2.0 * i as f64 / f64::from(rope_dim));
     Ok(factors.iter().enumerate().map(|(i, factor)| speed(i) / factor).collect())
 }
 
 fn embed(table: Tensor<'_>, ids: &[u32]) -> Result<Rows> {
+    let bytes = table.bytes()?;
     let row = |&id: &u32| {
         let id = id as usize;
         ensure!(id < table.n_rows(), "id {id} is outside the vocabulary of {}", table.n_rows());
-        Ok(dequantize(table.encoding, row_bytes(table, id)))
+        Ok(row_values(table, &bytes, id))
     };
     ids.iter().map(row).collect()
 }
 
 /// x / sqrt(mean(x²) + eps) * weight
-fn rms_norm(x: &Rows, weight: Tensor<'_>, eps: f64) -> Rows {
-    let weight = dequantize(weight.encoding, weight.bytes);
+fn rms_norm(x: &Rows, weight: Tensor<'_>, eps: f64) -> Result<Rows> {
+    let weight = values(weight)?;
     let norm = |row: &Vec<f64>| {
         let scale = 1.0 / (dot(row, row) / row.len() as f64 + eps).sqrt();
         row.iter().zip(&weight).map(|(x, w)| x * scale * w).collect()
     };
-    x.iter().map(norm).collect()
+    Ok(x.iter().map(norm).collect())
 }
 
 /// x · weightᵀ
-fn linear(x: &Rows, weight: Tensor<'_>) -> Rows {
+fn linear(x: &Rows, weight: Tensor<'_>) -> Result<Rows> {
+    let bytes = weight.bytes()?;
     let mut out = vec![vec![0.0; weight.n_rows()]; x.len()];
     for j in 0..weight.n_rows() {
-        let weights = dequantize(weight.encoding, row_bytes(weight, j));
+        let weights = row_values(weight, &bytes, j);
         for (x, out) in x.iter().zip(&mut out) {
             out[j] = dot(x, &weights);
         }
     }
-    out
+    Ok(out)
 }
 
-/// Turns each pair of neighbours in each head by its position: GGUF stores Llama's q and k in this order.
+/// Turns each pair in each head by its position: neighbours, as GGUF stores Llama's q and k, or, as Hugging Face does, the
+/// halves of the head against each other.
 fn rotate(x: &mut Rows, config: &Config) {
     for (position, row) in x.iter_mut().enumerate() {
         for head in row.chunks_exact_mut(config.head_dim) {
-            for (pair, turn) in head.as_chunks_mut::<2>().0.iter_mut().zip(&config.turns) {
+            let (within, between) = config.pair_stride;
+            for (pair, turn) in config.turns.iter().enumerate() {
                 let (sin, cos) = (position as f64 * turn).sin_cos();
-                *pair = [pair[0] * cos - pair[1] * sin, pair[0] * sin + pair[1] * cos];
+                let (a, b) = (pair * between, pair * between + within);
+                (head[a], head[b]) = (head[a] * cos - head[b] * sin, head[a] * sin + head[b] * cos);
             }
         }
     }
@@ -183,6 +194,10 @@ fn dot(a: &[f64], b: &[f64]) -> f64 {
     sums.iter().sum::<f64>() + a_rest.iter().zip(b_rest).map(|(a, b)| a * b).sum::<f64>()
 }
 
-fn row_bytes(tensor: Tensor<'_>, row: usize) -> &[u8] {
-    &tensor.bytes[row * tensor.row_bytes()..][..tensor.row_bytes()]
+fn row_values(tensor: Tensor<'_>, bytes: &[u8], row: usize) -> Vec<f64> {
+    dequantize(tensor.encoding, &bytes[row * tensor.row_bytes()..][..tensor.row_bytes()])
+}
+
+fn values(tensor: Tensor<'_>) -> Result<Vec<f64>> {
+    Ok(dequantize(tensor.encoding, &tensor.bytes()?))
 }

@@ -1,9 +1,11 @@
-//! A tiny model: a small Llama with random weights, written as a GGUF in any shape and encoding.
+//! A tiny model: a small Llama with random weights, written as a GGUF file or a Hugging Face folder in any shape and
+//! encoding.
 //!
 //! The weights come from a seed, so one description always gives the same bytes. They are scaled so that activations
 //! keep their size from layer to layer, attention is neither flat nor stuck, and logits spread over several units:
 //! a test that compares the likeliest ids then compares something.
 
+mod folder;
 mod quantize;
 
 use std::path::Path;
@@ -25,11 +27,23 @@ pub const CHATML: &str = "{% for message in messages %}\
     {{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}\
     {% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}";
 
+/// Where a model is written to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Container {
+    /// One GGUF file.
+    Gguf,
+    /// A Hugging Face folder, quantized weights in the layout of a tool that makes such: Q4_0, Q8_0, U4_32 and I8_32 in that
+    /// of GPTQ, U4_64 and U4_128 in that of AWQ, NF4 and FP4 in that of bitsandbytes.
+    Folder,
+}
+
 /// What to write. Take [`TinyModel::default`] and change what matters to the test.
 #[derive(Clone, Debug, PartialEq)]
 pub struct TinyModel {
     /// Decides every weight.
     pub seed: u64,
+    /// Where they go.
+    pub container: Container,
     /// Transformer layers.
     pub n_layers: usize,
     /// Further layers that add nothing: they take time, and change no logit. Without them it is a model that says the same
@@ -78,6 +92,7 @@ impl Default for TinyModel {
     fn default() -> Self {
         TinyModel {
             seed: 0,
+            container: Container::Gguf,
             n_layers: 2,
             n_idle_layers: 0,
             n_heads: 16,
@@ -102,12 +117,37 @@ impl TinyModel {
     /// Vocabulary sizes that can be written.
     pub const VOCAB_SIZES: std::ops::RangeInclusive<usize> = Vocabulary::SIZE_MIN..=Vocabulary::SIZE_MAX;
 
-    /// Writes the model to `path`.
+    /// The model in a container that its encodings fit in.
+    #[must_use]
+    pub fn in_fitting_container(self) -> Self {
+        let is_gguf = self.encoding.ggml_type().is_some();
+        if is_gguf {
+            return TinyModel { container: Container::Gguf, ..self };
+        }
+        // Embeddings stay floats in folders.
+        TinyModel { container: Container::Folder, embedding_encoding: Encoding::F16, ..self }
+    }
+
+    /// Writes the model to `path`, the file or the folder.
     ///
     /// # Errors
     /// If the description contradicts itself or the file cannot be written.
     pub fn write(&self, path: &Path) -> Result<()> {
-        std::fs::write(path, self.bytes()?).with_context(|| format!("cannot write {}", path.display()))
+        let write = || match self.container {
+            Container::Gguf => Ok(std::fs::write(path, self.bytes()?)?),
+            Container::Folder => folder::write(self, path),
+        };
+        write().with_context(|| format!("cannot write {}", path.display()))
+    }
+
+    /// The tensors with their values, in the order of the forward pass.
+    fn weights(&self) -> impl Iterator<Item = (LlamaTensor, Vec<f32>)> {
+        let mut weights = Weights { rng: ChaCha8Rng::seed_from_u64(self.seed) };
+        self.shape().tensors().into_iter().map(move |tensor| {
+            let is_idle = tensor.layer.is_some_and(|layer| layer >= self.n_layers);
+            let values = if is_idle { vec![0.0; tensor.shape.iter().product()] } else { weights.draw(&tensor) };
+            (tensor, values)
+        })
     }
 
     /// The GGUF file's content.
@@ -124,19 +164,15 @@ impl TinyModel {
         if let Some(template) = &self.chat_template {
             header.string("tokenizer.chat_template", template);
         }
-        let tensors = shape.tensors();
-        for tensor in &tensors {
+        for tensor in &shape.tensors() {
             header.tensor(&tensor.name, &tensor.shape, self.encoding_of(tensor));
         }
         if let Some(factors) = &self.rope_factors {
             header.tensor("rope_freqs.weight", &[factors.len()], Encoding::F32);
         }
         let mut data = header.write(Vec::new())?;
-        let mut weights = Weights { rng: ChaCha8Rng::seed_from_u64(self.seed) };
-        for tensor in &tensors {
-            let is_idle = tensor.layer.is_some_and(|layer| layer >= self.n_layers);
-            let values = if is_idle { vec![0.0; tensor.shape.iter().product()] } else { weights.draw(tensor) };
-            data.write(&quantize(self.encoding_of(tensor), &values))?;
+        for (tensor, values) in self.weights() {
+            data.write(&quantize(self.encoding_of(&tensor), &values))?;
         }
         if let Some(factors) = &self.rope_factors {
             data.write(&quantize(Encoding::F32, factors))?;
@@ -189,6 +225,10 @@ impl TinyModel {
             self.vocab_size,
             Self::VOCAB_SIZES
         );
+        if self.container == Container::Folder {
+            let is_plain = self.rope_dim == self.head_dim && self.rope_factors.is_none();
+            ensure!(is_plain, "config.json has no rope_dim and no rope_factors");
+        }
         for (width, encoding) in [
             (self.hidden_dim, self.encoding),
             (self.hidden_dim, self.embedding_encoding),

@@ -1,14 +1,17 @@
 //! The lockstep rule, bit for bit: the logits at a position depend on the model and on the tokens before it, and on
 //! nothing else. Every test computes the same prompt under two conditions and compares every bit.
 
-use std::{path::Path, time::Instant};
+use std::{
+    path::{Path, PathBuf},
+    time::Instant,
+};
 
 use lockstep_checkpoint::Encoding;
 use lockstep_kernels::KvEncoding;
 use lockstep_tests::{
     cluster::demo_model,
     ranks::{BLOCK_SIZE, Ranks, argmax},
-    tiny_model::TinyModel,
+    tiny_model::{Container, TinyModel},
 };
 use lockstep_worker::{
     model_runner::BackendChoice,
@@ -318,14 +321,21 @@ fn nothing_changes_a_bit_of_keys_and_values_in_8_bits() {
     check(&demo_model(), 300, &conditions);
 }
 
-/// A random model with eight KV heads, in a file of its own.
-fn tiny(encoding: Encoding) -> tempfile::NamedTempFile {
-    let file = tempfile::NamedTempFile::new().expect("a temporary file");
-    // Eight segments of whole blocks, whatever the block: K-quants have 256 values in one.
-    let (n_heads, ffn_dim) = if encoding.block_len() == 256 { (64, 2048) } else { (16, 768) };
-    let model = TinyModel { encoding, n_heads, ffn_dim, ..TinyModel::default() };
-    model.write(file.path()).expect("the model is written");
-    file
+/// A random model with eight KV heads, in a folder of its own.
+fn tiny(encoding: Encoding, container: Container) -> (tempfile::TempDir, PathBuf) {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let path = folder.path().join("model");
+    // Eight segments of whole blocks, whatever the block.
+    let (n_heads, ffn_dim) = match encoding.block_len() {
+        256 => (64, 2048),
+        128 => (32, 1024),
+        _ => (16, 768),
+    };
+    let model = TinyModel { encoding, n_heads, ffn_dim, container, ..TinyModel::default() };
+    // Embeddings stay floats in folders.
+    let embedding_encoding = if container == Container::Folder { Encoding::BF16 } else { model.embedding_encoding };
+    TinyModel { embedding_encoding, ..model }.write(&path).expect("the model is written");
+    (folder, path)
 }
 
 #[test]
@@ -333,7 +343,25 @@ fn the_world_size_does_not_change_a_bit_of_a_model_with_eight_kv_heads() {
     let worlds = [2, 3, 4, 8].map(|world_size| Condition { world_size, ..PLAIN });
     for encoding in [Encoding::Q4_0, Encoding::Q8_0, Encoding::F16, Encoding::Q5K, Encoding::Q6K, Encoding::IQ4_XS] {
         println!("{encoding}");
-        check(tiny(encoding).path(), 40, &worlds);
+        let (_folder, path) = tiny(encoding, Container::Gguf);
+        check(&path, 40, &worlds);
+    }
+}
+
+#[test]
+fn nothing_changes_a_bit_of_a_model_from_a_folder() {
+    let mixed = [1, 2, 3, 8].map(|world_size| Condition {
+        world_size,
+        others: 3,
+        cached: true,
+        chunk: [WHOLE, 1, 7, 64][world_size % 4],
+        ..PLAIN
+    });
+    use Encoding::{BF16, I8_32, NF4, Q4_0, Q8_0, U4_32, U4_128};
+    for encoding in [BF16, Q4_0, Q8_0, U4_32, U4_128, I8_32, NF4] {
+        println!("{encoding}");
+        let (_folder, path) = tiny(encoding, Container::Folder);
+        check(&path, 40, &mixed);
     }
 }
 
@@ -346,5 +374,6 @@ fn batch_chunks_cache_and_ranks_together_do_not_change_a_bit() {
         chunk: [1, 7, 64, WHOLE][world_size % 4],
         ..PLAIN
     });
-    check(tiny(Encoding::Q4_1).path(), 40, &mixed);
+    let (_folder, path) = tiny(Encoding::Q4_1, Container::Gguf);
+    check(&path, 40, &mixed);
 }

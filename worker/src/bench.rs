@@ -35,7 +35,7 @@ const BLOCK_SIZE: usize = 16;
 /// Measures prefill and decode.
 #[derive(Clone, Debug, clap::Args)]
 pub struct EngineBench {
-    /// GGUF file
+    /// GGUF file or Hugging Face folder
     model: PathBuf,
     /// Tokens of each prompt
     #[arg(long, default_value_t = 512)]

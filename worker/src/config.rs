@@ -46,11 +46,11 @@ pub struct WorkerConfig {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct ModelSettings {
-    /// A GGUF file.
+    /// A GGUF file or a Hugging Face folder.
     pub path: PathBuf,
     /// The name that requests use.
     pub name: String,
-    /// A GGUF file with a smaller model that drafts.
+    /// A smaller model that drafts, likewise.
     pub draft_path: Option<PathBuf>,
 }
 
@@ -90,12 +90,12 @@ const MAX_PROMPT_LOGITS_ROWS: usize = 64;
 
 /// The keys of a worker's own settings.
 pub const KEYS: &[Key] = &[
-    Key { path: "model.path", help: "GGUF file to serve. Default: none, it must be given." },
+    Key { path: "model.path", help: "GGUF file or Hugging Face folder to serve. Default: none, it must be given." },
     Key { path: "model.name", help: "Name that requests use for the model. Default: default." },
     Key {
         path: "model.draft_path",
-        help: "GGUF file of a smaller model with the same vocabulary, which drafts where engine.speculation finds \
-               nothing to repeat. Default: none. Rank 0 alone loads it, with a cache of engine.kv_cache_tokens; the \
+        help: "GGUF file or Hugging Face folder of a smaller model with the same vocabulary, which drafts where \
+               engine.speculation finds nothing to repeat. Default: none. Rank 0 alone loads it, with a cache of engine.kv_cache_tokens; the \
                others need not have the file. Not with engine.speculation = off. Text comes faster if it is much faster than the model and often right, and \
                at most 2 % slower if not, once it has read the prompt. What comes is the same.",
     },
@@ -202,7 +202,7 @@ impl Settings for WorkerConfig {
 
     fn validate(&self) -> Result<(), ConfigError> {
         if self.model.path.as_os_str().is_empty() {
-            return Err(ConfigError::invalid("model.path", "``", "must name a GGUF file"));
+            return Err(ConfigError::invalid("model.path", "``", "must name a GGUF file or a Hugging Face folder"));
         }
         let engine = &self.engine;
         for (key, value) in [

@@ -1,4 +1,4 @@
-//! Inspection of a model file: what it is, how it is encoded, and what each rank of a group would hold.
+//! Inspection of a model: what it is, how it is encoded, and what each rank of a group would hold.
 
 use std::{collections::BTreeMap, fmt::Write as _, path::PathBuf, sync::Arc};
 
@@ -8,10 +8,10 @@ use lockstep_kernels::KvEncoding;
 
 use crate::model::{config::ModelConfig, load::Source};
 
-/// Describes a model file.
+/// Describes a model.
 #[derive(Clone, Debug, clap::Args)]
 pub struct Inspect {
-    /// GGUF file
+    /// GGUF file or Hugging Face folder
     model: PathBuf,
     /// Ranks that would share it
     #[arg(long, default_value_t = 1)]
@@ -19,10 +19,10 @@ pub struct Inspect {
 }
 
 impl Inspect {
-    /// Reads the file and prints what it is.
+    /// Reads the model's files and prints what it is.
     ///
     /// # Errors
-    /// A file that is damaged or that Lockstep does not run.
+    /// A model that is damaged or that Lockstep does not run.
     #[allow(clippy::print_stdout, reason = "the description is the program's output")]
     pub fn run(&self) -> Result<()> {
         let checkpoint = Arc::new(Checkpoint::open(&self.model)?);
@@ -58,7 +58,7 @@ fn describe_tensors(text: &mut String, checkpoint: &Checkpoint) -> Result<()> {
         let entry = by_encoding.entry(tensor.encoding.name()).or_default();
         entry.0 += 1;
         entry.1 += tensor.n_rows() * tensor.n_cols();
-        entry.2 += tensor.bytes.len();
+        entry.2 += tensor.size_bytes();
     }
     for (encoding, (n_tensors, n_values, n_bytes)) in by_encoding {
         let millions = n_values as f64 / 1e6;

@@ -286,7 +286,7 @@ mod tests {
             for described in Shape::Tiny.llama().tensors() {
                 let tensor = checkpoint.tensor(&described.name).unwrap();
                 let mut values = vec![0.0; tensor.n_rows() * tensor.n_cols()];
-                dequantize(tensor.encoding, tensor.bytes, &mut values);
+                dequantize(tensor.encoding, &tensor.bytes().unwrap(), &mut values);
                 let mean = values.iter().sum::<f32>() / values.len() as f32;
                 let deviation = (values.iter().map(|x| x * x).sum::<f32>() / values.len() as f32).sqrt();
                 if described.part == Part::Norm {

@@ -21,6 +21,13 @@ pub fn dequantize(encoding: Encoding, bytes: &[u8]) -> Vec<f64> {
 const IQ4_LEVELS: [f64; 16] =
     [-127.0, -104.0, -83.0, -65.0, -49.0, -35.0, -22.0, -10.0, 1.0, 13.0, 25.0, 38.0, 53.0, 69.0, 89.0, 113.0];
 
+/// What the codes of NF4 stand for: bitsandbytes' levels in steps of 1/112, rounded.
+const NF4_LEVELS: [f64; 16] =
+    [-112.0, -78.0, -59.0, -44.0, -32.0, -21.0, -10.0, 0.0, 9.0, 18.0, 28.0, 38.0, 49.0, 63.0, 81.0, 112.0];
+
+/// What the first codes of FP4 stand for, in steps of 1/120; the others are negative.
+const FP4_LEVELS: [f64; 8] = [0.0, 1.0, 80.0, 120.0, 40.0, 60.0, 20.0, 30.0];
+
 /// Value `i` of a block.
 fn value(encoding: Encoding, block: &[u8], i: usize) -> f64 {
     match encoding {
@@ -64,7 +71,23 @@ fn value(encoding: Encoding, block: &[u8], i: usize) -> f64 {
             let level = IQ4_LEVELS[nibble(&block[8 + 16 * group..], i % 32) as usize];
             half_at(block, 0) * (f64::from(low | high << 4) - 32.0) * level
         }
+        Encoding::U4_32 | Encoding::U4_64 | Encoding::U4_128 => with_zero_point(block, i),
+        Encoding::I8_32 => {
+            let (q, zero) = (block[3 + i].cast_signed(), block[2].cast_signed());
+            half_at(block, 0) * (f64::from(q) - f64::from(zero))
+        }
+        Encoding::NF4 => half_at(block, 0) * NF4_LEVELS[nibble(&block[2..], i) as usize],
+        Encoding::FP4 => {
+            let code = nibble(&block[2..], i) as usize;
+            half_at(block, 0) * FP4_LEVELS[code % 8] * if code < 8 { 1.0 } else { -1.0 }
+        }
     }
+}
+
+/// A block with a zero point: nibbles in groups of 32.
+fn with_zero_point(block: &[u8], i: usize) -> f64 {
+    let q = nibble(&block[3 + i / 32 * 16..], i % 32);
+    half_at(block, 0) * (q - f64::from(block[2].cast_signed()))
 }
 
 fn half_at(block: &[u8], offset: usize) -> f64 {
@@ -135,8 +158,8 @@ mod tests {
         let table: BTreeMap<String, Sample> =
             serde_json::from_str(include_str!("../../data/dequantized.json")).unwrap();
         for encoding in Encoding::ALL {
-            // Plain floats that numpy has no say in.
-            if matches!(encoding, Encoding::F32 | Encoding::BF16) {
+            // Plain floats that numpy has no say in, and what GGUF files do not have.
+            if matches!(encoding, Encoding::F32 | Encoding::BF16) || encoding.ggml_type().is_none() {
                 continue;
             }
             let sample = &table[encoding.name()];

@@ -31,6 +31,9 @@ pub fn quantize(encoding: Encoding, values: &[f32]) -> Vec<u8> {
             Encoding::Q6K => q6_k(x),
             Encoding::IQ4_NL => iq4_nl(x),
             Encoding::IQ4_XS => iq4_xs(x),
+            Encoding::U4_32 | Encoding::U4_64 | Encoding::U4_128 | Encoding::I8_32 => zero_point(encoding, x),
+            Encoding::NF4 => codebook_32(x, &NF4_LEVELS),
+            Encoding::FP4 => codebook_32(x, &FP4_LEVELS),
         };
         debug_assert_eq!(block.len(), encoding.block_bytes());
         bytes.extend(block);
@@ -68,8 +71,31 @@ fn q8_0(x: &[f32]) -> Vec<u8> {
 /// IQ4_NL: value = level(q) * scale.
 fn iq4_nl(x: &[f32]) -> Vec<u8> {
     let scale = f16::from_f32(extreme(x) / IQ4_LEVELS[0]);
-    let q: Vec<u8> = x.iter().map(|x| nearest_level(x / scale.to_f32())).collect();
+    let q: Vec<u8> = x.iter().map(|x| nearest_level(x / scale.to_f32(), &IQ4_LEVELS)).collect();
     [&scale.to_le_bytes()[..], &nibbles_32(&q)].concat()
+}
+
+/// NF4 and FP4: value = level(q) * scale, and there is a level of the largest magnitude with either sign.
+fn codebook_32(x: &[f32], levels: &[f32; 16]) -> Vec<u8> {
+    let scale = f16::from_f32(extreme(x).abs() / extreme(levels).abs());
+    let q: Vec<u8> = x.iter().map(|x| nearest_level(x / scale.to_f32(), levels)).collect();
+    [&scale.to_le_bytes()[..], &nibbles_32(&q)].concat()
+}
+
+/// U4, in blocks of 32 or more, and I8, whose codes and zero points are stored less 128: value = (q - zero) * scale.
+fn zero_point(encoding: Encoding, x: &[f32]) -> Vec<u8> {
+    let (smallest, largest) = range(x);
+    let (smallest, largest) = (smallest.min(0.0), largest.max(0.0));
+    let top = if encoding == Encoding::I8_32 { 255.0 } else { 15.0 };
+    let scale = f16::from_f32((largest - smallest) / top);
+    let zero = nearest(-smallest / scale.to_f32(), top);
+    let q: Vec<u8> = x.iter().map(|x| nearest(x / scale.to_f32() + f32::from(zero), top)).collect();
+    if encoding == Encoding::I8_32 {
+        let signed = [zero].into_iter().chain(q).map(|q| q ^ 0x80);
+        return scale.to_le_bytes().into_iter().chain(signed).collect();
+    }
+    let nibbles = q.chunks_exact(32).flat_map(nibbles_32);
+    scale.to_le_bytes().into_iter().chain([zero]).chain(nibbles).collect()
 }
 
 /// The low 4 bits: the first half in the low nibbles, the second in the high ones.
@@ -155,7 +181,7 @@ fn iq4_xs(x: &[f32]) -> Vec<u8> {
     block.extend((0..4).map(|i| scales[2 * i] & 15 | (scales[2 * i + 1] & 15) << 4));
     for (x, group_scale) in x.chunks_exact(32).zip(&scales) {
         let step = scale.to_f32() * (f32::from(*group_scale) - 32.0);
-        block.extend(nibbles_32(&x.iter().map(|x| nearest_level(x / step)).collect::<Vec<u8>>()));
+        block.extend(nibbles_32(&x.iter().map(|x| nearest_level(x / step, &IQ4_LEVELS)).collect::<Vec<u8>>()));
     }
     block
 }
@@ -221,9 +247,17 @@ fn nibbles_of_64(q: &[u8]) -> Vec<u8> {
 const IQ4_LEVELS: [f32; 16] =
     [-127.0, -104.0, -83.0, -65.0, -49.0, -35.0, -22.0, -10.0, 1.0, 13.0, 25.0, 38.0, 53.0, 69.0, 89.0, 113.0];
 
+/// What the codes of NF4 stand for.
+const NF4_LEVELS: [f32; 16] =
+    [-112.0, -78.0, -59.0, -44.0, -32.0, -21.0, -10.0, 0.0, 9.0, 18.0, 28.0, 38.0, 49.0, 63.0, 81.0, 112.0];
+
+/// What the codes of FP4 stand for.
+const FP4_LEVELS: [f32; 16] =
+    [0.0, 1.0, 80.0, 120.0, 40.0, 60.0, 20.0, 30.0, 0.0, -1.0, -80.0, -120.0, -40.0, -60.0, -20.0, -30.0];
+
 /// The code of the nearest level; any if `x` is no number.
-fn nearest_level(x: f32) -> u8 {
-    let distance = |q: &u8| (IQ4_LEVELS[usize::from(*q)] - x).abs();
+fn nearest_level(x: f32, levels: &[f32; 16]) -> u8 {
+    let distance = |q: &u8| (levels[usize::from(*q)] - x).abs();
     (0..16).min_by(|a, b| distance(a).total_cmp(&distance(b))).unwrap_or_default()
 }
 
@@ -274,6 +308,13 @@ mod tests {
             // The other extreme may lie 14 steps beyond the top.
             Encoding::IQ4_NL => 1.01 * magnitude * 14.0 / 127.0,
             Encoding::IQ4_XS => 1.01 * magnitude * (14.0 / 127.0 + 0.5 / 31.0),
+            // Half a step, and another where the zero point was rounded away from an end.
+            Encoding::U4_32 | Encoding::U4_64 | Encoding::U4_128 => 1.01 * 2.0 * magnitude / 15.0,
+            // As far as the scale's rounding takes the last of 255 steps.
+            Encoding::I8_32 => (1.0 + 255.0 / 2048.0) * 2.0 * magnitude / 255.0,
+            // Half of the widest gap.
+            Encoding::NF4 => 1.01 * magnitude * 17.0 / 112.0,
+            Encoding::FP4 => 1.01 * magnitude * 20.0 / 120.0,
         }
     }
 

@@ -1,13 +1,13 @@
 use lockstep_checkpoint::{Checkpoint, Encoding};
 
-use super::{CHATML, TinyModel};
+use super::{CHATML, Container, TinyModel};
 use crate::oracle;
 
 /// Writes the model and opens it as any reader would.
 fn open(model: &TinyModel) -> Checkpoint {
-    let file = tempfile::NamedTempFile::new().unwrap();
-    model.write(file.path()).unwrap();
-    Checkpoint::open(file.path()).unwrap()
+    let folder = tempfile::tempdir().unwrap();
+    model.write(&folder.path().join("model")).unwrap();
+    Checkpoint::open(&folder.path().join("model")).unwrap()
 }
 
 #[test]
@@ -20,10 +20,13 @@ fn the_seed_decides_every_byte() {
 #[test]
 fn every_encoding_opens_with_the_described_shapes() {
     for encoding in Encoding::ALL {
-        let checkpoint = open(&TinyModel { encoding, embedding_encoding: encoding, ..TinyModel::default() });
+        let model = TinyModel { encoding, embedding_encoding: encoding, ..TinyModel::default() }.in_fitting_container();
+        let checkpoint = open(&model);
+        for name in ["token_embd.weight", "output.weight"] {
+            let tensor = checkpoint.tensor(name).unwrap();
+            assert_eq!((tensor.shape, tensor.encoding), (&[384, 256][..], model.embedding_encoding), "{name}");
+        }
         for (name, shape) in [
-            ("token_embd.weight", [384, 256]),
-            ("output.weight", [384, 256]),
             ("blk.1.attn_q.weight", [512, 256]),
             ("blk.1.attn_k.weight", [256, 256]),
             ("blk.1.attn_v.weight", [256, 256]),
@@ -36,6 +39,19 @@ fn every_encoding_opens_with_the_described_shapes() {
             assert_eq!((tensor.shape, tensor.encoding), (&shape[..], encoding), "{name}");
         }
         assert_eq!(checkpoint.tensors().count(), 3 + 2 * 9);
+    }
+}
+
+#[test]
+fn a_file_and_a_folder_are_the_same_model() {
+    let ids: Vec<u32> = (0..12).map(|i| 3 + i * 13 % 250).collect();
+    let float = Encoding::F32;
+    for encoding in [Encoding::F32, Encoding::F16, Encoding::BF16, Encoding::Q4_0, Encoding::Q8_0] {
+        let file = TinyModel { encoding, embedding_encoding: float, n_heads: 9, n_kv_heads: 3, ..TinyModel::default() };
+        let folder = TinyModel { container: Container::Folder, ..file.clone() };
+        let [file, folder] = [file, folder].map(|model| oracle::logits(&open(&model), &ids).unwrap().concat());
+        let off = file.iter().zip(&folder).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
+        assert!(off < 1e-9, "{encoding}: logits differ by {off:.1e}");
     }
 }
 

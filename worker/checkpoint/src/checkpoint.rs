@@ -1,5 +1,6 @@
-//! A checkpoint: one model file, mapped, validated and open for reading.
+//! A checkpoint: one model on disk, its files mapped, validated and open for reading.
 
+use std::borrow::Cow;
 use std::fmt;
 use std::path::{Path, PathBuf};
 
@@ -7,52 +8,88 @@ use memmap2::Mmap;
 use sha2::{Digest, Sha256};
 
 use crate::error::CheckpointError;
-use crate::gguf;
 use crate::metadata::Metadata;
 use crate::mmap;
 use crate::tensor::{Tensor, TensorEntry, TensorTable};
+use crate::{folder, gguf};
 
-/// Bytes of the file that a digest keeps in memory at a time.
+/// Bytes of a file that a digest keeps in memory at a time.
 const DIGEST_PIECE_BYTES: usize = 16 << 20;
 
-/// An opened model file. Cheap to open: the header is read, weights are paged in when their bytes are touched.
+/// An opened model. Cheap to open: headers are read, weights are paged in when their bytes are touched.
 pub struct Checkpoint {
     path: PathBuf,
-    map: Mmap,
+    container: Container,
+    /// What a digest begins with: of a model of several files, what tells them apart.
+    preamble: Vec<u8>,
+    maps: Vec<Mmap>,
     contents: Contents,
 }
 
-/// What a container holds, whichever its format.
+/// What a container holds, whichever its format, by the names that GGUF files use.
 #[derive(Debug)]
 pub(crate) struct Contents {
     pub(crate) metadata: Metadata,
     pub(crate) tensors: TensorTable,
 }
 
+/// Where a model lies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Container {
+    /// In one GGUF file.
+    Gguf,
+    /// In a Hugging Face folder.
+    Folder,
+}
+
 // === impl Checkpoint ===
 
 impl Checkpoint {
-    /// Maps the file at `path` and validates everything that it declares.
+    /// Maps the GGUF file, or the weights of the Hugging Face folder, at `path` and validates everything that it
+    /// declares.
     ///
     /// # Errors
-    /// If the file cannot be opened, is not a regular file, or is not a sound GGUF file of version 2 or 3.
+    /// If a file cannot be opened or is not a regular one, or if the model is neither a sound GGUF file of version 2 or 3
+    /// nor a sound folder of a Llama.
     pub fn open(path: &Path) -> Result<Checkpoint, CheckpointError> {
+        if path.is_dir() {
+            let folder::Folder { preamble, maps, contents } = folder::open(path)?;
+            return Ok(Checkpoint { path: path.to_owned(), container: Container::Folder, preamble, maps, contents });
+        }
         let map = mmap::open(path)?;
         let contents = gguf::parse(&map).map_err(|cause| CheckpointError::Format { path: path.to_owned(), cause })?;
-        Ok(Checkpoint { path: path.to_owned(), map, contents })
+        let (container, maps) = (Container::Gguf, vec![map]);
+        Ok(Checkpoint { path: path.to_owned(), container, preamble: Vec::new(), maps, contents })
     }
 
-    /// The model's settings and vocabulary.
+    /// The model's settings and vocabulary, under the keys that GGUF files use.
     pub fn metadata(&self) -> &Metadata {
         &self.contents.metadata
     }
 
-    /// The tensor called `name`.
+    /// What the model's own files call the setting `key`; for messages.
+    pub fn own_key<'a>(&self, key: &'a str) -> &'a str {
+        match self.container {
+            Container::Gguf => key,
+            Container::Folder => folder::own_key(key),
+        }
+    }
+
+    /// What the model's own files call the tensor `name`; for messages.
+    pub fn own_name<'a>(&self, name: &'a str) -> Cow<'a, str> {
+        match self.container {
+            Container::Gguf => Cow::Borrowed(name),
+            Container::Folder => folder::own_name(name),
+        }
+    }
+
+    /// The tensor called `name`, a name as GGUF files have it.
     ///
     /// # Errors
     /// [`CheckpointError::MissingTensor`] if there is none.
     pub fn tensor(&self, name: &str) -> Result<Tensor<'_>, CheckpointError> {
-        self.find(name).ok_or_else(|| CheckpointError::MissingTensor { path: self.path.clone(), name: name.to_owned() })
+        let missing = || CheckpointError::MissingTensor { path: self.path.clone(), name: self.own_name(name).into() };
+        self.find(name).ok_or_else(missing)
     }
 
     /// The tensor called `name`, if there is one.
@@ -60,7 +97,7 @@ impl Checkpoint {
         self.contents.tensors.find(name).map(|entry| self.view(entry))
     }
 
-    /// All tensors, in file order.
+    /// All tensors: of a file in its order, of a folder by name.
     pub fn tensors(&self) -> impl Iterator<Item = Tensor<'_>> {
         self.contents.tensors.entries().iter().map(|entry| self.view(entry))
     }
@@ -68,18 +105,21 @@ impl Checkpoint {
     /// Says that the tensor called `name` will hardly be read again: its pages no longer count as memory of this
     /// process. Reading it nevertheless pages them in once more.
     pub fn release(&self, name: &str) {
-        if let Some(entry) = self.contents.tensors.find(name) {
-            mmap::release(&self.map, entry.range.clone());
-        }
+        let pieces = self.contents.tensors.find(name).into_iter().flat_map(TensorEntry::pieces);
+        pieces.for_each(|piece| mmap::release(&self.maps[piece.file], piece.range.clone()));
     }
 
-    /// SHA-256 of the whole file. Reads all of it at each call: keep the result.
+    /// SHA-256 of the whole file, or of a folder's settings and weights (their names, sizes and bytes, in the order of
+    /// names). Reads all of it at each call: keep the result.
     pub fn digest(&self) -> [u8; 32] {
         let mut digest = Sha256::new();
-        for (piece_idx, piece) in self.map.chunks(DIGEST_PIECE_BYTES).enumerate() {
-            digest.update(piece);
-            let start = piece_idx * DIGEST_PIECE_BYTES;
-            mmap::release(&self.map, start..start + piece.len());
+        digest.update(&self.preamble);
+        for map in &self.maps {
+            for (piece_idx, piece) in map.chunks(DIGEST_PIECE_BYTES).enumerate() {
+                digest.update(piece);
+                let start = piece_idx * DIGEST_PIECE_BYTES;
+                mmap::release(map, start..start + piece.len());
+            }
         }
         digest.finalize().into()
     }
@@ -90,9 +130,7 @@ impl Checkpoint {
     }
 
     fn view<'a>(&'a self, entry: &'a TensorEntry) -> Tensor<'a> {
-        // In bounds: every container checks ranges against the file before it returns `Contents`.
-        let bytes = &self.map[entry.range.clone()];
-        Tensor { name: &entry.name, shape: &entry.shape, encoding: entry.encoding, bytes }
+        Tensor::new(entry, &self.maps)
     }
 }
 

@@ -1,12 +1,13 @@
 //! An encoding: how the values of one tensor row are stored as bytes.
 //!
 //! A row is a run of blocks, each holding `block_len` consecutive values in `block_bytes` bytes. Block layouts are
-//! GGML's (`ggml-common.h` of llama.cpp, the structs `block_q4_0` to `block_iq4_xs`); what the bytes mean is the
-//! business of the kernels.
+//! GGML's (`ggml-common.h` of llama.cpp, the structs `block_q4_0` to `block_iq4_xs`), or, where it has none that states
+//! the same numbers, our own in its manner, which no file has: weights of other quantizers are turned into them when they
+//! are read. What the bytes mean is the business of the kernels.
 
 use std::fmt;
 
-/// How the values of a tensor are stored. The variants carry GGML's own names.
+/// How the values of a tensor are stored. The variants carry GGML's own names, as far as it has them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[allow(
     non_camel_case_types,
@@ -43,13 +44,26 @@ pub enum Encoding {
     IQ4_NL,
     /// 4 bits that stand for the same levels, super-blocks of 256 in 8 groups with 6-bit scales.
     IQ4_XS,
+    /// 4 bits, blocks of 32: f16 scale, i8 zero point; value = (q - zero point) * scale. Of GPTQ and AWQ.
+    U4_32,
+    /// The same in blocks of 64.
+    U4_64,
+    /// The same in blocks of 128.
+    U4_128,
+    /// 8 bits, blocks of 32: f16 scale, i8 zero point; value = (q - zero point) * scale. Of GPTQ.
+    I8_32,
+    /// 4 bits that stand for the 16 levels of bitsandbytes' NF4, in steps of 1/112, blocks of 32: f16 scale;
+    /// value = level * scale.
+    NF4,
+    /// The same for its FP4, in steps of 1/120.
+    FP4,
 }
 
 // === impl Encoding ===
 
 impl Encoding {
     /// Every encoding, for tables and tests that must not miss one.
-    pub const ALL: [Encoding; 15] = [
+    pub const ALL: [Encoding; 21] = [
         Encoding::F32,
         Encoding::F16,
         Encoding::BF16,
@@ -65,14 +79,22 @@ impl Encoding {
         Encoding::Q6K,
         Encoding::IQ4_NL,
         Encoding::IQ4_XS,
+        Encoding::U4_32,
+        Encoding::U4_64,
+        Encoding::U4_128,
+        Encoding::I8_32,
+        Encoding::NF4,
+        Encoding::FP4,
     ];
 
-    /// Values in a block: 1, 32 or 256.
+    /// Values in a block: 1, 32, 64, 128 or 256.
     pub const fn block_len(self) -> usize {
         match self {
             Encoding::F32 | Encoding::F16 | Encoding::BF16 => 1,
             Encoding::Q4_0 | Encoding::Q4_1 | Encoding::Q5_0 | Encoding::Q5_1 | Encoding::Q8_0 => 32,
-            Encoding::IQ4_NL => 32,
+            Encoding::IQ4_NL | Encoding::U4_32 | Encoding::I8_32 | Encoding::NF4 | Encoding::FP4 => 32,
+            Encoding::U4_64 => 64,
+            Encoding::U4_128 => 128,
             Encoding::Q2K | Encoding::Q3K | Encoding::Q4K | Encoding::Q5K | Encoding::Q6K => 256,
             Encoding::IQ4_XS => 256,
         }
@@ -93,7 +115,11 @@ impl Encoding {
             Encoding::Q4K => 144,
             Encoding::Q5K => 176,
             Encoding::Q6K => 210,
-            Encoding::IQ4_NL => 18,
+            Encoding::IQ4_NL | Encoding::NF4 | Encoding::FP4 => 18,
+            Encoding::U4_32 => 19,
+            Encoding::U4_64 => 35,
+            Encoding::U4_128 => 67,
+            Encoding::I8_32 => 35,
             Encoding::IQ4_XS => 136,
         }
     }
@@ -106,9 +132,9 @@ impl Encoding {
         (n_cols / self.block_len()).checked_mul(self.block_bytes())
     }
 
-    /// GGML's type number (`enum ggml_type`), by which GGUF files name it.
-    pub(crate) const fn ggml_type(self) -> u32 {
-        match self {
+    /// GGML's type number (`enum ggml_type`), by which GGUF files name it; `None` if no file has it.
+    pub const fn ggml_type(self) -> Option<u32> {
+        Some(match self {
             Encoding::F32 => 0,
             Encoding::F16 => 1,
             Encoding::Q4_0 => 2,
@@ -124,10 +150,12 @@ impl Encoding {
             Encoding::IQ4_NL => 20,
             Encoding::IQ4_XS => 23,
             Encoding::BF16 => 30,
-        }
+            Encoding::U4_32 | Encoding::U4_64 | Encoding::U4_128 | Encoding::I8_32 => return None,
+            Encoding::NF4 | Encoding::FP4 => return None,
+        })
     }
 
-    /// GGML's name, as users know it from file names.
+    /// GGML's name, as users know it from file names, or ours.
     pub const fn name(self) -> &'static str {
         match self {
             Encoding::F32 => "F32",
@@ -145,6 +173,12 @@ impl Encoding {
             Encoding::Q6K => "Q6_K",
             Encoding::IQ4_NL => "IQ4_NL",
             Encoding::IQ4_XS => "IQ4_XS",
+            Encoding::U4_32 => "U4_32",
+            Encoding::U4_64 => "U4_64",
+            Encoding::U4_128 => "U4_128",
+            Encoding::I8_32 => "I8_32",
+            Encoding::NF4 => "NF4",
+            Encoding::FP4 => "FP4",
         }
     }
 }

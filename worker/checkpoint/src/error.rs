@@ -29,13 +29,29 @@ pub enum CheckpointError {
         /// What is wrong, and where in the file.
         cause: FormatError,
     },
-    /// The file is sound but has no tensor of this name.
-    #[error("model file {} has no tensor {name:?}", path.display())]
-    MissingTensor {
-        /// The file as it was named.
+    /// The folder is not a model this crate can read.
+    #[error("model folder {}: {cause}", path.display())]
+    Folder {
+        /// The folder as it was named.
         path: PathBuf,
-        /// The tensor that was asked for.
+        /// What is wrong, and in which of its files.
+        cause: Box<FolderError>,
+    },
+    /// The model is sound but has no tensor of this name.
+    #[error("model {} has no tensor {name:?}", path.display())]
+    MissingTensor {
+        /// The file or folder as it was named.
+        path: PathBuf,
+        /// The tensor that was asked for, as such files call it.
         name: String,
+    },
+    /// A quantized weight whose scales are beyond what its encoding in memory can hold.
+    #[error("tensor {tensor:?}: {why}")]
+    Scales {
+        /// The tensor, as its file calls it.
+        tensor: String,
+        /// The scale at fault.
+        why: String,
     },
     /// The metadata has no such key.
     #[error("the model's metadata has no {key:?}")]
@@ -52,6 +68,82 @@ pub enum CheckpointError {
         expected: &'static str,
         /// The kind of value that is there.
         found: String,
+    },
+}
+
+/// What is wrong with a Hugging Face folder. Keys and tensors have the names that its files give them.
+#[derive(Debug, thiserror::Error)]
+pub enum FolderError {
+    /// One of the folder's files cannot be read.
+    #[error("{file}: {cause}")]
+    Read {
+        /// The file's name.
+        file: &'static str,
+        /// The system's reason.
+        cause: std::io::Error,
+    },
+    /// A file that is to be read whole is no such small file as it should be.
+    #[error("{file} is larger than {limit} bytes")]
+    TooLarge {
+        /// The file's name.
+        file: &'static str,
+        /// The largest size that is accepted. Unit: bytes.
+        limit: u64,
+    },
+    /// A file is not the JSON that it should be.
+    #[error("{file}: {cause}")]
+    Json {
+        /// The file's name.
+        file: &'static str,
+        /// What is wrong, and where.
+        cause: serde_json::Error,
+    },
+    /// No weights that could be read.
+    #[error("it has neither model.safetensors nor model.safetensors.index.json")]
+    NoWeights,
+    /// Weights as a pickle alone.
+    #[error("its weights are a pickle ({file}), which may run code when it is read; convert them to safetensors")]
+    Pickle {
+        /// The file's name.
+        file: &'static str,
+    },
+    /// The index names what may not be a weight file.
+    #[error("model.safetensors.index.json: {name:?} is not the name of a file in the folder")]
+    FileName {
+        /// The name in the index.
+        name: String,
+    },
+    /// The index names too many files.
+    #[error("model.safetensors.index.json: {found} files, the limit is {limit}")]
+    TooManyFiles {
+        /// How many there are.
+        found: usize,
+        /// The largest number that is accepted.
+        limit: usize,
+    },
+    /// A setting that is missing, of another type, or asks for what is not supported.
+    #[error("config.json: {key}: {why}")]
+    Setting {
+        /// Its key; those of nested objects are joined by dots.
+        key: String,
+        /// What is wrong with it.
+        why: String,
+    },
+    /// A defect of a weight file's content.
+    #[error("{file}: {cause}")]
+    Weights {
+        /// The file's name.
+        file: String,
+        /// What is wrong, and where in the file.
+        cause: Box<FormatError>,
+    },
+    /// A tensor that is sound by itself, but not what its name or the settings promise.
+    #[error("tensor {tensor:?}: {why}")]
+    Tensor {
+        /// Its name in the file.
+        tensor: String,
+        /// What is wrong with it.
+        why: String,
     },
 }
 
@@ -178,6 +270,30 @@ pub enum Fault {
         data_offset: u64,
         /// Bytes of the file.
         file_size: u64,
+    },
+    /// A safetensors header that is not the JSON that it should be.
+    #[error("the header is no list of tensors: {why}")]
+    Header {
+        /// What the parser says.
+        why: String,
+    },
+    /// An element type that this crate does not know or does not support.
+    #[error("unsupported dtype {found:?}")]
+    Dtype {
+        /// The type in the file.
+        found: String,
+    },
+    /// A safetensors file gives a tensor another number of bytes than its shape and type take.
+    #[error("data_offsets of {found} bytes for shape {shape:?} of {dtype}, which takes {expected}")]
+    DataSize {
+        /// Bytes in the file.
+        found: u64,
+        /// Outermost dimension first.
+        shape: Vec<u64>,
+        /// The type in the file.
+        dtype: String,
+        /// Bytes that shape and type call for.
+        expected: u64,
     },
     /// The tensor shares bytes with another one.
     #[error("the data overlaps that of tensor {other:?}")]

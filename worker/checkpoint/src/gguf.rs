@@ -20,7 +20,7 @@ use crate::checkpoint::Contents;
 use crate::encoding::Encoding;
 use crate::error::{Fault, FormatError};
 use crate::metadata::{Metadata, Value};
-use crate::tensor::{TensorEntry, TensorTable};
+use crate::tensor::{Piece, Source, TensorEntry, TensorTable, check_disjoint};
 
 /// Metadata pairs; real files have fewer than 100.
 const PAIRS_MAX: u64 = 1 << 16;
@@ -74,14 +74,18 @@ pub(crate) fn parse(file: &[u8]) -> Result<Contents, FormatError> {
         (0..n_tensors).map(|index| read_description(&mut reader, index)).collect::<Result<_, _>>()?;
 
     let data_start = (reader.offset() as u64).next_multiple_of(alignment);
-    let mut entries = Vec::with_capacity(descriptions.len());
-    for description in descriptions {
+    let mut ranges = Vec::with_capacity(descriptions.len());
+    for description in &descriptions {
         reader.enter(format!("tensor {:?}", description.name));
-        let range = place(&reader, &description, data_start, alignment, file.len())?;
-        let Description { name, shape, encoding, .. } = description;
-        entries.push(TensorEntry { name, shape, encoding, range });
+        let range = place(&reader, description, data_start, alignment, file.len())?;
+        ranges.push((description.name.as_str(), range));
     }
-    Ok(Contents { metadata, tensors: TensorTable::new(entries)? })
+    check_disjoint(&ranges)?;
+    let ranges: Vec<Range<usize>> = ranges.into_iter().map(|(_, range)| range).collect();
+    let entries = descriptions.into_iter().zip(ranges).map(|(Description { name, shape, encoding, .. }, range)| {
+        TensorEntry { name, shape, encoding, source: Source::File(Piece { file: 0, range }) }
+    });
+    Ok(Contents { metadata, tensors: TensorTable::new(entries.collect())? })
 }
 
 fn check_magic_and_version(reader: &mut Reader<'_>) -> Result<(), FormatError> {
@@ -165,7 +169,7 @@ fn read_dimensions(reader: &mut Reader<'_>) -> Result<Vec<u64>, FormatError> {
 fn read_encoding(reader: &mut Reader<'_>) -> Result<Encoding, FormatError> {
     let offset = reader.offset();
     let found = reader.number(u32::from_le_bytes)?;
-    let encoding = Encoding::ALL.into_iter().find(|encoding| encoding.ggml_type() == found);
+    let encoding = Encoding::ALL.into_iter().find(|encoding| encoding.ggml_type() == Some(found));
     encoding.ok_or_else(|| reader.error(offset, Fault::TensorType { found }))
 }
 

@@ -8,6 +8,10 @@ use std::collections::BTreeMap;
 
 use crate::error::CheckpointError;
 
+/// A truth value that no GGUF file has: whether rotary embedding turns the two halves of a head against each other, as
+/// `transformers` does, rather than neighbours.
+pub const ROPE_HALVES: &str = "lockstep.rope.halves";
+
 /// A metadata value with the type that it has in the file.
 #[derive(Clone, Debug, PartialEq)]
 #[allow(missing_docs, reason = "the variants are the types they hold")]

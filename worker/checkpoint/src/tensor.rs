@@ -1,25 +1,28 @@
 //! A tensor: a name, a shape, an encoding and the bytes that hold its values.
 //!
-//! [`TensorTable`] owns the descriptions that a container declared and enforces what holds between them: names are
-//! distinct, byte ranges lie in the file and do not overlap.
+//! [`TensorTable`] owns the descriptions that a container declared and finds them by name.
 
+use std::borrow::Cow;
 use std::fmt;
 use std::ops::Range;
 
+use memmap2::Mmap;
+
 use crate::encoding::Encoding;
-use crate::error::{Fault, FormatError};
+use crate::error::{CheckpointError, Fault, FormatError};
+use crate::folder::Quantized;
 
 /// A checked view of one tensor in an open checkpoint.
 #[derive(Clone, Copy)]
 pub struct Tensor<'a> {
-    /// The name in the file, for example `blk.0.attn_q.weight`; never empty.
+    /// The name that GGUF files have for it, for example `blk.0.attn_q.weight`; never empty.
     pub name: &'a str,
     /// Row-major, outermost dimension first: a GGUF `[576, 49152]` is `[49152, 576]` here. Never empty, no zeros.
     pub shape: &'a [usize],
     /// How each row is stored.
     pub encoding: Encoding,
-    /// Exactly `n_rows * row_bytes` bytes, rows one after another. No alignment is promised.
-    pub bytes: &'a [u8],
+    source: &'a Source,
+    maps: &'a [Mmap],
 }
 
 /// One tensor as a container declares it, already checked on its own.
@@ -29,7 +32,25 @@ pub(crate) struct TensorEntry {
     /// Outermost first.
     pub(crate) shape: Vec<usize>,
     pub(crate) encoding: Encoding,
-    /// Bytes of the file.
+    pub(crate) source: Source,
+}
+
+/// Where the bytes of a tensor come from.
+#[derive(Debug)]
+pub(crate) enum Source {
+    /// They lie in a file as they are.
+    File(Piece),
+    /// They follow from the model's settings.
+    Derived(Vec<u8>),
+    /// They are made, at each reading, of a quantizer's tensors.
+    Quantized(Quantized),
+}
+
+/// Bytes of one of a checkpoint's files, within its bounds.
+#[derive(Clone, Debug)]
+pub(crate) struct Piece {
+    /// Index of the file.
+    pub(crate) file: usize,
     pub(crate) range: Range<usize>,
 }
 
@@ -43,7 +64,34 @@ pub(crate) struct TensorTable {
 
 // === impl Tensor ===
 
-impl Tensor<'_> {
+impl<'a> Tensor<'a> {
+    pub(crate) fn new(entry: &'a TensorEntry, maps: &'a [Mmap]) -> Self {
+        Tensor { name: &entry.name, shape: &entry.shape, encoding: entry.encoding, source: &entry.source, maps }
+    }
+
+    /// Exactly [`size_bytes`](Self::size_bytes) bytes, rows one after another. No alignment is promised.
+    ///
+    /// Of a weight that its file has in another layout, they are made at each call, and as large as the weight.
+    ///
+    /// # Errors
+    /// If the weight has scales that the encoding cannot hold.
+    pub fn bytes(&self) -> Result<Cow<'a, [u8]>, CheckpointError> {
+        let Source::Quantized(quantized) = self.source else {
+            return Ok(Cow::Borrowed(self.mapped().unwrap_or_default()));
+        };
+        let failed = |why| CheckpointError::Scales { tensor: quantized.tensor.clone(), why };
+        quantized.reblock(self.maps).map(Cow::Owned).map_err(failed)
+    }
+
+    /// The same bytes where they lie, if that is how the file has them: looking at a few rows touches no others.
+    pub fn mapped(&self) -> Option<&'a [u8]> {
+        match self.source {
+            Source::File(piece) => Some(piece.of(self.maps)),
+            Source::Derived(bytes) => Some(bytes),
+            Source::Quantized(_) => None,
+        }
+    }
+
     /// Rows: the product of all dimensions but the last. A one-dimensional tensor is one row.
     pub fn n_rows(&self) -> usize {
         self.shape.iter().rev().skip(1).product()
@@ -56,13 +104,18 @@ impl Tensor<'_> {
 
     /// Bytes of one row.
     pub fn row_bytes(&self) -> usize {
-        self.bytes.len() / self.n_rows()
+        self.n_cols() / self.encoding.block_len() * self.encoding.block_bytes()
+    }
+
+    /// Bytes of all rows, in their encoding.
+    pub fn size_bytes(&self) -> usize {
+        self.n_rows() * self.row_bytes()
     }
 }
 
 impl fmt::Debug for Tensor<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        // Not derived: `bytes` may be gigabytes.
+        // Not derived: the files may be gigabytes.
         write!(f, "{} {} {:?}", self.name, self.encoding, self.shape)
     }
 }
@@ -71,16 +124,35 @@ impl fmt::Debug for Tensor<'_> {
 
 impl TensorEntry {
     fn error(&self, fault: Fault) -> FormatError {
-        FormatError { place: format!("tensor {:?}", self.name), offset: self.range.start as u64, fault }
+        let offset = self.pieces().next().map_or(0, |piece| piece.range.start as u64);
+        FormatError { place: format!("tensor {:?}", self.name), offset, fault }
+    }
+
+    /// The parts of files that the tensor is made of.
+    pub(crate) fn pieces(&self) -> impl Iterator<Item = &Piece> {
+        let pieces = match &self.source {
+            Source::File(piece) => vec![piece],
+            Source::Derived(_) => vec![],
+            Source::Quantized(quantized) => quantized.pieces(),
+        };
+        pieces.into_iter()
+    }
+}
+
+// === impl Piece ===
+
+impl Piece {
+    /// The bytes. In bounds: every container checks ranges against their files before it makes a piece of them.
+    pub(crate) fn of<'a>(&self, maps: &'a [Mmap]) -> &'a [u8] {
+        &maps[self.file][self.range.clone()]
     }
 }
 
 // === impl TensorTable ===
 
 impl TensorTable {
-    /// A table of `entries`, whose ranges the caller has checked against the file.
+    /// A table of `entries`, whose ranges the caller has checked against the files.
     pub(crate) fn new(entries: Vec<TensorEntry>) -> Result<Self, FormatError> {
-        check_disjoint(&entries)?;
         let by_name = index_by_name(&entries)?;
         Ok(TensorTable { entries, by_name })
     }
@@ -103,12 +175,15 @@ fn index_by_name(entries: &[TensorEntry]) -> Result<Vec<usize>, FormatError> {
     Ok(by_name)
 }
 
-fn check_disjoint(entries: &[TensorEntry]) -> Result<(), FormatError> {
-    let mut by_start: Vec<usize> = (0..entries.len()).collect();
-    by_start.sort_by_key(|&index| entries[index].range.start);
-    let overlap = adjacent(&by_start).find(|&(a, b)| entries[b].range.start < entries[a].range.end);
+/// Sees to it that no two tensors of a file, given by name and range, share bytes.
+pub(crate) fn check_disjoint(tensors: &[(&str, Range<usize>)]) -> Result<(), FormatError> {
+    let mut by_start: Vec<usize> = (0..tensors.len()).collect();
+    by_start.sort_by_key(|&index| tensors[index].1.start);
+    let overlap = adjacent(&by_start).find(|&(a, b)| tensors[b].1.start < tensors[a].1.end);
     overlap.map_or(Ok(()), |(first, second)| {
-        Err(entries[second].error(Fault::Overlap { other: entries[first].name.clone() }))
+        let (name, range) = &tensors[second];
+        let fault = Fault::Overlap { other: tensors[first].0.to_owned() };
+        Err(FormatError { place: format!("tensor {name:?}"), offset: range.start as u64, fault })
     })
 }
 

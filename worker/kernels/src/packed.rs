@@ -10,12 +10,14 @@
 //!
 //! | bits, levels of scales | encodings | bytes a panel of 32 inputs |
 //! |---|---|---|
-//! | 4, one | Q4_0, Q4_1, IQ4_NL | 256 + 32 (scales) + 32 (minimums of Q4_1) |
+//! | 4, one | Q4_0, Q4_1, IQ4_NL, NF4, FP4 | 256 + 32 (scales) + 32 (minimums of Q4_1) |
 //! | 4, two | Q2_K, Q3_K, Q4_K, IQ4_XS | 256 + 16 to 64 (small scales and minimums) + 4 to 8 (block scales) |
+//! | 4, two | U4_128, U4_64, U4_32 | 256 + 32 + 16, 32 or 64 |
 //! | 5, one | Q5_0, Q5_1 | 320 + 32 or 64 |
 //! | 5, two | Q5_K | 320 + 32 + 8 |
 //! | 6, two | Q6_K | 384 + 32 + 4 |
 //! | 8, one | Q8_0 | 512 + 32 |
+//! | 8, two | I8_32 | 512 + 32 + 64 |
 //!
 //! **Floats** (F32, F16, BF16): rows as they lie in the file, any number of columns.
 
@@ -71,7 +73,7 @@ pub(crate) struct Integers {
     pub(crate) format: Format,
     /// `[n_panels, n_in / 32, format.bits]`.
     pub(crate) codes: Array<Line>,
-    /// f16 bits: `[n_panels, n_groups]`; with two levels `[n_panels, ceil(n_in / 256)]`.
+    /// f16 bits: `[n_panels, n_groups]`; with two levels one for each block, `[n_panels, n_scales]`.
     pub(crate) scales: Array<[u16; PANEL]>,
     /// As `scales`; empty without minimums.
     pub(crate) minimums: Array<[u16; PANEL]>,

@@ -3,7 +3,10 @@
 //! A quantized value is `scale * (code - offset) + minimum`. The code is an unsigned integer, or what the encoding's
 //! codebook has in its place; the offset is one for the whole encoding; scale and minimum belong to a group of 16 or 32
 //! neighbours. In GGML's super-blocks of 256 a group's scale is itself a small integer times an f16 of the block ("two
-//! levels"), and so is its minimum. An encoding has either an offset or minimums.
+//! levels"), and so is its minimum. An encoding of fewer than 8 bits has either an offset or minimums.
+//!
+//! A zero point of its own for each block, as GPTQ and AWQ have it, is two levels, too: `scale * 1 * code + (-scale) *
+//! zero`, of which the sum is exact.
 //!
 //! [`dequantize`] is exact: the scale is exact in f32 (at most 11 + 8 bits), and the value is rounded once, when the
 //! minimum is added (or, for Q6_K alone, when a 19-bit scale meets a 6-bit code).
@@ -26,7 +29,7 @@ pub(crate) struct Format {
     pub(crate) codebook: Option<&'static [u8; 16]>,
     /// What is subtracted from a code, or from what the codebook has for it.
     pub(crate) offset: u8,
-    /// Whether groups have minimums. If so, `offset` is 0.
+    /// Whether groups have minimums. If so, `offset` is 0, or 128 for codes of 8 bits.
     pub(crate) has_minimum: bool,
     /// Whether a group's scale and minimum are small integers times those of the block.
     pub(crate) two_level: bool,
@@ -34,6 +37,14 @@ pub(crate) struct Format {
 
 /// The codebook of IQ4_NL and IQ4_XS (`kvalues_iq4nl` in `ggml-common.h`, -127 to 113), 128 added.
 const IQ4: [u8; 16] = [1, 24, 45, 63, 79, 93, 106, 118, 129, 141, 153, 166, 181, 197, 217, 241];
+
+/// The codebook of NF4, -112 to 112, 128 added: the levels of bitsandbytes (`create_normal_map`) times 112. Of all factors
+/// that leave them within 8 bits it is the one after which rounding them to integers moves them least.
+const NF4: [u8; 16] = [16, 50, 69, 84, 96, 107, 118, 128, 137, 146, 156, 166, 177, 191, 209, 240];
+
+/// The codebook of FP4, 128 added: the levels of bitsandbytes times 120, of which only the smallest is then rounded (from
+/// 0.625 to 1).
+const FP4: [u8; 16] = [128, 129, 208, 248, 168, 188, 148, 158, 128, 127, 48, 8, 88, 68, 108, 98];
 
 // === impl Format ===
 
@@ -55,8 +66,17 @@ impl Format {
             Encoding::Q6K    => (16, 6,  32, false, true),
             Encoding::IQ4_NL => (32, 4, 128, false, false),
             Encoding::IQ4_XS => (32, 4, 128, false, true),
+            Encoding::U4_32 | Encoding::U4_64 | Encoding::U4_128 => (32, 4, 0, true, true),
+            Encoding::I8_32  => (32, 8, 128, true,  true),
+            Encoding::NF4    => (32, 4, 128, false, false),
+            Encoding::FP4    => (32, 4, 128, false, false),
         };
-        let codebook = if matches!(encoding, Encoding::IQ4_NL | Encoding::IQ4_XS) { Some(&IQ4) } else { None };
+        let codebook = match encoding {
+            Encoding::IQ4_NL | Encoding::IQ4_XS => Some(&IQ4),
+            Encoding::NF4 => Some(&NF4),
+            Encoding::FP4 => Some(&FP4),
+            _ => None,
+        };
         Some(Format { group_len, bits, codebook, offset, has_minimum, two_level })
     }
 

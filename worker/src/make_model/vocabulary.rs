@@ -59,6 +59,16 @@ impl Vocabulary {
         Vocabulary { tokens, merges: merges.iter().map(|(prefix, letter)| format!("{prefix} {letter}")).collect() }
     }
 
+    /// Texts by id; the first three are control tokens.
+    pub fn tokens(&self) -> &[String] {
+        &self.tokens
+    }
+
+    /// Pairs of texts, joined by a space, that make a token, the first before the others.
+    pub fn merges(&self) -> &[String] {
+        &self.merges
+    }
+
     /// Adds the vocabulary.
     pub fn write(&self, header: &mut GgufHeader) {
         let kind = |id: usize| if id < CONTROL_TOKENS.len() { CONTROL } else { NORMAL };

@@ -1,6 +1,7 @@
 //! A model's configuration: its shape, as its checkpoint states it, checked once.
 
-use lockstep_checkpoint::Checkpoint;
+use lockstep_checkpoint::{Checkpoint, ROPE_HALVES};
+use lockstep_kernels::RopeStyle;
 
 use super::LoadError;
 
@@ -37,10 +38,12 @@ pub struct ModelConfig {
     pub rope_dim: usize,
     /// Rotary embedding: positions are divided by this (linear scaling); 1 for none.
     pub rope_scale: f32,
+    /// Rotary embedding: which values of a head turn together.
+    pub rope_style: RopeStyle,
 }
 
 impl ModelConfig {
-    /// Reads the configuration of a GGUF checkpoint.
+    /// Reads the configuration of a checkpoint.
     ///
     /// # Errors
     /// A key that is missing, of another type, out of range, or that asks for what Lockstep does not do.
@@ -53,11 +56,11 @@ impl ModelConfig {
         refuse_variants(checkpoint)?;
         let size = |name: &str, max: usize| -> Result<usize, LoadError> {
             let key = format!("llama.{name}");
-            in_range(&key, metadata.u32(&key)? as usize, max)
+            in_range(checkpoint.own_key(&key), metadata.u32(&key)? as usize, max)
         };
         let opt_size = |name: &str, max: usize| -> Result<Option<usize>, LoadError> {
             let key = format!("llama.{name}");
-            metadata.opt_u32(&key)?.map(|value| in_range(&key, value as usize, max)).transpose()
+            metadata.opt_u32(&key)?.map(|value| in_range(checkpoint.own_key(&key), value as usize, max)).transpose()
         };
 
         let hidden_dim = size("embedding_length", MAX_WIDTH)?;
@@ -73,14 +76,23 @@ impl ModelConfig {
             n_kv_heads,
             head_dim,
             ffn_dim: size("feed_forward_length", MAX_WIDTH)?,
-            vocab_size: in_range("rows of token_embd.weight", embedding.n_rows(), 1 << 24)?,
+            vocab_size: in_range(
+                &format!("rows of {}", checkpoint.own_name(embedding.name)),
+                embedding.n_rows(),
+                1 << 24,
+            )?,
             context_length: size("context_length", MAX_CONTEXT)?,
             rms_eps: metadata.f32("llama.attention.layer_norm_rms_epsilon")?,
             rope_base: metadata.opt_f32("llama.rope.freq_base")?.unwrap_or(10_000.0),
             rope_dim,
             rope_scale: rope_scale(checkpoint)?,
+            rope_style: match metadata.opt_bool(ROPE_HALVES)? {
+                Some(true) => RopeStyle::Halves,
+                // GGUF conversion reorders the rows of q and k so that rotated pairs are neighbours.
+                _ => RopeStyle::Adjacent,
+            },
         };
-        config.validate()?;
+        config.validate(checkpoint)?;
         Ok(config)
     }
 
@@ -99,7 +111,8 @@ impl ModelConfig {
         self.n_heads / self.n_kv_heads
     }
 
-    fn validate(&self) -> Result<(), LoadError> {
+    fn validate(&self, checkpoint: &Checkpoint) -> Result<(), LoadError> {
+        let unsupported = |key: &str, why: String| unsupported(checkpoint.own_key(key), why);
         if !self.n_heads.is_multiple_of(self.n_kv_heads) {
             let why = format!("{} does not divide the {} query heads", self.n_kv_heads, self.n_heads);
             return Err(unsupported("llama.attention.head_count_kv", why));

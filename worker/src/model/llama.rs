@@ -6,8 +6,8 @@ use lockstep_checkpoint::Checkpoint;
 use lockstep_collectives::Collective;
 
 use super::{
-    LoadError, OpError, StepError, attention::Attention, batch::Batch, config::ModelConfig, linear::ColumnParallel,
-    mlp::Mlp, ops::Backend,
+    OpError, StepError, attention::Attention, batch::Batch, config::ModelConfig, linear::ColumnParallel, mlp::Mlp,
+    ops::Backend,
 };
 
 /// One rank's shard of a model.
@@ -137,18 +137,19 @@ pub(super) struct Embedding {
 impl Embedding {
     pub(super) const TENSOR: &str = "token_embd.weight";
 
-    pub(super) fn new(checkpoint: Arc<Checkpoint>, hidden_dim: usize) -> Result<Self, LoadError> {
-        super::load::check_shape(&checkpoint.tensor(Self::TENSOR)?, None, hidden_dim)?;
-        Ok(Self { checkpoint, hidden_dim })
+    /// `checkpoint` must have the table, `[vocab_size, hidden_dim]`.
+    pub(super) fn new(checkpoint: Arc<Checkpoint>, hidden_dim: usize) -> Self {
+        Self { checkpoint, hidden_dim }
     }
 
     /// `[n_ids, hidden_dim]`. Ids must be below the vocabulary's size, which the model runner has checked.
     fn rows(&self, ids: &[u32]) -> Result<Vec<f32>, OpError> {
         let table = self.checkpoint.tensor(Self::TENSOR).expect("it was there when the model was loaded");
+        let bytes = table.mapped().expect("so were its bytes");
         let row_bytes = table.row_bytes();
         let mut out = vec![0.0; ids.len() * self.hidden_dim];
         for (&id, out) in ids.iter().zip(out.chunks_exact_mut(self.hidden_dim)) {
-            let row = &table.bytes[id as usize * row_bytes..][..row_bytes];
+            let row = &bytes[id as usize * row_bytes..][..row_bytes];
             lockstep_kernels::dequantize(table.encoding, row, out);
         }
         Ok(out)

@@ -3,7 +3,7 @@
 use std::{collections::HashSet, ops::Range, sync::Arc};
 
 use lockstep_checkpoint::{Checkpoint, Tensor};
-use lockstep_kernels::{EncodedRows, RopeStyle, dequantize};
+use lockstep_kernels::{EncodedRows, dequantize};
 
 use super::{
     LoadError, OpError,
@@ -101,7 +101,7 @@ impl Source {
         let n_pairs = config.rope_dim / 2;
         let mut factors = match self.checkpoint.find(ROPE_FREQS) {
             None => None,
-            Some(tensor) => Some(self.read_vector(&tensor, n_pairs)?),
+            Some(_) => Some(self.read_vector(ROPE_FREQS, n_pairs)?),
         };
         if config.rope_scale != 1.0 {
             // Dividing positions by the scale is dividing every frequency by it.
@@ -119,8 +119,7 @@ impl Source {
                 base: config.rope_base,
                 factors,
                 n_positions: context_length,
-                // GGUF conversion reorders the rows of q and k so that rotated pairs are neighbours.
-                style: RopeStyle::Adjacent,
+                style: config.rope_style,
             },
         })
     }
@@ -139,7 +138,7 @@ impl Source {
             "token_embd" => (self.plan.vocab[self.plan.rank].len(), self.config.vocab_size),
             _ => (1, 1),
         };
-        (tensor.bytes.len() as u64 * held as u64 / of as u64) as usize
+        (tensor.size_bytes() as u64 * held as u64 / of as u64) as usize
     }
 
     /// Loads this rank's shard onto a backend.
@@ -154,7 +153,7 @@ impl Source {
         let output = self.column_parallel(ops, output, self.config.vocab_size, vocab)?;
         let layers = (0..self.config.n_layers).map(|layer| self.load_layer(ops, layer)).collect::<Result<_, _>>()?;
         Ok(Llama {
-            embedding: Embedding::new(Arc::clone(&self.checkpoint), hidden_dim)?,
+            embedding: self.embedding()?,
             layers,
             norm: self.load_vector(ops, OUTPUT_NORM, hidden_dim)?,
             output,
@@ -191,13 +190,13 @@ impl Source {
         n_rows: usize,
         rows: &Range<usize>,
     ) -> Result<ColumnParallel<B>, LoadError> {
-        let tensor = self.checkpoint.tensor(name)?;
-        check_shape(&tensor, Some(n_rows), self.config.hidden_dim)?;
+        let tensor = self.tensor(name, Some(n_rows), self.config.hidden_dim)?;
+        let bytes = tensor.bytes()?;
         let load = || -> Result<B::Matrix, OpError> {
-            let source = encoded(&tensor)?.rows(rows.clone())?;
+            let source = encoded(&tensor, &bytes)?.rows(rows.clone())?;
             ops.load_matrix(&source, None)
         };
-        let weight = named(name, load)?;
+        let weight = self.named(name, load)?;
         // The backend has its own copy.
         self.checkpoint.release(name);
         Ok(ColumnParallel { weight })
@@ -205,14 +204,14 @@ impl Source {
 
     /// This rank's rows of the weights `[ffn_dim, hidden_dim]` of an MLP's first half.
     fn gate_and_up<B: Backend>(&self, ops: &mut B, names: [&str; 2]) -> Result<[ColumnParallel<B>; 2], LoadError> {
-        let [gate, up] = names;
-        let rows = |name: &str| -> Result<EncodedRows<'_>, LoadError> {
-            let tensor = self.checkpoint.tensor(name)?;
-            check_shape(&tensor, Some(self.config.ffn_dim), self.config.hidden_dim)?;
-            named(name, || Ok(encoded(&tensor)?.rows(self.plan.ffn.clone())?))
+        let tensor = |name: &str| self.tensor(name, Some(self.config.ffn_dim), self.config.hidden_dim);
+        let (gate, up) = (tensor(names[0])?, tensor(names[1])?);
+        let (gate_bytes, up_bytes) = (gate.bytes()?, up.bytes()?);
+        let load = || -> Result<[B::Matrix; 2], OpError> {
+            let rows = |tensor, bytes| Ok::<_, OpError>(encoded(tensor, bytes)?.rows(self.plan.ffn.clone())?);
+            ops.load_gated([&rows(&gate, &gate_bytes)?, &rows(&up, &up_bytes)?])
         };
-        let (gate_rows, up_rows) = (rows(gate)?, rows(up)?);
-        let weights = named(gate, || ops.load_gated([&gate_rows, &up_rows]))?;
+        let weights = self.named(gate.name, load)?;
         names.iter().for_each(|name| self.checkpoint.release(name));
         Ok(weights.map(|weight| ColumnParallel { weight }))
     }
@@ -225,38 +224,53 @@ impl Source {
         n_cols: usize,
         reduction: &Reduction,
     ) -> Result<RowParallel<B>, LoadError> {
-        let tensor = self.checkpoint.tensor(name)?;
-        check_shape(&tensor, Some(self.config.hidden_dim), n_cols)?;
+        let tensor = self.tensor(name, Some(self.config.hidden_dim), n_cols)?;
+        let bytes = tensor.bytes()?;
         let load = || -> Result<B::Matrix, OpError> {
-            let source = encoded(&tensor)?.cols(reduction.columns.clone())?;
+            let source = encoded(&tensor, &bytes)?.cols(reduction.columns.clone())?;
             ops.load_matrix(&source, Some(reduction))
         };
-        let weight = named(name, load)?;
+        let weight = self.named(name, load)?;
         self.checkpoint.release(name);
         Ok(RowParallel { weight, reduction: reduction.clone() })
     }
 
     fn load_vector<B: Backend>(&self, ops: &mut B, name: &str, width: usize) -> Result<B::Tensor, LoadError> {
-        let values = self.read_vector(&self.checkpoint.tensor(name)?, width)?;
-        named(name, || ops.upload(values, width))
+        let values = self.read_vector(name, width)?;
+        self.named(name, || ops.upload(values, width))
     }
 
-    fn read_vector(&self, tensor: &Tensor<'_>, width: usize) -> Result<Vec<f32>, LoadError> {
-        check_shape(tensor, Some(1), width)?;
+    fn read_vector(&self, name: &str, width: usize) -> Result<Vec<f32>, LoadError> {
+        let tensor = self.tensor(name, Some(1), width)?;
         let mut values = vec![0.0; width];
-        dequantize(tensor.encoding, tensor.bytes, &mut values);
+        dequantize(tensor.encoding, &tensor.bytes()?, &mut values);
         Ok(values)
     }
-}
 
-/// Checks a tensor's shape, `[n_rows, n_cols]`; a vector is one row.
-pub(super) fn check_shape(tensor: &Tensor<'_>, n_rows: Option<usize>, n_cols: usize) -> Result<(), LoadError> {
-    if tensor.shape.len() <= 2 && n_rows.is_none_or(|n| tensor.n_rows() == n) && tensor.n_cols() == n_cols {
-        return Ok(());
+    /// A tensor of the shape `[n_rows, n_cols]`; a vector is one row.
+    fn tensor(&self, name: &str, n_rows: Option<usize>, n_cols: usize) -> Result<Tensor<'_>, LoadError> {
+        let tensor = self.checkpoint.tensor(name)?;
+        if tensor.shape.len() <= 2 && n_rows.is_none_or(|n| tensor.n_rows() == n) && tensor.n_cols() == n_cols {
+            return Ok(tensor);
+        }
+        let wanted = n_rows.map_or_else(|| format!("[*, {n_cols}]"), |n| format!("[{n}, {n_cols}]"));
+        let why = format!("its shape {:?} is not {wanted}, which the model's metadata asks for", tensor.shape);
+        Err(LoadError::Unsupported { what: format!("tensor {}", self.checkpoint.own_name(name)), why })
     }
-    let wanted = n_rows.map_or_else(|| format!("[*, {n_cols}]"), |n| format!("[{n}, {n_cols}]"));
-    let why = format!("its shape {:?} is not {wanted}, which the model's metadata asks for", tensor.shape);
-    Err(LoadError::Unsupported { what: format!("tensor {}", tensor.name), why })
+
+    fn named<T>(&self, tensor: &str, load: impl FnOnce() -> Result<T, OpError>) -> Result<T, LoadError> {
+        load().map_err(|source| LoadError::Tensor { tensor: self.checkpoint.own_name(tensor).into(), source })
+    }
+
+    /// The embedding table, which is looked up in the mapped file.
+    fn embedding(&self) -> Result<Embedding, LoadError> {
+        let (name, hidden_dim) = (Embedding::TENSOR, self.config.hidden_dim);
+        if self.tensor(name, None, hidden_dim)?.mapped().is_none() {
+            let why = "an embedding that is not looked up where it lies is not supported".into();
+            return Err(LoadError::Unsupported { what: format!("tensor {}", self.checkpoint.own_name(name)), why });
+        }
+        Ok(Embedding::new(Arc::clone(&self.checkpoint), hidden_dim))
+    }
 }
 
 /// The vocabulary, if the file spells it out.
@@ -269,12 +283,8 @@ fn tokens(checkpoint: &Checkpoint) -> Result<Vec<Token<'_>>, LoadError> {
     Ok((0..).zip(texts).map(|(id, text)| Token { text, is_reserved: is_reserved(id) }).collect())
 }
 
-fn encoded<'a>(tensor: &Tensor<'a>) -> Result<EncodedRows<'a>, OpError> {
-    Ok(EncodedRows::new(tensor.encoding, tensor.bytes, tensor.n_rows(), tensor.n_cols())?)
-}
-
-fn named<T>(tensor: &str, load: impl FnOnce() -> Result<T, OpError>) -> Result<T, LoadError> {
-    load().map_err(|source| LoadError::Tensor { tensor: tensor.to_owned(), source })
+fn encoded<'a>(tensor: &Tensor<'_>, bytes: &'a [u8]) -> Result<EncodedRows<'a>, OpError> {
+    Ok(EncodedRows::new(tensor.encoding, bytes, tensor.n_rows(), tensor.n_cols())?)
 }
 
 fn layer_tensor(layer: usize, part: &str) -> String {
@@ -300,7 +310,7 @@ fn refuse_unused_tensors(checkpoint: &Checkpoint, config: &ModelConfig) -> Resul
     match checkpoint.tensors().find(|tensor| !known.contains(tensor.name)) {
         None => Ok(()),
         Some(tensor) => Err(LoadError::Unsupported {
-            what: format!("tensor {}", tensor.name),
+            what: format!("tensor {}", checkpoint.own_name(tensor.name)),
             why: "it is no part of a Llama with this metadata".into(),
         }),
     }

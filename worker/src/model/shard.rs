@@ -198,6 +198,7 @@ mod tests {
             rope_base: 1e4,
             rope_dim: head_dim,
             rope_scale: 1.0,
+            rope_style: lockstep_kernels::RopeStyle::Adjacent,
         }
     }
 

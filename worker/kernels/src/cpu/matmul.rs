@@ -274,6 +274,12 @@ fn add<const N: usize>(mut left: [[f32; PANEL]; N], right: [[f32; PANEL]; N]) ->
     left
 }
 
+/// Whether codes of so many bits have an offset: a format with minimums does without, unless its codes are signed bytes.
+#[inline(always)]
+pub(crate) const fn has_offset(bits: usize, has_minimum: bool) -> bool {
+    !has_minimum || bits == 8
+}
+
 /// Some rows of a strip, and a panel.
 #[derive(Clone, Copy)]
 pub(crate) struct Place {
@@ -330,7 +336,8 @@ impl<const N: usize> SumIntegers<'_, N> {
             (5, _, _, false) => simd.vectorize(SumFormat::<N, 5, false, false, false>(self)),
             (5, _, _, true) => simd.vectorize(SumFormat::<N, 5, false, false, true>(self)),
             (6, ..) => simd.vectorize(SumFormat::<N, 6, false, true, false>(self)),
-            _ => simd.vectorize(SumFormat::<N, 8, false, false, false>(self)),
+            (_, _, _, false) => simd.vectorize(SumFormat::<N, 8, false, false, false>(self)),
+            (_, _, _, true) => simd.vectorize(SumFormat::<N, 8, false, false, true>(self)),
         }
     }
 }
@@ -412,7 +419,7 @@ impl<const N: usize, const BITS: usize, const CODEBOOK: bool, const HALVES: bool
         codes: &[S::Bytes; QUADS],
         quads: &[i32; QUADS],
     ) -> S::I32 {
-        let mut dot = simd.splat_i32(if MINIMUM { 0 } else { -correction });
+        let mut dot = simd.splat_i32(if has_offset(BITS, MINIMUM) { -correction } else { 0 });
         for quad_idx in 0..QUADS {
             dot = if BITS < 8 && !CODEBOOK {
                 simd.dot_small(dot, codes[quad_idx], quads[quad_idx])

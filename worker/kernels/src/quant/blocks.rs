@@ -1,7 +1,7 @@
-//! A block: the integers of one GGML block, unpacked from the bits of its encoding.
+//! A block: the integers of one block, unpacked from the bits of its encoding.
 //!
 //! The bit layouts are those of llama.cpp's `ggml-common.h` (structs `block_q4_0` to `block_iq4_xs`) and the meaning that
-//! its `ggml-quants.c` gives them.
+//! its `ggml-quants.c` gives them; those that GGML lacks are in its manner (`checkpoint::Encoding`).
 
 use half::f16;
 use lockstep_checkpoint::Encoding;
@@ -58,7 +58,7 @@ impl Block {
 /// If the encoding stores floats.
 pub(crate) fn decoder(encoding: Encoding) -> fn(&[u8], &mut Block) {
     match encoding {
-        Encoding::Q4_0 | Encoding::IQ4_NL => decode_q4::<2>,
+        Encoding::Q4_0 | Encoding::IQ4_NL | Encoding::NF4 | Encoding::FP4 => decode_q4::<2>,
         Encoding::Q4_1 => decode_q4::<4>,
         Encoding::Q5_0 => decode_q5::<2>,
         Encoding::Q5_1 => decode_q5::<4>,
@@ -69,6 +69,10 @@ pub(crate) fn decoder(encoding: Encoding) -> fn(&[u8], &mut Block) {
         Encoding::Q5K => decode_q5k,
         Encoding::Q6K => decode_q6k,
         Encoding::IQ4_XS => decode_iq4_xs,
+        Encoding::U4_32 => decode_u4::<32>,
+        Encoding::U4_64 => decode_u4::<64>,
+        Encoding::U4_128 => decode_u4::<128>,
+        Encoding::I8_32 => decode_i8,
         Encoding::F32 | Encoding::F16 | Encoding::BF16 => panic!("{encoding} has no blocks"),
     }
 }
@@ -170,6 +174,26 @@ fn decode_iq4_xs(bytes: &[u8], block: &mut Block) {
         *scale = (nibble(bytes[4 + group_idx / 2], group_idx % 2) | high << 4) as i8 - 32;
     }
     put_nibbles::<16>(&bytes[8..], block);
+}
+
+/// Scale, zero point, then 16 bytes for each group of 32, low nibbles first.
+fn decode_u4<const LEN: usize>(bytes: &[u8], block: &mut Block) {
+    block.scale = f16_at(bytes, 0);
+    block.minimum = -block.scale;
+    block.sub_minimums[..LEN / 32].fill(bytes[2].cast_signed());
+    for (codes, bytes) in block.codes[..LEN].chunks_exact_mut(32).zip(bytes[3..].as_chunks::<16>().0) {
+        split_nibbles(bytes, codes);
+    }
+}
+
+/// Scale, zero point, then 32 signed bytes.
+fn decode_i8(bytes: &[u8], block: &mut Block) {
+    block.scale = f16_at(bytes, 0);
+    block.minimum = -block.scale;
+    block.sub_minimums[0] = bytes[2].cast_signed();
+    for (code, byte) in block.codes.iter_mut().zip(part::<32>(bytes, 3)) {
+        *code = byte ^ 0x80;
+    }
 }
 
 /// Scale, minimum and the eight 6-bit pairs of Q4_K and Q5_K: the first four have their low bits in plain order, the

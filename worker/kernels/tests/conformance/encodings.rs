@@ -25,6 +25,8 @@ fn candle_type(encoding: Encoding) -> Option<GgmlDType> {
         Encoding::Q5K => GgmlDType::Q5K,
         Encoding::Q6K => GgmlDType::Q6K,
         Encoding::IQ4_NL | Encoding::IQ4_XS => return None,
+        Encoding::U4_32 | Encoding::U4_64 | Encoding::U4_128 | Encoding::I8_32 => return None,
+        Encoding::NF4 | Encoding::FP4 => return None,
     };
     Some(known)
 }
@@ -77,4 +79,8 @@ fn packed_weights_are_no_larger_than_documented() {
     check(Encoding::Q6K, 8 * (384 + 32) + 32);
     check(Encoding::IQ4_NL, 8 * (256 + 32));
     check(Encoding::IQ4_XS, 8 * (256 + 16) + 32);
+    check(Encoding::U4_128, 8 * (256 + 32) + 2 * 64);
+    check(Encoding::U4_32, 8 * (256 + 32 + 64));
+    check(Encoding::I8_32, 8 * (512 + 32 + 64));
+    check(Encoding::NF4, 8 * (256 + 32));
 }

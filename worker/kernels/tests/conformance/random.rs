@@ -42,6 +42,7 @@ pub(crate) fn halves(encoding: Encoding) -> &'static [usize] {
     match encoding {
         Encoding::F32 | Encoding::F16 | Encoding::BF16 => &[],
         Encoding::Q4_0 | Encoding::Q5_0 | Encoding::Q8_0 | Encoding::IQ4_NL | Encoding::IQ4_XS => &[0],
+        Encoding::U4_32 | Encoding::U4_64 | Encoding::U4_128 | Encoding::I8_32 | Encoding::NF4 | Encoding::FP4 => &[0],
         Encoding::Q4_1 | Encoding::Q5_1 | Encoding::Q4K | Encoding::Q5K => &[0, 2],
         Encoding::Q2K => &[80, 82],
         Encoding::Q3K => &[108],

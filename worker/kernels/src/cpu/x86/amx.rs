@@ -18,7 +18,7 @@ use std::ops::Range;
 
 use super::avx512::Avx512;
 use crate::cpu::activations::{ActivationBlock, STRIP};
-use crate::cpu::matmul::{MAX_TURNS, Multiplication, Panel, Place, Turn, add_group};
+use crate::cpu::matmul::{MAX_TURNS, Multiplication, Panel, Place, Turn, add_group, has_offset};
 use crate::cpu::simd::{LANES, Simd, unrolled};
 use crate::packed::{BLOCK, Integers, Line, QUADS};
 use crate::sum_tree::MAX_PENDING;
@@ -150,7 +150,8 @@ impl Tiles {
             (5, _, _, false) => strip.sum::<5, false, false, false>(simd),
             (5, _, _, true) => strip.sum::<5, false, false, true>(simd),
             (6, ..) => strip.sum::<6, false, true, false>(simd),
-            _ => strip.sum::<8, false, false, false>(simd),
+            (_, _, _, false) => strip.sum::<8, false, false, false>(simd),
+            (_, _, _, true) => strip.sum::<8, false, false, true>(simd),
         }
         SCRATCH.set(Some(scratch));
         true
@@ -344,7 +345,8 @@ impl<const N: usize, const FULL: bool, const BITS: usize, const CODEBOOK: bool, 
         for (line, codes) in run.quads.iter_mut().zip(panel.codes::<Avx512, BITS, CODEBOOK>(simd, run_idx)) {
             // SAFETY: a line is 64 bytes on a boundary of 64, and `simd` proves the features.
             unsafe {
-                let codes = if MINIMUM { codes } else { _mm512_sub_epi8(codes, _mm512_set1_epi8(offset)) };
+                let codes =
+                    if has_offset(BITS, MINIMUM) { _mm512_sub_epi8(codes, _mm512_set1_epi8(offset)) } else { codes };
                 _mm512_store_si512(line.0.as_mut_ptr().cast(), codes);
             }
         }
