@@ -1,6 +1,6 @@
 //! Hugging Face folders: quantized tensors mean what the tools that made them say, and a cluster serves such a folder.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, sync::Arc};
 
 use anyhow::{Context, Result};
 use lockstep_checkpoint::{Checkpoint, Encoding};
@@ -10,6 +10,7 @@ use lockstep_tests::{
     cluster::Cluster,
     tiny_model::{Container, TinyModel},
 };
+use lockstep_worker::model::load::Source;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
@@ -111,6 +112,28 @@ fn quantized_tensors_mean_what_their_tools_say() {
         println!("{name}: off by {typical:.1e} of its root mean square, at most {largest:.1e}");
         assert!(typical <= limit && (limit > 0.0 || largest == 0.0), "{name} is off by {typical}, at most {largest}");
     }
+}
+
+#[test]
+fn a_file_and_a_folder_can_have_the_same_vocabulary() -> Result<()> {
+    let scratch = tempfile::tempdir()?;
+    let open = |name: &str, model: TinyModel| -> Result<Source> {
+        let path = scratch.path().join(name);
+        model.write(&path)?;
+        Ok(Source::open(Arc::new(Checkpoint::open(&path)?), 0, 1)?)
+    };
+    let float = TinyModel { encoding: Encoding::F16, embedding_encoding: Encoding::F16, ..TinyModel::default() };
+    let file = open("file", float.clone())?;
+    let folder = open("folder", TinyModel { container: Container::Folder, ..float })?;
+    file.check_same_vocabulary(&folder)?;
+
+    let path = scratch.path().join("folder").join("tokenizer.json");
+    let tokenizer = std::fs::read_to_string(&path)?;
+    // Bytes come after three control tokens.
+    std::fs::write(&path, tokenizer.replacen("\"a\":", "\"other\":", 1))?;
+    let error = file.check_same_vocabulary(&folder).expect_err("two vocabularies").to_string();
+    assert!(error.ends_with("have different vocabularies: token 100 is \"a\" and \"other\""), "{error}");
+    Ok(())
 }
 
 /// The most likely continuation, as ids, on so many ranks.

@@ -11,6 +11,7 @@ use crate::error::CheckpointError;
 use crate::metadata::Metadata;
 use crate::mmap;
 use crate::tensor::{Tensor, TensorEntry, TensorTable};
+use crate::vocabulary::{self, Token};
 use crate::{folder, gguf};
 
 /// Bytes of a file that a digest keeps in memory at a time.
@@ -62,7 +63,7 @@ impl Checkpoint {
         Ok(Checkpoint { path: path.to_owned(), container, preamble: Vec::new(), maps, contents })
     }
 
-    /// The model's settings and vocabulary, under the keys that GGUF files use.
+    /// The model's settings (of a GGUF file its vocabulary, too), under the keys that GGUF files use.
     pub fn metadata(&self) -> &Metadata {
         &self.contents.metadata
     }
@@ -80,6 +81,17 @@ impl Checkpoint {
         match self.container {
             Container::Gguf => Cow::Borrowed(name),
             Container::Folder => folder::own_name(name),
+        }
+    }
+
+    /// The vocabulary by id; empty if the model's files do not spell it out. A folder's is read at each call.
+    ///
+    /// # Errors
+    /// A vocabulary that is malformed.
+    pub fn vocabulary(&self) -> Result<Vec<Token>, CheckpointError> {
+        match self.container {
+            Container::Gguf => vocabulary::of_gguf(self.metadata()),
+            Container::Folder => folder::vocabulary(&self.path),
         }
     }
 

@@ -121,6 +121,14 @@ pub enum FolderError {
         /// The largest number that is accepted.
         limit: usize,
     },
+    /// A token with an absurd id.
+    #[error("tokenizer.json: token id {id}, the limit is {limit}")]
+    TokenId {
+        /// The id in the file.
+        id: u32,
+        /// Ids must be below this.
+        limit: u32,
+    },
     /// A setting that is missing, of another type, or asks for what is not supported.
     #[error("config.json: {key}: {why}")]
     Setting {

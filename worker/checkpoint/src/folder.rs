@@ -11,6 +11,7 @@ mod grouped;
 mod names;
 mod safetensors;
 mod scales;
+mod tokenizer;
 
 use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
@@ -26,16 +27,19 @@ use self::bitsandbytes::{EightBit, FourBit};
 use self::config::{Config, Grouping};
 use self::grouped::Grouped;
 use self::safetensors::{Dtype, RawTensor};
+use self::tokenizer::Tokenizer;
 use crate::checkpoint::Contents;
 use crate::encoding::Encoding;
 use crate::error::{CheckpointError, FolderError};
 use crate::mmap;
 use crate::tensor::{Piece, Source, TensorEntry, TensorTable};
+use crate::vocabulary::Token;
 
 pub(crate) use self::config::own_key;
 
 const CONFIG: &str = "config.json";
 const INDEX: &str = "model.safetensors.index.json";
+const TOKENIZER: &str = "tokenizer.json";
 const WEIGHTS: &str = "model.safetensors";
 const PICKLES: [&str; 2] = ["pytorch_model.bin", "pytorch_model.bin.index.json"];
 
@@ -44,6 +48,9 @@ const CONFIG_BYTES_MAX: u64 = 1 << 20;
 
 /// Largest index; that of Llama-3.1-405B has 96 kB. Unit: bytes.
 const INDEX_BYTES_MAX: u64 = 16 << 20;
+
+/// Largest `tokenizer.json`. Those of 256 k-token vocabularies have 33 MB. Unit: bytes.
+const TOKENIZER_BYTES_MAX: u64 = 128 << 20;
 
 /// Weight files; Llama-3.1-405B has 191.
 const FILES_MAX: usize = 4096;
@@ -101,6 +108,16 @@ pub(crate) fn open(folder: &Path) -> Result<Folder, CheckpointError> {
     }
     let contents = contents(config, &tensors, &maps).map_err(failed)?;
     Ok(Folder { preamble, maps, contents })
+}
+
+/// The vocabulary of the model in `folder`; empty if there is no `tokenizer.json`.
+pub(crate) fn vocabulary(folder: &Path) -> Result<Vec<Token>, CheckpointError> {
+    if !folder.join(TOKENIZER).exists() {
+        return Ok(Vec::new());
+    }
+    let tokens =
+        read(folder, TOKENIZER, TOKENIZER_BYTES_MAX).and_then(|bytes| parse::<Tokenizer>(TOKENIZER, &bytes)?.tokens());
+    tokens.map_err(|cause| CheckpointError::Folder { path: folder.to_owned(), cause: Box::new(cause) })
 }
 
 /// What the folder's files call the tensor that GGUF files call `name`.

@@ -11,7 +11,7 @@
 //! - `gguf`: the GGUF container; its `gguf::parse` turns bytes into a `Contents`. [`GgufHeader`] writes such files.
 //! - `folder`: Hugging Face's, `config.json` and safetensors, turned into the same `Contents`: one vocabulary of keys and
 //!   tensor names, that of GGUF, whatever the container.
-//! - `metadata`, `tensor`, `encoding`: what a container contains.
+//! - `metadata`, `vocabulary`, `tensor`, `encoding`: what a container contains.
 //! - `error`: everything that can be wrong with a file, in one line each.
 
 mod checkpoint;
@@ -22,6 +22,7 @@ mod gguf;
 mod metadata;
 mod mmap;
 mod tensor;
+mod vocabulary;
 
 pub use checkpoint::Checkpoint;
 pub use encoding::Encoding;
@@ -29,3 +30,4 @@ pub use error::{CheckpointError, Fault, FolderError, FormatError};
 pub use gguf::writer::{GgufData, GgufHeader};
 pub use metadata::{Array, Metadata, ROPE_HALVES, Value};
 pub use tensor::Tensor;
+pub use vocabulary::Token;

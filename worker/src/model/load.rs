@@ -28,13 +28,6 @@ pub struct Source {
     plan: ShardPlan,
 }
 
-/// An entry of a vocabulary.
-struct Token<'a> {
-    text: &'a str,
-    /// Control or unused: no text is made of it.
-    is_reserved: bool,
-}
-
 impl Source {
     /// Reads the configuration and plans the shard; loads nothing yet.
     ///
@@ -66,7 +59,7 @@ impl Source {
         &self.checkpoint
     }
 
-    /// Sees to it that a token id means the same to another model: vocabularies have one size and, where both files spell
+    /// Sees to it that a token id means the same to another model: vocabularies have one size and, where both models spell
     /// them out, the same texts. Tokens that both have for control, or for nothing, may have two names: releases of one
     /// family rename those that they had reserved.
     ///
@@ -82,7 +75,7 @@ impl Source {
         if mine != others {
             return Err(differs(format!("{mine} tokens and {others}")));
         }
-        let (mine, others) = (tokens(&self.checkpoint)?, tokens(&other.checkpoint)?);
+        let (mine, others) = (self.checkpoint.vocabulary()?, other.checkpoint.vocabulary()?);
         let mut pairs = mine.iter().zip(&others).enumerate();
         match pairs.find(|(_, (mine, other))| mine.text != other.text && !(mine.is_reserved && other.is_reserved)) {
             None => Ok(()),
@@ -271,16 +264,6 @@ impl Source {
         }
         Ok(Embedding::new(Arc::clone(&self.checkpoint), hidden_dim))
     }
-}
-
-/// The vocabulary, if the file spells it out.
-fn tokens(checkpoint: &Checkpoint) -> Result<Vec<Token<'_>>, LoadError> {
-    /// What `token_type` says of control tokens, and of unused ones.
-    const RESERVED: [i32; 2] = [3, 5];
-    let texts = checkpoint.metadata().opt_strings("tokenizer.ggml.tokens")?.unwrap_or_default();
-    let types = checkpoint.metadata().opt_i32s("tokenizer.ggml.token_type")?.unwrap_or_default();
-    let is_reserved = |id: usize| types.get(id).is_some_and(|kind| RESERVED.contains(kind));
-    Ok((0..).zip(texts).map(|(id, text)| Token { text, is_reserved: is_reserved(id) }).collect())
 }
 
 fn encoded<'a>(tensor: &Tensor<'_>, bytes: &'a [u8]) -> Result<EncodedRows<'a>, OpError> {

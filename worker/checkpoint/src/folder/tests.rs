@@ -7,7 +7,7 @@ use rand_chacha::rand_core::SeedableRng;
 use serde_json::{Map, Value as Json, json};
 use tempfile::TempDir;
 
-use crate::{Checkpoint, Encoding, ROPE_HALVES};
+use crate::{Checkpoint, Encoding, ROPE_HALVES, Token};
 
 /// A folder to spoil: its files by name.
 #[derive(Clone)]
@@ -182,6 +182,28 @@ fn the_digest_covers_settings_and_every_weight_file() {
         *changed.0[i].1.last_mut().unwrap() ^= 1;
         assert_ne!(whole, digest(&changed), "{} bytes", bytes.len());
     }
+}
+
+#[test]
+fn the_vocabulary_is_that_of_the_tokenizer() {
+    let read = |tokenizer: Json| {
+        let folder = sound().with("tokenizer.json", tokenizer.to_string()).write();
+        Checkpoint::open(folder.path()).unwrap().vocabulary()
+    };
+    let token = |text: &str, is_reserved| Token { text: text.to_owned(), is_reserved };
+    let added =
+        json!([{ "id": 1, "content": "</s>", "special": true }, { "id": 4, "content": "<tool>", "special": false }]);
+    let vocab = json!({ "\u{120}a": 0, "</s>": 1, "b": 2 });
+    let tokens = read(json!({ "added_tokens": added, "model": { "type": "BPE", "vocab": vocab } })).unwrap();
+    let expected = [("\u{120}a", false), ("</s>", true), ("b", false), ("", true), ("<tool>", false)];
+    assert_eq!(tokens, expected.map(|(text, is_reserved)| token(text, is_reserved)));
+
+    assert_eq!(read(json!({ "model": { "type": "Unigram", "vocab": [["a", -1.0]] } })).unwrap(), []);
+    assert_eq!(Checkpoint::open(sound().write().path()).unwrap().vocabulary().unwrap(), []);
+    let absurd = read(json!({ "model": { "vocab": { "a": 4_194_304 } } })).unwrap_err().to_string();
+    assert!(absurd.ends_with("tokenizer.json: token id 4194304, the limit is 4194304"), "{absurd}");
+    let broken = read(json!([])).unwrap_err().to_string();
+    assert!(broken.contains("tokenizer.json: "), "{broken}");
 }
 
 /// Opens a folder that must be refused; the message names the folder and ends so.

@@ -1,0 +1,67 @@
+//! `tokenizer.json`: which texts the ids of a folder's model stand for. (How text becomes ids is not the business of this
+//! crate.)
+
+use std::collections::HashMap;
+
+use serde::Deserialize;
+use serde::de::IgnoredAny;
+
+use crate::error::FolderError;
+use crate::vocabulary::Token;
+
+/// Ids are below this; the largest vocabularies have some 256,000.
+const IDS_MAX: u32 = 1 << 22;
+
+/// The file, as far as it matters here.
+#[derive(Deserialize)]
+pub(super) struct Tokenizer {
+    #[serde(default)]
+    added_tokens: Vec<AddedToken>,
+    model: Model,
+}
+
+#[derive(Deserialize)]
+struct AddedToken {
+    id: u32,
+    content: String,
+    #[serde(default)]
+    special: bool,
+}
+
+#[derive(Deserialize)]
+struct Model {
+    vocab: Vocabulary,
+}
+
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Vocabulary {
+    Ids(HashMap<String, u32>),
+    /// That of a unigram model, which no Llama has.
+    Other(IgnoredAny),
+}
+
+// === impl Tokenizer ===
+
+impl Tokenizer {
+    /// Tokens by id; none if they are not spelled out as those of a Llama are.
+    pub(super) fn tokens(self) -> Result<Vec<Token>, FolderError> {
+        let Vocabulary::Ids(ids) = self.model.vocab else { return Ok(Vec::new()) };
+        let plain = ids.into_iter().map(|(text, id)| (id, Token { text, is_reserved: false }));
+        let added = self.added_tokens.into_iter();
+        // Added tokens come last: they may be in the vocabulary as well, and there they look like any other.
+        let added = added.map(|token| (token.id, Token { text: token.content, is_reserved: token.special }));
+        let mut tokens = Vec::new();
+        for (id, token) in plain.chain(added) {
+            if id >= IDS_MAX {
+                return Err(FolderError::TokenId { id, limit: IDS_MAX });
+            }
+            if tokens.len() <= id as usize {
+                // An id that nothing has is as good as one that is reserved.
+                tokens.resize(id as usize + 1, Token { text: String::new(), is_reserved: true });
+            }
+            tokens[id as usize] = token;
+        }
+        Ok(tokens)
+    }
+}
