@@ -4,10 +4,11 @@
 use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
-use lockstep_checkpoint::Checkpoint;
+use lockstep_checkpoint::{Checkpoint, Encoding};
 use lockstep_tests::{
     cluster::{binary, demo_model},
     oracle,
+    tiny_model::{Container, TinyModel},
 };
 
 /// Runs a command that is to fail, and expects its status and one line that holds all of these.
@@ -57,6 +58,25 @@ fn a_made_model_is_one_like_any_other() -> Result<()> {
         assert!((1.5..6.0).contains(&deviation), "{encoding}: logits with a standard deviation of {deviation}");
     }
     Ok(())
+}
+
+#[test]
+fn a_folder_is_a_model_like_any_other() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("tiny");
+    let (encoding, embedding_encoding) = (Encoding::U4_128, Encoding::BF16);
+    TinyModel { container: Container::Folder, encoding, embedding_encoding, ..TinyModel::default() }.write(&path)?;
+    let model = path.display().to_string();
+    let description = output(&["inspect", &model, "--world-size", "2"])?;
+    assert!(description.contains("tensors       U4_128   14"), "{description}");
+    assert!(description.contains("rank 1        heads 8..16, KV heads 4..8"), "{description}");
+    let sizes = ["--prompt", "32", "--generate", "8", "--repeat", "1", "--world-size", "2"];
+    let report: serde_json::Value =
+        serde_json::from_str(&output(&[&["bench", "engine", &model, "--json"], &sizes[..]].concat())?)?;
+    assert!(report["decode_tokens_per_s"].as_f64().is_some_and(|rate| rate > 0.0), "{report}");
+
+    std::fs::remove_file(path.join("model-00002-of-00002.safetensors"))?;
+    check_refused(&["inspect", &model], 1, &["model-00002-of-00002.safetensors", "No such file"])
 }
 
 #[test]

@@ -258,7 +258,7 @@ pub enum Fault {
     /// The tensor's size in bytes exceeds the address space.
     #[error("the size of shape {shape:?} overflows")]
     SizeOverflow {
-        /// Dimensions in the file's order (innermost first).
+        /// Dimensions in the file's order (in GGUF innermost first).
         shape: Vec<u64>,
     },
     /// A data offset off the file's alignment.

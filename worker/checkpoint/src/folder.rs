@@ -196,9 +196,7 @@ fn contents(config: Config, tensors: &[RawTensor], maps: &[Mmap]) -> Result<Cont
         let shape = vec![factors.len()];
         entries.push(TensorEntry { name: "rope_freqs.weight".to_owned(), shape, encoding: Encoding::F32, source });
     }
-    let tensors = TensorTable::new(entries);
-    let tensors =
-        tensors.map_err(|cause| FolderError::Weights { file: "the weights".to_owned(), cause: cause.into() })?;
+    let tensors = TensorTable::new(entries).expect("layers were gathered by name");
     Ok(Contents { metadata: config.metadata, tensors })
 }
 
