@@ -20,7 +20,7 @@ use rand::RngExt;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::SeedableRng;
 
-pub use self::quantize::quantize;
+pub use self::{folder::write_folder, quantize::quantize};
 
 /// The chat template of the demo model's family: each turn between `<|im_start|>` and `<|im_end|>`.
 pub const CHATML: &str = "{% for message in messages %}\
@@ -180,7 +180,9 @@ impl TinyModel {
         Ok(data.finish()?)
     }
 
-    fn shape(&self) -> LlamaShape {
+    /// Its shape, idle layers among the others.
+    #[must_use]
+    pub fn shape(&self) -> LlamaShape {
         LlamaShape {
             n_layers: self.n_layers + self.n_idle_layers,
             hidden_dim: self.hidden_dim,

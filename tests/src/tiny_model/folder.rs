@@ -43,9 +43,27 @@ struct Codes {
 
 pub(super) fn write(model: &TinyModel, folder: &Path) -> Result<()> {
     model.check()?;
+    write_folder(model, model.weights(), folder)?;
+    let write = |name: &str, content: Value| std::fs::write(folder.join(name), content.to_string());
+    write("tokenizer.json", tokenizer(model.vocab_size))?;
+    let template = model.chat_template.as_ref();
+    write("tokenizer_config.json", json!({ "eos_token": "<|im_end|>", "chat_template": template }))?;
+    Ok(())
+}
+
+/// Writes the folder of a model of this description, whatever its weights, without a tokenizer. Matrices whose rows are no
+/// whole number of blocks become half floats.
+///
+/// # Errors
+/// An encoding that no tool writes, or a file that cannot be written.
+pub fn write_folder(
+    model: &TinyModel,
+    weights: impl Iterator<Item = (LlamaTensor, Vec<f32>)>,
+    folder: &Path,
+) -> Result<()> {
     let mut files = [File::default(), File::default()];
     let mut weight_map = Map::new();
-    for (i, (tensor, values)) in model.weights().enumerate() {
+    for (i, (tensor, values)) in weights.enumerate() {
         // Two files, neither of them in any order that a reader could rely on.
         let file = &mut files[i % 2];
         let n_before = file.header.len();
@@ -53,7 +71,11 @@ pub(super) fn write(model: &TinyModel, folder: &Path) -> Result<()> {
             Part::Query | Part::Key => in_halves(&values, tensor.n_cols(), model.head_dim),
             _ => values,
         };
-        put(file, model.encoding_of(&tensor), &tensor, &values)?;
+        let encoding = match model.encoding_of(&tensor) {
+            encoding if encoding.row_bytes(tensor.n_cols()).is_some() => encoding,
+            _ => Encoding::F16,
+        };
+        put(file, encoding, &tensor, &values)?;
         let name = format!("model-0000{}-of-00002.safetensors", i % 2 + 1);
         weight_map.extend(file.header.keys().skip(n_before).map(|tensor| (tensor.clone(), name.clone().into())));
     }
@@ -64,9 +86,6 @@ pub(super) fn write(model: &TinyModel, folder: &Path) -> Result<()> {
     let write = |name: &str, content: Value| std::fs::write(folder.join(name), content.to_string());
     write("model.safetensors.index.json", json!({ "metadata": {}, "weight_map": weight_map }))?;
     write("config.json", config(model))?;
-    write("tokenizer.json", tokenizer(model.vocab_size))?;
-    let template = model.chat_template.as_ref();
-    write("tokenizer_config.json", json!({ "eos_token": "<|im_end|>", "chat_template": template }))?;
     Ok(())
 }
 
