@@ -147,7 +147,10 @@ impl Plan<'_> {
             }),
             repro: Some(v1::Repro { model_digest, seed, engine_version }),
         };
-        emitter.finish(finish).await
+        emitter.finish(finish).await?;
+        // The client has everything.
+        end.decoder.close().await;
+        Ok(())
     }
 
     fn caller(&self) -> Caller<'_> {

@@ -64,6 +64,8 @@ pub(super) struct End {
     pub(super) choices: Vec<v1::ChoiceFinish>,
     pub(super) completion_tokens: u32,
     pub(super) cached_tokens: u32,
+    /// To be closed.
+    pub(super) decoder: DecodeStream,
 }
 
 /// What happens next.
@@ -114,8 +116,8 @@ impl<'a> Pump<'a> {
         if completion_tokens == 0 && expired {
             return Err(Failure::Deadline);
         }
-        self.decoding.decoder.close();
-        Ok((self.emitter, End { choices, completion_tokens, cached_tokens: self.started.cached_tokens }))
+        let decoder = self.decoding.decoder;
+        Ok((self.emitter, End { choices, completion_tokens, cached_tokens: self.started.cached_tokens, decoder }))
     }
 
     /// Waits for what happens next. Text goes first: it empties the line.

@@ -73,15 +73,13 @@ impl DecodeStream {
         }
     }
 
-    /// Ends the call as one that was good: there are no more ids. Nobody waits until the tokenizer has taken note.
-    pub fn close(self) {
+    /// Ends the call as one that was good: there are no more ids.
+    pub async fn close(self) {
         let Self { ids, mut texts, .. } = self;
         drop(ids);
-        tokio::spawn(async move {
-            // What is answered meanwhile is past a stop string.
-            let rest = async { while let Ok(Some(_past)) = texts.message().await {} };
-            let _cancelled_then = tokio::time::timeout(CLOSE_TIMEOUT, rest).await;
-        });
+        // What is answered meanwhile is past a stop string.
+        let rest = async { while let Ok(Some(_past)) = texts.message().await {} };
+        let _cancelled_then = tokio::time::timeout(CLOSE_TIMEOUT, rest).await;
     }
 
     /// The instance that decodes.
