@@ -316,8 +316,9 @@ impl Enrolled {
                 reason = heart.beat() => reason,
                 () = stop.cancelled() => "this rank shuts down".to_owned(),
             };
+            // A rank that is told to end outlives no epoch, however that ends.
             match leave.is_cancelled() {
-                true => tracing::info!(epoch, %reason, "left the group"),
+                true => tracing::info!(epoch, %reason, "the epoch has ended"),
                 false => tracing::warn!(epoch, %reason, "the epoch has ended"),
             }
             // Before the queue ends with its sender, so that who finds it ended finds the reason.

@@ -426,9 +426,11 @@ impl State {
                 }
                 Action::Run { .. } => {}
                 Action::Break { epoch, reason } => {
-                    match self.stopped {
-                        true => tracing::info!(epoch, %reason, "the epoch has ended"),
-                        false => tracing::warn!(epoch, %reason, "the epoch has ended"),
+                    match &reason {
+                        BreakReason::GivenUp { .. } if self.stopped => {
+                            tracing::info!(epoch, %reason, "the epoch has ended");
+                        }
+                        _ => tracing::warn!(epoch, %reason, "the epoch has ended"),
                     }
                     if matches!(reason, BreakReason::Suspected(Suspicion { rank: LEADER, .. })) {
                         self.hung.cancel();
