@@ -65,14 +65,15 @@ def measure(lockstep, target, seed, n_prompt, n_new, n_requests):
 
 
 def print_table(rates):
-    print("| what | ranks | tok/s, median | ratio, median | by round |\n|---|---|---|---|---|")
+    print("| what | ranks | tok/s, median | ratio, median (quartiles) | by round |\n|---|---|---|---|---|")
     for work, by_cluster in rates.items():
         alone = next(iter(by_cluster.values()))
         for name, rounds in by_cluster.items():
             ratios = [rate / one for rate, one in zip(rounds, alone)]
             by_round = " ".join(f"{ratio:.2f}" for ratio in ratios)
-            median = statistics.median(ratios)
-            print(f"| {work} | {name} | {statistics.median(rounds):.1f} | {median:.3f} | {by_round} |")
+            low, median, high = statistics.quantiles(ratios, n=4)
+            rate = f"{statistics.median(rounds):.1f} | {median:.2f} ({low:.2f} to {high:.2f})"
+            print(f"| {work} | {name} | {rate} | {by_round} |")
 
 
 if __name__ == "__main__":
