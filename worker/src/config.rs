@@ -95,9 +95,10 @@ pub const KEYS: &[Key] = &[
     Key {
         path: "model.draft_path",
         help: "GGUF file or Hugging Face folder of a smaller model with the same vocabulary, which drafts where \
-               engine.speculation finds nothing to repeat. Default: none. Rank 0 alone loads it, with a cache of engine.kv_cache_tokens; the \
-               others need not have the file. Not with engine.speculation = off. Text comes faster if it is much faster than the model and often right, and \
-               at most 2 % slower if not, once it has read the prompt. What comes is the same.",
+               engine.speculation finds nothing to repeat. Default: none. Rank 0 alone loads it, with a cache of \
+               engine.kv_cache_tokens; the others need not have it. Not with engine.speculation = off. Text comes faster \
+               if it is much faster than the model and often right, and at most 2 % slower if not, once it has read the \
+               prompt. What comes is the same.",
     },
     Key {
         path: "engine.backend",

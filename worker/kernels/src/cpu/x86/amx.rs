@@ -95,7 +95,7 @@ thread_local! {
     /// Made by the first strip. Grows to what the largest matrix needs.
     static SCRATCH: Cell<Option<Box<Scratch>>> = const { Cell::new(None) };
     /// Rows of activations and parts of a run that the tiles of this thread are set up for. They stay so: a thread's tiles
-    /// cost little when it is switched, and setting them up takes longer than a run.
+    /// cost little when it is switched, and setting them up anew for every panel would cost more.
     static SET_UP_FOR: Cell<(usize, usize)> = const { Cell::new((0, 0)) };
 }
 
