@@ -180,6 +180,10 @@ async fn speculation_changes_nothing_that_a_client_sees() -> Result<()> {
         }
         let accepted = cluster.groups[0][0].metric("lockstep_worker_accepted_tokens_total").await?;
         assert_eq!(accepted >= 50.0, speculation == "ngram", "{accepted} drafts were accepted");
+        // A follower has steps, and nothing of what the leader alone decides.
+        let follower = &cluster.groups[0][1];
+        assert!(follower.metric("lockstep_worker_step_seconds_count").await? > 0.0);
+        assert!(follower.metric("lockstep_worker_kv_blocks_free").await.is_err());
         told.push(choices);
         cluster.stop().await?;
     }

@@ -86,7 +86,7 @@ pub async fn serve(config: WorkerConfig) -> Result<()> {
     telemetry::init(&config.log)?;
     let shutdown = Shutdown::on_signals(config.exit_with_parent)?;
     let mut registry = telemetry::registry("worker");
-    let metrics = Metrics::register(&mut registry);
+    let metrics = Metrics::register(&mut registry, config.group.rank == 0);
     let server =
         Server::bind(config.server(), Arc::new(registry))?.health_names(&[HEALTH_NAME]).background(&BACKGROUND_CALLS);
     let config = Arc::new(config);

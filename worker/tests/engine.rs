@@ -103,7 +103,7 @@ impl Engine {
         let (permits, permit_receiver) = channel();
         let runner = Stepped { plans: plan_sender, permits: permit_receiver, warmed_up: false };
         let (handle, port) = handle::channel(Instant::now());
-        let metrics = Metrics::register(&mut Registry::default());
+        let metrics = Metrics::register(&mut Registry::default(), true);
         let leader = Leader::new(group, Box::new(runner), scheduler.unwrap(), metrics, port);
         let thread = std::thread::spawn(move || leader.run());
         let engine = Self { handle, plans, permits, thread, runtime };

@@ -224,7 +224,7 @@ impl Engine {
             DraftModel::new(Box::new(Parrot { n_runs, n_runs_max, ..Parrot::new(setting.speech, 0) }), &settings)
         });
         let (handle, port) = handle::channel(Instant::now());
-        let metrics = Metrics::register(&mut Registry::default());
+        let metrics = Metrics::register(&mut Registry::default(), true);
         let leader = Leader::new(group, Box::new(runner), scheduler.unwrap(), metrics.clone(), port);
         let leader = leader.with_draft_model(draft_model);
         let thread = std::thread::spawn(move || leader.run());

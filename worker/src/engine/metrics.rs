@@ -47,8 +47,9 @@ fn step_buckets() -> impl Iterator<Item = f64> {
 }
 
 impl Metrics {
-    /// Registers them with names that start with `worker_`.
-    pub fn register(registry: &mut Registry) -> Self {
+    /// Registers them with names that start with `worker_`: those of jobs and of the scheduler, which only the leader has,
+    /// if this rank `leads`.
+    pub fn register(registry: &mut Registry, leads: bool) -> Self {
         let metrics = Self {
             step: Histogram::new(step_buckets()),
             collective: Histogram::new(step_buckets()),
@@ -71,6 +72,10 @@ impl Metrics {
         sub.register_with_unit("step", "Time of a step on this rank", Unit::Seconds, metrics.step.clone());
         let help = "Time of a step on this rank that went into collectives";
         sub.register_with_unit("collective", help, Unit::Seconds, metrics.collective.clone());
+        sub.register("epochs", "Times that the group has formed", metrics.epochs.clone());
+        if !leads {
+            return metrics;
+        }
         let help = "Time that a step waited for the draft model";
         sub.register_with_unit("draft", help, Unit::Seconds, metrics.draft.clone());
         sub.register("prompt_tokens", "Prompt tokens of admitted jobs", metrics.prompt_tokens.clone());
@@ -79,7 +84,6 @@ impl Metrics {
         sub.register("accepted_tokens", "Tokens guessed in advance and then sampled", metrics.accepted_tokens.clone());
         sub.register("cancelled_jobs", "Jobs whose reader went away", metrics.cancelled.clone());
         sub.register("slow_reader_jobs", "Jobs whose reader was cut off", metrics.slow_readers.clone());
-        sub.register("epochs", "Times that the group has formed", metrics.epochs.clone());
         sub.register("waiting_sequences", "Sequences that wait", metrics.waiting.clone());
         sub.register("running_sequences", "Sequences that run", metrics.running.clone());
         let help = "Tokens still to be computed or generated, at most";
