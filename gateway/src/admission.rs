@@ -6,15 +6,18 @@
 
 use std::{fmt, sync::Arc};
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, Serializer};
 use subtle::{Choice, ConstantTimeEq};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tonic::metadata::MetadataMap;
 
-/// A key that callers may show. It does not show itself in logs.
-#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+/// A key that callers may show. It does not show itself, in logs or in printed settings.
+#[derive(Clone, PartialEq, Eq, Deserialize)]
 #[serde(transparent)]
 pub struct ApiKey(String);
+
+/// What is printed for a key. With its spaces it is none, so printed settings must have theirs put in before they load.
+const HIDDEN: &str = "(not shown)";
 
 /// Bounds on what is under way.
 #[derive(Debug, Clone, Copy)]
@@ -75,6 +78,12 @@ impl ApiKey {
     /// Whether it can be sent in a header.
     pub fn is_valid(&self) -> bool {
         Self::new(&self.0).is_some()
+    }
+}
+
+impl Serialize for ApiKey {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(HIDDEN)
     }
 }
 

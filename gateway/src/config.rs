@@ -293,6 +293,8 @@ pub fn parse_api_keys(text: &str) -> Result<Vec<ApiKey>, ConfigError> {
 
 #[cfg(test)]
 mod tests {
+    use lockstep_proto::config;
+
     use super::*;
 
     fn valid() -> GatewaySettings {
@@ -302,6 +304,18 @@ mod tests {
     #[test]
     fn every_setting_has_a_key_and_every_key_a_setting() {
         lockstep_proto::config::assert_keys_match_fields::<GatewaySettings>();
+    }
+
+    #[test]
+    fn printed_keys_are_hidden_and_do_not_load() {
+        let args = |text: &str| text.split_whitespace().map(std::ffi::OsString::from).collect::<Vec<_>>();
+        let flags = "gateway --tokenizers t:1 --groups g:1 --api-keys secret --print-config";
+        let printed = config::load_from::<GatewaySettings>(args(flags).into_iter(), std::iter::empty()).unwrap();
+        let config::Command::Print(text) = printed else { panic!("{printed:?}") };
+        assert!(!text.contains("secret") && text.contains("(not shown)"), "{text}");
+        let settings: GatewaySettings = toml::from_str(&text).unwrap();
+        let error = settings.validate().unwrap_err().to_string();
+        assert!(error.starts_with("`api_keys`"), "{error}");
     }
 
     #[test]

@@ -54,7 +54,8 @@ pub trait Settings: Serialize + DeserializeOwned + Default {
 pub enum Command<S> {
     /// Run with these settings.
     Run(S),
-    /// Print the effective settings (`--print-config`), a TOML document that `--config` takes back.
+    /// Print the effective settings (`--print-config`), a TOML document that `--config` takes back once
+    /// secrets are put in.
     Print(String),
     /// Print the help text.
     Help(String),
