@@ -177,16 +177,16 @@ fn parse<T: DeserializeOwned>(file: &'static str, bytes: &[u8]) -> Result<T, Fol
 /// What the folder holds, by the names of GGUF files.
 fn contents(config: Config, tensors: &[RawTensor], maps: &[Mmap]) -> Result<Contents, FolderError> {
     let mut layers: BTreeMap<String, Parts<'_>> = BTreeMap::new();
-    for tensor in tensors.iter().filter(|tensor| !is_unused(&tensor.name, &config)) {
+    for tensor in tensors.iter().filter(|tensor| !is_unused(&tensor.name)) {
         let (layer, part) = names::split(&tensor.name)
             .ok_or_else(|| tensor.error("it is no part of a Llama, or of a kind that is not supported"))?;
         if layers.entry(layer).or_default().insert(part, tensor).is_some() {
             return Err(tensor.error("it occurs twice"));
         }
     }
-    if !config.is_tied && !layers.contains_key(names::OUTPUT) {
-        let why = "there is none, and tie_word_embeddings in config.json is not true".to_owned();
-        return Err(FolderError::Tensor { tensor: "lm_head.weight".to_owned(), why });
+    check_output(layers.get(names::OUTPUT), layers.get(names::EMBEDDING), config.is_tied, maps)?;
+    if config.is_tied {
+        layers.remove(names::OUTPUT);
     }
     let entries =
         layers.into_iter().map(|(layer, parts)| weight(format!("{layer}.weight"), &parts, config.grouping, maps));
@@ -200,10 +200,35 @@ fn contents(config: Config, tensors: &[RawTensor], maps: &[Mmap]) -> Result<Cont
     Ok(Contents { metadata: config.metadata, tensors })
 }
 
-/// Tensors that change nothing: frequencies that follow from the settings, and an output matrix in a model whose
-/// embedding is that.
-fn is_unused(name: &str, config: &Config) -> bool {
-    name.ends_with(".rotary_emb.inv_freq") || config.is_tied && name.starts_with("lm_head.")
+/// Tensors that change nothing: frequencies, which follow from the settings.
+fn is_unused(name: &str) -> bool {
+    name.ends_with(".rotary_emb.inv_freq")
+}
+
+/// Sees to it that there is one output matrix: its own or, where `config.json` ties them, the embedding, of which there
+/// may be a copy.
+fn check_output(
+    output: Option<&Parts<'_>>,
+    embedding: Option<&Parts<'_>>,
+    is_tied: bool,
+    maps: &[Mmap],
+) -> Result<(), FolderError> {
+    let wrong = |why: &str| Err(FolderError::Tensor { tensor: "lm_head.weight".to_owned(), why: why.to_owned() });
+    match (output, embedding) {
+        (None, _) if !is_tied => wrong("there is none, and tie_word_embeddings in config.json is not true"),
+        (Some(output), embedding) if is_tied && !embedding.is_some_and(|other| are_same(output, other, maps)) => {
+            wrong("it is not model.embed_tokens.weight, but tie_word_embeddings in config.json is true")
+        }
+        _ => Ok(()),
+    }
+}
+
+fn are_same(left: &Parts<'_>, right: &Parts<'_>, maps: &[Mmap]) -> bool {
+    left.keys().eq(right.keys())
+        && left.values().zip(right.values()).all(|(left, right)| {
+            let is_same_kind = left.dtype == right.dtype && left.shape == right.shape;
+            is_same_kind && left.piece.of(maps) == right.piece.of(maps)
+        })
 }
 
 /// The weight that a layer's tensors make up.

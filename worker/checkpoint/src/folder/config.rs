@@ -14,6 +14,9 @@ use crate::metadata::{Metadata, ROPE_HALVES, Value};
 /// Classes of `transformers` that are a Llama, by `model_type`. Mistral's is one if no sliding window cuts attention off.
 const ARCHITECTURES: [(&str, &str); 2] = [("llama", "LlamaForCausalLM"), ("mistral", "MistralForCausalLM")];
 
+/// Tokens that attention sees in a Mistral whose `config.json` has no `sliding_window`.
+const MISTRAL_WINDOW: u32 = 4096;
+
 /// Widest head; real ones have up to 256 values.
 const HEAD_DIM_MAX: u32 = 1 << 16;
 
@@ -30,11 +33,8 @@ const SIZES: [(&str, &str); 8] = [
 ];
 
 /// Numbers, likewise.
-const NUMBERS: [(&str, &str); 3] = [
-    ("llama.attention.layer_norm_rms_epsilon", "rms_norm_eps"),
-    ("llama.rope.freq_base", "rope_theta"),
-    ("llama.rope.scaling.factor", "rope_scaling.factor"),
-];
+const NUMBERS: [(&str, &str); 2] =
+    [("llama.attention.layer_norm_rms_epsilon", "rms_norm_eps"), ("llama.rope.freq_base", "rope_theta")];
 
 /// The settings of a model.
 #[derive(Debug)]
@@ -59,6 +59,8 @@ pub(super) enum Grouping {
         group_size: Option<usize>,
         /// Whether zero points are stored less one.
         zeros_less_one: bool,
+        /// Whether `desc_act` says that groups are not in the order of inputs, so that `g_idx` must tell.
+        is_reordered: bool,
     },
     /// AWQ, whose codes have 4 bits.
     Awq {
@@ -111,25 +113,27 @@ impl Config {
         }
         let epsilon: Option<f64> = settings.optional("rms_norm_eps")?;
         insert("llama.attention.layer_norm_rms_epsilon", Value::F32(epsilon.unwrap_or(1e-6) as f32));
-        let rope = settings.object("rope_scaling")?;
-        let rope = rope.map_or_else(|| settings.object("rope_parameters"), |rope| Ok(Some(rope)))?;
+        let rope = settings.rope()?;
         let theta = rope.as_ref().map_or(Ok(None), |rope| rope.optional("rope_theta"))?;
         let theta: f64 = theta.map_or_else(|| settings.optional("rope_theta"), |theta| Ok(Some(theta)))?.unwrap_or(1e4);
         insert("llama.rope.freq_base", Value::F32(theta as f32));
         let mut rope_factors = None;
         match rope.as_ref().map_or(Ok(None), Settings::rope_type)?.as_deref() {
-            None | Some("default") => {}
+            None | Some("default") => rope.as_ref().map_or(Ok(()), Settings::check_plain_rope)?,
             Some("linear") => {
-                let factor: f64 = rope.as_ref().map_or(Ok(1.0), |rope| rope.required("factor"))?;
+                let factor = rope.as_ref().map_or(Ok(1.0), Settings::linear_factor)?;
                 insert("llama.rope.scaling.type", Value::String("linear".to_owned()));
-                insert("llama.rope.scaling.factor", Value::F32(factor as f32));
+                insert("llama.rope.scaling.factor", Value::F32(factor));
             }
             Some("llama3") => {
                 let scaling = rope.map(|rope| Llama3Scaling::read(&rope, &settings)).transpose()?;
                 let head_dim = head_dim(&settings)?;
                 rope_factors = scaling.map(|scaling| scaling.factors(theta, head_dim));
             }
-            Some(other) => return Err(settings.wrong("rope_scaling", format!("rope_type {other:?} is not supported"))),
+            Some(other) => {
+                let why = format!("{other:?} is not supported, only default, linear and llama3 are");
+                return Err(rope.as_ref().unwrap_or(&settings).wrong("rope_type", why));
+            }
         }
         let is_tied = settings.optional("tie_word_embeddings")?.unwrap_or(false);
         let grouping = settings.object("quantization_config")?.as_ref().map_or(Ok(None), Grouping::read)?;
@@ -139,18 +143,26 @@ impl Config {
 
 /// Refuses what computes otherwise than a Llama.
 fn check_architecture(settings: &Settings<'_>) -> Result<(), FolderError> {
-    let classes = || ARCHITECTURES.map(|(_, class)| class).join(" and ");
-    if let Some(architectures) = settings.optional::<Vec<String>>("architectures")? {
-        if !ARCHITECTURES.into_iter().any(|(_, class)| architectures == [class]) {
-            let why = format!("{architectures:?} is not supported, only {} are", classes());
+    let mut rows = ARCHITECTURES.to_vec();
+    let architectures: Option<Vec<String>> = settings.optional("architectures")?;
+    if let Some(architectures) = &architectures {
+        rows.retain(|(_, class)| architectures == &[*class]);
+        if rows.is_empty() {
+            let classes = ARCHITECTURES.map(|(_, class)| class).join(" and ");
+            let why = format!("{architectures:?} is not supported, only {classes} are");
             return Err(settings.wrong("architectures", why));
         }
-    } else {
-        let model_type: String = settings.required("model_type")?;
-        if !ARCHITECTURES.into_iter().any(|(name, _)| model_type == name) {
-            let why = format!("{model_type:?} is not supported, only {} are", classes());
+    }
+    // Granite and others share Llama's tensors, not its graph: what is stated twice must be a Llama both times.
+    let model_type: Option<String> =
+        if architectures.is_some() { settings.optional("model_type")? } else { Some(settings.required("model_type")?) };
+    if let Some(model_type) = model_type {
+        let names: Vec<&str> = rows.iter().map(|(name, _)| *name).collect();
+        if !names.contains(&model_type.as_str()) {
+            let why = format!("{model_type:?} is not supported here, only {}", names.join(" and "));
             return Err(settings.wrong("model_type", why));
         }
+        rows.retain(|(name, _)| *name == model_type);
     }
     let activation: Option<String> = settings.optional("hidden_act")?;
     if let Some(activation) = activation
@@ -158,16 +170,18 @@ fn check_architecture(settings: &Settings<'_>) -> Result<(), FolderError> {
     {
         return Err(settings.wrong("hidden_act", format!("{activation:?} is not supported, only \"silu\" is")));
     }
-    if let Some(window) = settings.optional::<u32>("sliding_window")?
+    let is_mistral = rows.iter().any(|(name, _)| *name == "mistral");
+    let window = match settings.optional("sliding_window")? {
+        // An absent key is not null to `transformers`: its default applies.
+        None if is_mistral && !settings.object.contains_key("sliding_window") => Some(MISTRAL_WINDOW),
+        window => window,
+    };
+    if let Some(window) = window
         && window < settings.required("max_position_embeddings")?
     {
         return Err(settings.wrong("sliding_window", format!("attention over {window} tokens alone is not supported")));
     }
-    let rotated: Option<f64> = settings.optional("partial_rotary_factor")?;
-    if rotated.is_some_and(|rotated| rotated != 1.0) {
-        return Err(settings.wrong("partial_rotary_factor", "heads that turn in part are not supported".to_owned()));
-    }
-    Ok(())
+    settings.check_whole_heads_turn()
 }
 
 /// The width of a head, which may follow from others.
@@ -201,13 +215,17 @@ impl Grouping {
         }
         let bits: u32 = settings.required("bits")?;
         let group_size: i64 = settings.required("group_size")?;
-        supported("group_size", "-1 and multiples of 32 are", group_size == -1 || group_size > 0)?;
+        // Blocks have one scale for 32 values.
+        let is_whole = group_size == -1 || group_size > 0 && group_size % 32 == 0;
+        supported("group_size", "-1 and multiples of 32 are", is_whole)?;
         let group_size = usize::try_from(group_size).ok();
-        // One key has had three names.
-        let formats = ["checkpoint_format", "format", "version"];
-        let stated = formats.into_iter().find(|key| settings.object.contains_key(*key)).unwrap_or(formats[0]);
-        let format: Option<String> = settings.optional(stated)?;
-        let format = format.map(|format| format.to_lowercase());
+        // One key has had several names.
+        let keys: &[&str] = if method == "awq" {
+            &["checkpoint_format", "format", "version"]
+        } else {
+            &["checkpoint_format", "format"]
+        };
+        let (stated, format) = settings.agreed(keys)?;
         if method == "awq" {
             supported("bits", "4 are", bits == 4)?;
             supported(stated, "gemm is", format.is_none_or(|format| format == "gemm"))?;
@@ -216,7 +234,8 @@ impl Grouping {
         supported("bits", "4 and 8 are", [4, 8].contains(&bits))?;
         let format = format.unwrap_or_else(|| "gptq".to_owned());
         supported(stated, "gptq and gptq_v2 are", ["gptq", "gptq_v2"].contains(&&*format))?;
-        Ok(Some(Grouping::Gptq { bits, group_size, zeros_less_one: format == "gptq" }))
+        let is_reordered = settings.optional("desc_act")?.unwrap_or(false);
+        Ok(Some(Grouping::Gptq { bits, group_size, zeros_less_one: format == "gptq", is_reordered }))
     }
 
     /// Bits of a code.
@@ -255,6 +274,60 @@ impl<'a> Settings<'a> {
             Some(Json::Object(object)) => Ok(Some(Settings { object, prefix: key })),
             Some(_) => Err(self.wrong(key, "it is no object".to_owned())),
         }
+    }
+
+    /// A text that goes by several keys, in lower case, and the key that was used; those that are there must agree.
+    fn agreed<'k>(&self, keys: &[&'k str]) -> Result<(&'k str, Option<String>), FolderError> {
+        let mut first: Option<(&str, String)> = None;
+        for key in keys {
+            let Some(text) = self.optional::<String>(key)? else { continue };
+            let text = text.to_lowercase();
+            match &first {
+                Some((other, found)) if *found != text => {
+                    return Err(self.wrong(key, format!("{text:?}, but {other} is {found:?}")));
+                }
+                Some(_) => {}
+                None => first = Some((key, text)),
+            }
+        }
+        Ok(first.map_or((keys[0], None), |(key, text)| (key, Some(text))))
+    }
+
+    /// The object that tells how heads turn; it has had two names.
+    fn rope(&self) -> Result<Option<Settings<'a>>, FolderError> {
+        let (scaling, parameters) = (self.object("rope_scaling")?, self.object("rope_parameters")?);
+        if let (Some(scaling), Some(parameters)) = (&scaling, &parameters)
+            && scaling.object != parameters.object
+        {
+            return Err(self.wrong("rope_scaling", "it is not what rope_parameters is".to_owned()));
+        }
+        let rope = scaling.or(parameters);
+        rope.as_ref().map_or(Ok(()), Settings::check_whole_heads_turn)?;
+        Ok(rope)
+    }
+
+    fn check_whole_heads_turn(&self) -> Result<(), FolderError> {
+        const KEY: &str = "partial_rotary_factor";
+        match self.optional::<f64>(KEY)? {
+            None | Some(1.0) => Ok(()),
+            Some(_) => Err(self.wrong(KEY, "heads that turn in part are not supported".to_owned())),
+        }
+    }
+
+    /// Sees to it that frequencies are said to be unscaled by all keys of an object that names no scaling.
+    fn check_plain_rope(&self) -> Result<(), FolderError> {
+        const PLAIN: [&str; 4] = ["rope_type", "type", "rope_theta", "partial_rotary_factor"];
+        let mut set = self.object.iter().filter(|(_, value)| !value.is_null()).map(|(key, _)| key.as_str());
+        set.find(|key| !PLAIN.contains(key)).map_or(Ok(()), |key| {
+            Err(self.wrong(key, "without a rope_type other than default it is not supported".to_owned()))
+        })
+    }
+
+    /// What positions are divided by.
+    fn linear_factor(&self) -> Result<f32, FolderError> {
+        let factor = self.required::<f64>("factor")? as f32;
+        let is_sound = factor.is_finite() && factor > 0.0;
+        is_sound.then_some(factor).ok_or_else(|| self.wrong("factor", format!("{factor} is not a positive number")))
     }
 
     /// The kind of change to the rotary frequencies; its key had another name once.

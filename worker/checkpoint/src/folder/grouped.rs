@@ -6,7 +6,10 @@
 //! | `qweight` | `[n_in * bits / 32, n_out]`: words of neighbouring inputs, lowest bits first | `[n_in, n_out / 8]`: words of neighbouring outputs in the order of [`AWQ_ORDER`] |
 //! | `qzeros` | `[n_groups, n_out * bits / 32]`: words of neighbouring outputs, lowest bits first; `gptq` takes one off, `gptq_v2` does not | `[n_groups, n_out / 8]`, as `qweight` |
 //! | `scales` | `[n_groups, n_out]` | the same |
-//! | `g_idx` | `[n_in]`: the group of each input; without it, inputs are in order | |
+//! | `g_idx` | `[n_in]`: the group of each input; without it, or if it is all 0, inputs are in order | |
+//!
+//! `gptq` takes the one off whole words: a zero point of 0 borrows from its neighbour, and adding one to whole words gives
+//! that back.
 //!
 //! It is turned into rows of blocks, of [`Encoding::Q4_0`] or [`Encoding::Q8_0`] where every zero point is the middle of
 //! the codes, as GPTQ has it unless told otherwise, and else of [`Encoding::U4_128`] or one of its kind. Nothing is rounded
@@ -81,10 +84,27 @@ impl Grouped {
             return Err(qweight.error(&why));
         }
         let [n_groups, _] = scales.matrix()?;
+        if n_groups > n_cols / RUN {
+            return Err(scales.error(&format!("{n_groups} groups of {n_cols} inputs are not whole runs of {RUN}")));
+        }
         scales.check_shape(&[n_groups, n_rows])?;
         qzeros.check_shape(&[n_groups, n_rows / codes_per_word])?;
-        let group_of_run = match (parts.get("g_idx"), grouping) {
-            (Some(g_idx), Grouping::Gptq { .. }) => runs_of(g_idx, n_cols, n_groups, maps)?,
+        let g_idx = parts.get("g_idx");
+        if let Some(g_idx) = g_idx {
+            g_idx.check_type(&[Dtype::I32])?;
+            g_idx.check_shape(&[n_cols])?;
+        }
+        // GPTQ's tools take a g_idx of zeros for none.
+        let g_idx = g_idx.filter(|g_idx| n_groups == 1 || g_idx.piece.of(maps).iter().any(|byte| *byte != 0));
+        let group_of_run = match (g_idx, grouping) {
+            (Some(g_idx), Grouping::Gptq { group_size, .. }) => {
+                runs_of(g_idx, group_size.unwrap_or(n_cols), n_cols, n_groups, maps)?
+            }
+            (None, Grouping::Gptq { is_reordered: true, .. }) => {
+                let why =
+                    "there is no g_idx other than 0 for it, and desc_act in config.json's quantization_config is true";
+                return Err(qweight.error(why));
+            }
             (None, Grouping::Gptq { group_size, .. }) | (_, Grouping::Awq { group_size }) => {
                 runs_in_order(qweight, group_size.unwrap_or(n_cols), n_cols, n_groups)?
             }
@@ -119,7 +139,7 @@ impl Grouped {
     /// The blocks that state the same numbers.
     fn fitting_encoding(&self, maps: &[Mmap]) -> Encoding {
         let bits = self.grouping.bits();
-        let is_symmetric = self.zeros(maps).iter().all(|zero| *zero == 1 << (bits - 1));
+        let is_symmetric = self.zero_words(maps).all(|word| word == ones(bits) << (bits - 1));
         // Blocks of so many runs have one group each.
         let is_one_group = |n_runs: usize| {
             let mut blocks = self.group_of_run.chunks(n_runs);
@@ -135,23 +155,30 @@ impl Grouped {
         }
     }
 
+    /// The words of zero points, none of them less one.
+    fn zero_words<'a>(&self, maps: &'a [Mmap]) -> impl Iterator<Item = u32> + use<'a> {
+        let one = match self.grouping {
+            // As GPTQModel does it: on whole words.
+            Grouping::Gptq { bits, zeros_less_one: true, .. } => ones(bits),
+            _ => 0,
+        };
+        words(self.zeros.of(maps)).iter().map(move |word| u32::from_le_bytes(*word).wrapping_add(one))
+    }
+
     /// `[n_groups, n_rows]`.
     fn zeros(&self, maps: &[Mmap]) -> Vec<u8> {
-        let words = words(self.zeros.of(maps));
+        let words = self.zero_words(maps);
         match self.grouping {
-            Grouping::Gptq { bits, zeros_less_one, .. } => {
-                // As GPTQModel does it: on whole words, so that a carry undoes the borrow of a zero point of 0.
-                let one = if zeros_less_one { u32::MAX / ((1 << bits) - 1) } else { 0 };
-                let bytes = words.iter().map(|word| u32::from_le_bytes(*word).wrapping_add(one));
-                bytes.flat_map(|word| (0..32 / bits).map(move |i| code(word, bits, i))).collect()
+            Grouping::Gptq { bits, .. } => {
+                words.flat_map(|word| (0..32 / bits).map(move |i| code(word, bits, i))).collect()
             }
             Grouping::Awq { .. } => {
-                let mut zeros = vec![0; 8 * words.len()];
-                for (zeros, word) in zeros.as_chunks_mut::<8>().0.iter_mut().zip(words) {
-                    let word = u32::from_le_bytes(*word);
-                    AWQ_ORDER.iter().enumerate().for_each(|(i, output)| zeros[*output] = code(word, 4, i as u32));
-                }
-                zeros
+                let in_order = |word| {
+                    let mut zeros = [0; 8];
+                    AWQ_ORDER.iter().zip(0..).for_each(|(output, i)| zeros[*output] = code(word, 4, i));
+                    zeros
+                };
+                words.flat_map(in_order).collect()
             }
         }
     }
@@ -216,6 +243,11 @@ fn words(bytes: &[u8]) -> &[[u8; 4]] {
     bytes.as_chunks().0
 }
 
+/// A word of codes that are 1.
+fn ones(bits: u32) -> u32 {
+    u32::MAX / ((1 << bits) - 1)
+}
+
 /// The `i`-th code of a word.
 fn code(word: u32, bits: u32, i: u32) -> u8 {
     (word >> (bits * i) & ((1 << bits) - 1)) as u8
@@ -254,17 +286,29 @@ fn runs_in_order(
 }
 
 /// The group of each run of columns, as `g_idx` has it.
-fn runs_of(g_idx: &RawTensor, n_cols: usize, n_groups: usize, maps: &[Mmap]) -> Result<Vec<usize>, FolderError> {
-    g_idx.check_type(&[Dtype::I32])?;
-    g_idx.check_shape(&[n_cols])?;
+fn runs_of(
+    g_idx: &RawTensor,
+    group_size: usize,
+    n_cols: usize,
+    n_groups: usize,
+    maps: &[Mmap],
+) -> Result<Vec<usize>, FolderError> {
     let groups: Vec<u32> = words(g_idx.piece.of(maps)).iter().map(|word| u32::from_le_bytes(*word)).collect();
-    if let Some(group) = groups.iter().find(|group| **group as usize >= n_groups) {
-        return Err(g_idx.error(&format!("group {} of {n_groups}", group.cast_signed())));
+    let mut sizes = vec![0; n_groups];
+    for group in &groups {
+        let size = sizes.get_mut(*group as usize);
+        *size.ok_or_else(|| g_idx.error(&format!("group {} of {n_groups}", group.cast_signed())))? += 1;
     }
     let runs = groups.as_chunks::<RUN>().0;
     if runs.iter().any(|run| run.iter().any(|group| *group != run[0])) {
         let why = "32 neighbouring inputs are of several groups: activation order (desc_act) is not supported";
         return Err(g_idx.error(why));
+    }
+    // All groups are full but the last, which has what is left.
+    let wanted = |group: usize| n_cols.saturating_sub(group * group_size).min(group_size);
+    if let Some((group, size)) = sizes.iter().enumerate().find(|(group, size)| **size != wanted(*group)) {
+        let why = format!("group {group} of {n_groups} has {size} inputs, config.json asks for {}", wanted(group));
+        return Err(g_idx.error(&why));
     }
     Ok(runs.iter().map(|run| run[0] as usize).collect())
 }

@@ -3,12 +3,15 @@
 //! A layer has one or more tensors: `model.layers.3.mlp.up_proj` has `.weight`, or `.qweight`, `.scales` and so on, which
 //! together are `blk.3.ffn_up.weight`.
 
-/// The output matrix, in GGUF files.
+/// The embedding, in GGUF files.
+pub(super) const EMBEDDING: &str = "token_embd";
+
+/// The output matrix, likewise.
 pub(super) const OUTPUT: &str = "output";
 
 /// Layers that a model has once: in GGUF files, in folders.
 const WHOLE: [(&str, &str); 3] =
-    [("token_embd", "model.embed_tokens"), ("output_norm", "model.norm"), (OUTPUT, "lm_head")];
+    [(EMBEDDING, "model.embed_tokens"), ("output_norm", "model.norm"), (OUTPUT, "lm_head")];
 
 /// The parts of a transformer layer: in GGUF files, in folders.
 const PARTS: [(&str, &str); 9] = [

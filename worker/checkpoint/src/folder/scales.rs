@@ -4,14 +4,18 @@ use half::{bf16, f16};
 
 use super::safetensors::Dtype;
 
-/// A matrix whose largest scale is below this is refused: the others, rounded to multiples of 2^-24, would be off by more
-/// than 1/256 of that. (A weight that small adds nothing, and real ones are thousands of times larger.)
+/// A matrix whose largest scale is below this is refused: rounded to a multiple of 2^-24, it may be off by more than 1/256
+/// of itself. (A weight that small adds nothing, and real ones are thousands of times larger.) Of a matrix that is not, an
+/// output whose own scales are below this may be off by as much: by at most 2^-25 for each step of a code, beside other
+/// outputs of the same matrix that are larger.
 const LARGEST_MIN: f32 = 1.0 / (1 << 17) as f32;
 
 /// Scales as a file has them, as half floats. Those of other types are rounded, by at most 2^-11 of their value or 2^-25.
 pub(super) fn to_halves(dtype: Dtype, bytes: &[u8]) -> Result<Vec<f16>, String> {
     if dtype == Dtype::F16 {
-        return Ok(bytes.as_chunks().0.iter().map(|bytes| f16::from_le_bytes(*bytes)).collect());
+        let halves: Vec<f16> = bytes.as_chunks().0.iter().map(|bytes| f16::from_le_bytes(*bytes)).collect();
+        let other = halves.iter().find(|half| !half.is_finite());
+        return other.map_or(Ok(()), |half| Err(format!("a scale of {half} is not finite"))).map(|()| halves);
     }
     round(&floats(dtype, bytes))
 }
@@ -43,7 +47,7 @@ pub(super) fn round(scales: &[f32]) -> Result<Vec<f16>, String> {
 mod tests {
     use half::f16;
 
-    use super::round;
+    use super::{Dtype, round, to_halves};
 
     #[test]
     fn scales_that_half_floats_cannot_hold_are_refused() {
@@ -53,6 +57,8 @@ mod tests {
         let refusal = |scales: &[f32]| round(scales).expect_err("refused");
         assert_eq!(refusal(&[1.0, 7e4]), "a scale of 7e4 is beyond half floats, which go up to 65504");
         assert_eq!(refusal(&[f32::NAN]), "a scale of NaN is beyond half floats, which go up to 65504");
+        let infinite = [f16::ONE, f16::INFINITY].map(f16::to_le_bytes).concat();
+        assert_eq!(to_halves(Dtype::F16, &infinite), Err("a scale of inf is not finite".to_owned()));
         assert_eq!(refusal(&[1e-6, 2e-6]), "scales of up to 2e-6 are too small for half floats");
     }
 }

@@ -44,6 +44,29 @@ impl Files {
         self.with("config.json", settings.to_string())
     }
 
+    /// With another tensor of this name, in the same file.
+    fn with_tensor(self, tensor: Tensor<'_>) -> Self {
+        let name = tensor.0;
+        self.replaced(name, Some(tensor))
+    }
+
+    fn without_tensor(self, name: &str) -> Self {
+        self.replaced(name, None)
+    }
+
+    fn replaced(mut self, name: &str, by: Option<Tensor<'_>>) -> Self {
+        for (_, file) in self.0.iter_mut().filter(|(file, _)| file.ends_with(".safetensors")) {
+            let tensors = tensors(file);
+            if !tensors.iter().any(|(other, ..)| other == name) {
+                continue;
+            }
+            let kept = tensors.iter().filter(|(other, ..)| other != name);
+            let kept = kept.map(|(name, dtype, shape, bytes)| (&**name, &**dtype, &**shape, bytes.clone()));
+            *file = safetensors(&kept.chain(by.clone()).collect::<Vec<_>>());
+        }
+        self
+    }
+
     /// With one more file of weights.
     fn with_tensors(self, tensors: &[Tensor<'_>]) -> Self {
         let index = json!({ "weight_map": { "a": "first.safetensors", "b": "more.safetensors" } });
@@ -62,6 +85,19 @@ fn safetensors(tensors: &[Tensor<'_>]) -> Vec<u8> {
         data.extend(bytes);
     }
     with_header(&Json::Object(header).to_string(), &data)
+}
+
+/// What a sound file holds, as [`Tensor`] has it.
+fn tensors(file: &[u8]) -> Vec<(String, String, Vec<usize>, Vec<u8>)> {
+    let length = u64::from_le_bytes(*file.first_chunk().unwrap()) as usize;
+    let header: Map<String, Json> = serde_json::from_slice(&file[8..8 + length]).unwrap();
+    let number = |value: &Json| value.as_u64().unwrap() as usize;
+    let tensors = header.iter().map(|(name, tensor)| {
+        let shape: Vec<usize> = tensor["shape"].as_array().unwrap().iter().map(number).collect();
+        let [begin, end] = [0, 1].map(|i| number(&tensor["data_offsets"][i]));
+        (name.clone(), tensor["dtype"].as_str().unwrap().to_owned(), shape, file[8 + length..][begin..end].to_vec())
+    });
+    tensors.collect()
 }
 
 fn with_header(header: &str, data: &[u8]) -> Vec<u8> {
@@ -129,7 +165,7 @@ fn sound() -> Files {
         (&eight_bit("weight"), "I8", &[8, 64], vec![0x85; 512]),
         (&eight_bit("SCB"), "F32", &[8], floats(&[12.7; 8])),
         (&eight_bit("weight_format"), "U8", &[], vec![0]),
-        ("lm_head.weight", "F16", &[2, 64], vec![0; 256]),
+        ("lm_head.weight", "BF16", &[2, 64], vec![0x3F; 256]),
     ]);
     let index = json!({ "weight_map": { "a": "second.safetensors", "b": "first.safetensors" } });
     Files(Vec::new())
@@ -158,7 +194,7 @@ fn a_sound_folder_is_read_in_the_names_of_gguf_files() {
         ("blk.0.attn_k.weight", [8, 64], Encoding::U4_32),
         ("blk.0.attn_q.weight", [8, 64], Encoding::Q8_0),
         ("blk.0.attn_v.weight", [8, 64], Encoding::NF4),
-        // The output matrix of a tied model is the embedding, whatever else a file has.
+        // The output matrix of a tied model is the embedding, of which the file has a copy.
         ("token_embd.weight", [2, 64], Encoding::BF16),
     ];
     assert_eq!(tensors, expected.map(|(name, shape, encoding)| (name.to_owned(), shape.to_vec(), encoding)));
@@ -173,10 +209,11 @@ fn a_sound_folder_is_read_in_the_names_of_gguf_files() {
 #[test]
 fn the_digest_covers_settings_and_every_weight_file() {
     let digest = |files: &Files| Checkpoint::open(files.write().path()).unwrap().digest();
-    let sound = sound();
+    let untied = json!({ "tie_word_embeddings": false });
+    let sound = sound().with_settings(untied);
     let whole = digest(&sound);
     assert_eq!(whole, digest(&sound.clone().with("README.md", "no part of the model")));
-    assert_ne!(whole, digest(&sound.clone().with_settings(json!({ "rope_theta": 10_000 }))));
+    assert_ne!(whole, digest(&sound.clone().with("config.json", config().to_string() + " ")));
     for (i, (_, bytes)) in sound.0.iter().enumerate().filter(|(_, (name, _))| name.ends_with(".safetensors")) {
         let mut changed = sound.clone();
         *changed.0[i].1.last_mut().unwrap() ^= 1;
@@ -251,19 +288,58 @@ fn settings_that_ask_for_another_graph_are_refused_by_key() {
         "architectures: [\"Qwen2ForCausalLM\"] is not supported, only LlamaForCausalLM and MistralForCausalLM are",
     );
     check(json!({ "architectures": null }), "config.json: model_type: it is missing");
+    // Granite has Llama's tensors and another graph.
+    check(json!({ "model_type": "granite" }), "model_type: \"granite\" is not supported here, only llama");
+    check(
+        json!({ "architectures": null, "model_type": "granite" }),
+        "model_type: \"granite\" is not supported here, only llama and mistral",
+    );
+    check(
+        json!({ "architectures": ["MistralForCausalLM"], "max_position_embeddings": 4097 }),
+        "sliding_window: attention over 4096 tokens alone is not supported",
+    );
     check(json!({ "hidden_size": null }), "config.json: hidden_size: it is missing");
     check(json!({ "hidden_size": "64" }), "config.json: hidden_size: invalid type: string \"64\", expected u32");
     check(json!({ "hidden_act": "gelu" }), "hidden_act: \"gelu\" is not supported, only \"silu\" is");
     check(json!({ "sliding_window": 128 }), "sliding_window: attention over 128 tokens alone is not supported");
     check(json!({ "tie_word_embeddings": false, "vocab_size": -1 }), "expected u32");
+}
+
+#[test]
+fn rotary_settings_that_are_not_followed_are_refused_by_key() {
+    let check = |changes: Json, reason: &str| {
+        check(&sound().with_settings(changes), &format!("config.json: {reason}"));
+    };
+    for name in ["rope_scaling", "rope_parameters"] {
+        let of = |rope: Json, reason: &str| check(json!({ name: rope }), &format!("{name}{reason}"));
+        of(json!(8), ": it is no object");
+        of(json!({ "type": "yarn" }), ".rope_type: \"yarn\" is not supported, only default, linear and llama3 are");
+        of(json!({ "type": "llama3" }), ".factor: it is missing");
+        of(json!({ "type": "linear", "factor": 0 }), ".factor: 0 is not a positive number");
+        of(json!({ "factor": 8.0 }), ".factor: without a rope_type other than default it is not supported");
+        of(
+            json!({ "rope_type": "default", "factor": 8.0 }),
+            ".factor: without a rope_type other than default it is not supported",
+        );
+        for kind in ["default", "linear"] {
+            of(
+                json!({ "rope_type": kind, "factor": 2.0, "partial_rotary_factor": 0.5 }),
+                ".partial_rotary_factor: heads that turn in part are not supported",
+            );
+        }
+    }
+    check(json!({ "partial_rotary_factor": 0.5 }), "partial_rotary_factor: heads that turn in part are not supported");
     check(
-        json!({ "rope_scaling": { "type": "yarn" } }),
-        "config.json: rope_scaling: rope_type \"yarn\" is not supported",
+        json!({ "rope_scaling": { "type": "linear", "factor": 4 }, "rope_parameters": { "rope_theta": 1e4 } }),
+        "rope_scaling: it is not what rope_parameters is",
     );
-    check(json!({ "rope_scaling": { "type": "llama3" } }), "config.json: rope_scaling.factor: it is missing");
-    check(json!({ "rope_scaling": 8 }), "config.json: rope_scaling: it is no object");
+}
+
+#[test]
+fn quantizations_that_are_not_supported_are_refused_by_key() {
     let quantized = |quantization: Json, reason: &str| {
-        check(json!({ "quantization_config": quantization }), &format!("config.json: quantization_config{reason}"));
+        let files = sound().with_settings(json!({ "quantization_config": quantization }));
+        check(&files, &format!("config.json: quantization_config{reason}"));
     };
     quantized(json!({}), ".quant_method: it is missing");
     quantized(
@@ -278,17 +354,30 @@ fn settings_that_ask_for_another_graph_are_refused_by_key() {
         json!({ "quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemv" }),
         ".version: \"gemv\" is not supported, only gemm is",
     );
-    quantized(
-        json!({ "quant_method": "gptq", "bits": 4, "group_size": 0 }),
-        ".group_size: 0 is not supported, only -1 and multiples of 32 are",
-    );
+    for group_size in [0, 16, -2] {
+        quantized(
+            json!({ "quant_method": "gptq", "bits": 4, "group_size": group_size }),
+            &format!(".group_size: {group_size} is not supported, only -1 and multiples of 32 are"),
+        );
+    }
+    let formats = json!({ "quant_method": "gptq", "bits": 4, "group_size": 32, "checkpoint_format": null,
+        "format": "marlin" });
+    quantized(formats, ".format: \"marlin\" is not supported, only gptq and gptq_v2 are");
+    let formats = json!({ "quant_method": "gptq", "bits": 4, "group_size": 32, "checkpoint_format": "gptq",
+        "format": "gptq_v2" });
+    quantized(formats, ".format: \"gptq_v2\", but checkpoint_format is \"gptq\"");
 }
 
 #[test]
 fn what_changes_no_graph_is_accepted() {
     for changes in [
         json!({ "architectures": ["MistralForCausalLM"], "sliding_window": null }),
+        json!({ "architectures": ["MistralForCausalLM"], "model_type": "mistral" }),
+        json!({ "architectures": ["MistralForCausalLM"], "sliding_window": null, "max_position_embeddings": 8192 }),
         json!({ "sliding_window": 512 }),
+        // `version` is AWQ's name of the format.
+        json!({ "quantization_config": { "quant_method": "gptq", "bits": 4, "group_size": 32, "version": "2" } }),
+        json!({ "rope_scaling": { "rope_type": "default", "partial_rotary_factor": 1.0, "factor": null } }),
         json!({ "architectures": null, "model_type": "llama" }),
         json!({ "rope_scaling": null, "hidden_act": "silu", "partial_rotary_factor": 1.0 }),
         json!({ "rope_theta": null, "rope_parameters": { "rope_theta": 500_000.0, "rope_type": "default" } }),
@@ -394,28 +483,9 @@ fn lying_headers_are_refused() {
     check(with_header(twice, &[0; 8]), "tensor \"b\": the data overlaps that of tensor \"a\" (at byte 117)");
 }
 
-/// Replaces one of the tensors that a matrix of a quantizer is made of.
+/// Replaces one of the tensors of the sound folder.
 fn with_part(name: &str, dtype: &str, shape: &[usize], bytes: Vec<u8>) -> Files {
-    let mut files = sound();
-    for (_, file) in files.0.iter_mut().filter(|(name, _)| name.ends_with(".safetensors")) {
-        let length = u64::from_le_bytes(*file.first_chunk().unwrap()) as usize;
-        let header: Map<String, Json> = serde_json::from_slice(&file[8..8 + length]).unwrap();
-        if !header.contains_key(name) {
-            continue;
-        }
-        let tensors = header.iter().filter(|(other, _)| *other != name).map(|(name, tensor)| {
-            let number = |value: &Json| value.as_u64().unwrap() as usize;
-            let shape: Vec<usize> = tensor["shape"].as_array().unwrap().iter().map(number).collect();
-            let [begin, end] = [0, 1].map(|i| number(&tensor["data_offsets"][i]));
-            (name.clone(), tensor["dtype"].as_str().unwrap().to_owned(), shape, file[8 + length..][begin..end].to_vec())
-        });
-        let mut tensors: Vec<_> = tensors.collect();
-        tensors.push((name.to_owned(), dtype.to_owned(), shape.to_vec(), bytes.clone()));
-        let tensors: Vec<Tensor<'_>> =
-            tensors.iter().map(|(name, dtype, shape, bytes)| (&**name, &**dtype, &**shape, bytes.clone())).collect();
-        *file = safetensors(&tensors);
-    }
-    files
+    sound().with_tensor((name, dtype, shape, bytes))
 }
 
 #[test]
@@ -429,6 +499,8 @@ fn quantized_tensors_that_do_not_fit_each_other_are_refused_by_name() {
     check((&key("scales"), "F16", &[2, 4], vec![0; 16]), "its shape is [2, 4], expected [2, 8]");
     check((&key("g_idx"), "I32", &[1], vec![0; 4]), "its shape is [1], expected [64]");
     check((&key("g_idx"), "I32", &[64], vec![0xFF; 256]), "group -1 of 2");
+    check((&key("g_idx"), "I32", &[64], [1, 0, 0, 0].repeat(64)), "group 0 of 2 has 0 inputs, config.json asks for 32");
+    check((&key("scales"), "F16", &[3, 8], halves(24, 0.5)), "3 groups of 64 inputs are not whole runs of 32");
     let mixed = (0..64u32).flat_map(|col| (col % 2).to_le_bytes()).collect();
     check(
         (&key("g_idx"), "I32", &[64], mixed),
@@ -452,6 +524,65 @@ fn quantized_tensors_that_do_not_fit_each_other_are_refused_by_name() {
     let query = |part: &str| format!("{QUERY}.{part}");
     check((&query("SCB"), "F32", &[7], vec![0; 28]), "its shape is [7], expected [8]");
     check((&query("weight_format"), "U8", &[], vec![1]), "weights that are not row after row are not supported");
+}
+
+/// The bytes of GPTQ's matrix.
+fn key_bytes(files: &Files) -> Vec<u8> {
+    let folder = files.write();
+    Checkpoint::open(folder.path()).unwrap().tensor("blk.0.attn_k.weight").unwrap().bytes().unwrap().into_owned()
+}
+
+/// Settings of another `quantization_config`.
+fn gptq(group_size: i64, desc_act: bool) -> Json {
+    let gptq = json!({ "quant_method": "gptq", "bits": 4, "group_size": group_size, "desc_act": desc_act });
+    json!({ "quantization_config": gptq })
+}
+
+#[test]
+fn inputs_without_groups_of_their_own_are_in_order() {
+    let wanted = key_bytes(&sound());
+    let without = sound().without_tensor(&format!("{KEY}.g_idx"));
+    assert_eq!(key_bytes(&without), wanted);
+    // What GPTQ's tools take for none.
+    let zeros = with_part(&format!("{KEY}.g_idx"), "I32", &[64], vec![0; 256]);
+    assert_eq!(key_bytes(&zeros), wanted);
+    // In order, and not asked for.
+    assert_eq!(key_bytes(&sound().with_settings(gptq(32, true))), wanted);
+    for files in [without, zeros] {
+        check(
+            &files.with_settings(gptq(32, true)),
+            "k_proj.qweight\": there is no g_idx other than 0 for it, and desc_act in config.json's quantization_config is true",
+        );
+    }
+}
+
+#[test]
+fn a_group_can_be_a_whole_row() {
+    let scales = (0..8).flat_map(|row| halves(1, row as f32)).collect();
+    let files = with_part(&format!("{KEY}.scales"), "F16", &[1, 8], scales);
+    let zeros = (format!("{KEY}.qzeros"), vec![0x76; 4]);
+    let files = files.with_tensor((&zeros.0, "I32", &[1, 1], zeros.1));
+    let groups = format!("{KEY}.g_idx");
+    let one_group = files.clone().with_tensor((&groups, "I32", &[64], vec![0; 256]));
+    let files = files.without_tensor(&groups).with_settings(gptq(-1, false));
+    let bytes = key_bytes(&files);
+    assert_eq!(bytes, key_bytes(&one_group.with_settings(gptq(-1, true))));
+    // Rows are blocks of 64 values: a scale, a zero point, codes.
+    for (row, block) in bytes.chunks_exact(2 + 1 + 32).enumerate() {
+        assert_eq!(block[..2], halves(1, row as f32));
+    }
+    assert_eq!(bytes.len(), 8 * 35);
+}
+
+#[test]
+fn a_copy_of_a_tied_embedding_must_be_one() {
+    let reason = "tensor \"lm_head.weight\": it is not model.embed_tokens.weight, but tie_word_embeddings in config.json is true";
+    let other = [vec![0x3F; 255], vec![0]].concat();
+    check(&with_part("lm_head.weight", "BF16", &[2, 64], other), reason);
+    check(&with_part("lm_head.weight", "F16", &[2, 64], vec![0x3F; 256]), reason);
+    check(&with_part("lm_head.weight", "BF16", &[64, 2], vec![0x3F; 256]), reason);
+    let quantized = sound().without_tensor("lm_head.weight");
+    check(&quantized.with_tensors(&[("lm_head.qweight", "I32", &[8, 2], vec![0; 64])]), reason);
 }
 
 #[test]
