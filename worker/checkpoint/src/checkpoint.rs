@@ -17,7 +17,9 @@ use crate::{folder, gguf};
 /// Bytes of a file that a digest keeps in memory at a time.
 const DIGEST_PIECE_BYTES: usize = 16 << 20;
 
-/// An opened model. Cheap to open: headers are read, weights are paged in when their bytes are touched.
+/// An opened model. Weights are paged in when their bytes are touched. Opening reads headers, and of a folder what
+/// decides how its weights are to be read: settings, and the zero points, groups and biases of quantized ones. (If it has a
+/// copy of a tied embedding, opening compares the two.)
 pub struct Checkpoint {
     path: PathBuf,
     container: Container,
@@ -73,6 +75,14 @@ impl Checkpoint {
         match self.container {
             Container::Gguf => key,
             Container::Folder => folder::own_key(key),
+        }
+    }
+
+    /// What the model's own files call its settings; for messages.
+    pub fn own_settings(&self) -> &'static str {
+        match self.container {
+            Container::Gguf => "the model's metadata",
+            Container::Folder => folder::CONFIG,
         }
     }
 
@@ -142,7 +152,7 @@ impl Checkpoint {
     }
 
     fn view<'a>(&'a self, entry: &'a TensorEntry) -> Tensor<'a> {
-        Tensor::new(entry, &self.maps)
+        Tensor::new(entry, &self.maps, &self.path)
     }
 }
 

@@ -45,14 +45,6 @@ pub enum CheckpointError {
         /// The tensor that was asked for, as such files call it.
         name: String,
     },
-    /// A quantized weight whose scales are beyond what its encoding in memory can hold.
-    #[error("tensor {tensor:?}: {why}")]
-    Scales {
-        /// The tensor, as its file calls it.
-        tensor: String,
-        /// The scale at fault.
-        why: String,
-    },
     /// The metadata has no such key.
     #[error("the model's metadata has no {key:?}")]
     MissingKey {
@@ -120,6 +112,20 @@ pub enum FolderError {
         found: usize,
         /// The largest number that is accepted.
         limit: usize,
+    },
+    /// The files of weights have absurdly many tensors.
+    #[error("its weight files have {found} tensors or more, the limit is {limit}")]
+    TooManyTensors {
+        /// How many were found.
+        found: usize,
+        /// The largest number that is accepted.
+        limit: usize,
+    },
+    /// The index and the weight files tell of different tensors.
+    #[error("model.safetensors.index.json: {why}")]
+    Index {
+        /// Which tensor they differ about, and how.
+        why: String,
     },
     /// A token with an absurd id.
     #[error("tokenizer.json: token id {id}, the limit is {limit}")]
@@ -209,6 +215,12 @@ pub enum Fault {
     /// Two entries of one name.
     #[error("the name occurs twice")]
     DuplicateName,
+    /// A key that only settings of other containers are given.
+    #[error("keys that begin with {prefix:?} are not for GGUF files")]
+    ReservedKey {
+        /// What such keys begin with.
+        prefix: &'static str,
+    },
     /// A string that is not UTF-8.
     #[error("the text is not valid UTF-8")]
     Utf8,

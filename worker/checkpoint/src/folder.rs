@@ -37,7 +37,7 @@ use crate::vocabulary::Token;
 
 pub(crate) use self::config::own_key;
 
-const CONFIG: &str = "config.json";
+pub(crate) const CONFIG: &str = "config.json";
 const INDEX: &str = "model.safetensors.index.json";
 const TOKENIZER: &str = "tokenizer.json";
 const WEIGHTS: &str = "model.safetensors";
@@ -54,6 +54,9 @@ const TOKENIZER_BYTES_MAX: u64 = 128 << 20;
 
 /// Weight files; Llama-3.1-405B has 191.
 const FILES_MAX: usize = 4096;
+
+/// Tensors of all files, as in GGUF files. A 126-layer Llama has 1,138, quantized up to seven times as many.
+const TENSORS_MAX: usize = 1 << 16;
 
 /// A folder that has been read.
 pub(crate) struct Folder {
@@ -98,21 +101,27 @@ pub(crate) fn open(folder: &Path) -> Result<Folder, CheckpointError> {
     let mut preamble = framed(CONFIG, settings.len());
     preamble.extend(settings);
     let (mut maps, mut tensors) = (Vec::new(), Vec::new());
-    for file in weight_files(folder).map_err(failed)? {
-        let map = mmap::open(&folder.join(&file))?;
+    let index = read_index(folder).map_err(failed)?;
+    let files = index.as_ref().map_or_else(|| Ok(vec![WEIGHTS.to_owned()]), Index::files).map_err(failed)?;
+    for file in &files {
+        let map = mmap::open(&folder.join(file))?;
         let parsed = safetensors::parse(&map, maps.len());
         tensors
             .extend(parsed.map_err(|cause| failed(FolderError::Weights { file: file.clone(), cause: cause.into() }))?);
-        preamble.extend(framed(&file, map.len()));
+        if tensors.len() > TENSORS_MAX {
+            return Err(failed(FolderError::TooManyTensors { found: tensors.len(), limit: TENSORS_MAX }));
+        }
+        preamble.extend(framed(file, map.len()));
         maps.push(map);
     }
+    index.map_or(Ok(()), |index| index.check(&files, &tensors)).map_err(failed)?;
     let contents = contents(config, &tensors, &maps).map_err(failed)?;
     Ok(Folder { preamble, maps, contents })
 }
 
 /// The vocabulary of the model in `folder`; empty if there is no `tokenizer.json`.
 pub(crate) fn vocabulary(folder: &Path) -> Result<Vec<Token>, CheckpointError> {
-    if !folder.join(TOKENIZER).exists() {
+    if !has(folder, TOKENIZER) {
         return Ok(Vec::new());
     }
     let tokens =
@@ -130,24 +139,21 @@ fn framed(file: &str, n_bytes: usize) -> Vec<u8> {
     [file.as_bytes(), &[0], &(n_bytes as u64).to_le_bytes()].concat()
 }
 
-/// The names of the weight files, ascending.
-fn weight_files(folder: &Path) -> Result<Vec<String>, FolderError> {
-    if folder.join(WEIGHTS).exists() {
-        return Ok(vec![WEIGHTS.to_owned()]);
+/// The index, unless one file has all weights.
+fn read_index(folder: &Path) -> Result<Option<Index>, FolderError> {
+    if has(folder, WEIGHTS) {
+        return Ok(None);
     }
-    if !folder.join(INDEX).exists() {
-        let pickle = PICKLES.into_iter().find(|pickle| folder.join(pickle).exists());
+    if !has(folder, INDEX) {
+        let pickle = PICKLES.into_iter().find(|pickle| has(folder, pickle));
         return Err(pickle.map_or(FolderError::NoWeights, |file| FolderError::Pickle { file }));
     }
-    let index: Index = parse(INDEX, &read(folder, INDEX, INDEX_BYTES_MAX)?)?;
-    let files: BTreeSet<String> = index.weight_map.into_values().collect();
-    if files.len() > FILES_MAX {
-        return Err(FolderError::TooManyFiles { found: files.len(), limit: FILES_MAX });
-    }
-    match files.iter().find(|name| !is_file_name(name)) {
-        Some(name) => Err(FolderError::FileName { name: name.clone() }),
-        None => Ok(files.into_iter().collect()),
-    }
+    parse(INDEX, &read(folder, INDEX, INDEX_BYTES_MAX)?).map(Some)
+}
+
+/// Whether there is such a file, or a link that is to lead to it.
+fn has(folder: &Path, file: &str) -> bool {
+    folder.join(file).symlink_metadata().is_ok()
 }
 
 /// Whether `name`, joined to a folder, stays in it. (The file may still be a link: the hub's cache is made of them.)
@@ -195,6 +201,13 @@ fn contents(config: Config, tensors: &[RawTensor], maps: &[Mmap]) -> Result<Cont
         let source = Source::Derived(factors.iter().flat_map(|factor| factor.to_le_bytes()).collect());
         let shape = vec![factors.len()];
         entries.push(TensorEntry { name: "rope_freqs.weight".to_owned(), shape, encoding: Encoding::F32, source });
+    }
+    if let Some(vocab_size) = config.vocab_size
+        && let Some(embedding) = entries.iter().find(|entry| entry.name == format!("{}.weight", names::EMBEDDING))
+        && embedding.shape[0] != vocab_size as usize
+    {
+        let why = format!("{vocab_size}, but model.embed_tokens.weight has {} rows", embedding.shape[0]);
+        return Err(FolderError::Setting { key: "vocab_size".to_owned(), why });
     }
     let tensors = TensorTable::new(entries).expect("layers were gathered by name");
     Ok(Contents { metadata: config.metadata, tensors })
@@ -284,6 +297,35 @@ fn weight(
 /// What goes with a weight.
 fn required<'a>(weight: &RawTensor, parts: &Parts<'a>, part: &str) -> Result<&'a RawTensor, FolderError> {
     parts.get(part).copied().ok_or_else(|| weight.error(&format!("there is no {part} for it")))
+}
+
+// === impl Index ===
+
+impl Index {
+    /// The names of the weight files, ascending.
+    fn files(&self) -> Result<Vec<String>, FolderError> {
+        let files: BTreeSet<&String> = self.weight_map.values().collect();
+        if files.len() > FILES_MAX {
+            return Err(FolderError::TooManyFiles { found: files.len(), limit: FILES_MAX });
+        }
+        match files.iter().find(|name| !is_file_name(name)) {
+            Some(name) => Err(FolderError::FileName { name: (*name).clone() }),
+            None => Ok(files.into_iter().cloned().collect()),
+        }
+    }
+
+    /// Sees to it that the tensors of `files` are those that the index lists.
+    fn check(&self, files: &[String], tensors: &[RawTensor]) -> Result<(), FolderError> {
+        let found: BTreeMap<&str, &String> =
+            tensors.iter().map(|tensor| (tensor.name.as_str(), &files[tensor.piece.file])).collect();
+        if let Some((name, file)) = self.weight_map.iter().find(|(name, file)| found.get(name.as_str()) != Some(file)) {
+            return Err(FolderError::Index { why: format!("tensor {name:?} is not in {file}") });
+        }
+        match found.iter().find(|(name, _)| !self.weight_map.contains_key(**name)) {
+            Some((name, file)) => Err(FolderError::Index { why: format!("it lacks tensor {name:?} of {file}") }),
+            None => Ok(()),
+        }
+    }
 }
 
 // === impl Quantized ===

@@ -19,7 +19,7 @@ use self::reader::Reader;
 use crate::checkpoint::Contents;
 use crate::encoding::Encoding;
 use crate::error::{Fault, FormatError};
-use crate::metadata::{Metadata, Value};
+use crate::metadata::{Metadata, RESERVED_PREFIX, Value};
 use crate::tensor::{Piece, Source, TensorEntry, TensorTable, check_disjoint};
 
 /// Metadata pairs; real files have fewer than 100.
@@ -108,6 +108,9 @@ fn read_metadata(reader: &mut Reader<'_>, n_pairs: u64) -> Result<Metadata, Form
         let offset = reader.offset();
         let key = reader.name("key length", KEY_BYTES_MAX)?;
         reader.enter(format!("metadata key {key:?}"));
+        if key.starts_with(RESERVED_PREFIX) {
+            return Err(reader.error(offset, Fault::ReservedKey { prefix: RESERVED_PREFIX }));
+        }
         let value = values::value(reader)?;
         if !metadata.insert(key.to_owned(), value) {
             return Err(reader.error(offset, Fault::DuplicateName));

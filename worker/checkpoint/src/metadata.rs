@@ -8,6 +8,9 @@ use std::collections::BTreeMap;
 
 use crate::error::CheckpointError;
 
+/// What keys begin with that no GGUF file may have.
+pub(crate) const RESERVED_PREFIX: &str = "lockstep.";
+
 /// A truth value that no GGUF file has: whether rotary embedding turns the two halves of a head against each other, as
 /// `transformers` does, rather than neighbours.
 pub const ROPE_HALVES: &str = "lockstep.rope.halves";

@@ -5,11 +5,12 @@
 use std::borrow::Cow;
 use std::fmt;
 use std::ops::Range;
+use std::path::Path;
 
 use memmap2::Mmap;
 
 use crate::encoding::Encoding;
-use crate::error::{CheckpointError, Fault, FormatError};
+use crate::error::{CheckpointError, Fault, FolderError, FormatError};
 use crate::folder::Quantized;
 
 /// A checked view of one tensor in an open checkpoint.
@@ -23,6 +24,8 @@ pub struct Tensor<'a> {
     pub encoding: Encoding,
     source: &'a Source,
     maps: &'a [Mmap],
+    /// Of the model, for messages.
+    path: &'a Path,
 }
 
 /// One tensor as a container declares it, already checked on its own.
@@ -65,8 +68,9 @@ pub(crate) struct TensorTable {
 // === impl Tensor ===
 
 impl<'a> Tensor<'a> {
-    pub(crate) fn new(entry: &'a TensorEntry, maps: &'a [Mmap]) -> Self {
-        Tensor { name: &entry.name, shape: &entry.shape, encoding: entry.encoding, source: &entry.source, maps }
+    pub(crate) fn new(entry: &'a TensorEntry, maps: &'a [Mmap], path: &'a Path) -> Self {
+        let TensorEntry { name, shape, encoding, source } = entry;
+        Tensor { name, shape, encoding: *encoding, source, maps, path }
     }
 
     /// Exactly [`size_bytes`](Self::size_bytes) bytes, rows one after another. No alignment is promised.
@@ -79,8 +83,10 @@ impl<'a> Tensor<'a> {
         let Source::Quantized(quantized) = self.source else {
             return Ok(Cow::Borrowed(self.mapped().unwrap_or_default()));
         };
-        let failed = |why| CheckpointError::Scales { tensor: quantized.tensor.clone(), why };
-        quantized.reblock(self.maps).map(Cow::Owned).map_err(failed)
+        quantized.reblock(self.maps).map(Cow::Owned).map_err(|why| {
+            let cause = FolderError::Tensor { tensor: quantized.tensor.clone(), why };
+            CheckpointError::Folder { path: self.path.to_owned(), cause: Box::new(cause) }
+        })
     }
 
     /// The same bytes where they lie, if that is how the file has them: looking at a few rows touches no others.
@@ -178,7 +184,8 @@ fn index_by_name(entries: &[TensorEntry]) -> Result<Vec<usize>, FormatError> {
 /// Sees to it that no two tensors of a file, given by name and range, share bytes.
 pub(crate) fn check_disjoint(tensors: &[(&str, Range<usize>)]) -> Result<(), FormatError> {
     let mut by_start: Vec<usize> = (0..tensors.len()).collect();
-    by_start.sort_by_key(|&index| tensors[index].1.start);
+    // By the end, too: a tensor of no bytes may lie where another begins.
+    by_start.sort_by_key(|&index| (tensors[index].1.start, tensors[index].1.end));
     let overlap = adjacent(&by_start).find(|&(a, b)| tensors[b].1.start < tensors[a].1.end);
     overlap.map_or(Ok(()), |(first, second)| {
         let (name, range) = &tensors[second];

@@ -141,7 +141,8 @@ impl FourBit {
     pub(super) fn new(weight: &RawTensor, parts: &Parts<'_>, maps: &[Mmap]) -> Result<Self, FolderError> {
         let state = |kind: &str| parts.get(format!("weight.quant_state.bitsandbytes__{kind}").as_str());
         let (encoding, levels, state_tensor) = match (state("nf4"), state("fp4")) {
-            (Some(state), _) => (Encoding::NF4, NF4, *state),
+            (Some(_), Some(_)) => return Err(weight.error("there are quant_states of both NF4 and FP4 for it")),
+            (Some(state), None) => (Encoding::NF4, NF4, *state),
             (None, Some(state)) => (Encoding::FP4, FP4, *state),
             (None, None) => return Err(weight.error("there is no quant_state of bitsandbytes' NF4 or FP4 for it")),
         };
@@ -217,10 +218,10 @@ impl Absmax {
     fn new(weight: &RawTensor, parts: &Parts<'_>, state: &QuantState, n_blocks: usize) -> Result<Self, FolderError> {
         let absmax = required(weight, parts, "weight.absmax")?;
         absmax.check_shape(&[n_blocks])?;
+        absmax.check_type(&[Dtype::F32, Dtype::U8])?;
         if absmax.dtype == Dtype::F32 {
             return Ok(Absmax::Plain(absmax.piece.clone()));
         }
-        absmax.check_type(&[Dtype::U8])?;
         let (Some(block_size), Some(offset)) = (state.nested_blocksize.filter(|size| *size > 0), state.nested_offset)
         else {
             return Err(absmax.error("its quant_state has no nested_blocksize and nested_offset"));

@@ -43,6 +43,8 @@ pub(super) struct Config {
     pub(super) metadata: Metadata,
     /// Divisors of the rotary frequencies, one for each pair of a head.
     pub(super) rope_factors: Option<Vec<f32>>,
+    /// Rows of the embedding, where stated.
+    pub(super) vocab_size: Option<u32>,
     /// Whether the embedding is the output matrix too.
     pub(super) is_tied: bool,
     /// What explains `qweight` tensors.
@@ -137,7 +139,8 @@ impl Config {
         }
         let is_tied = settings.optional("tie_word_embeddings")?.unwrap_or(false);
         let grouping = settings.object("quantization_config")?.as_ref().map_or(Ok(None), Grouping::read)?;
-        Ok(Config { metadata, rope_factors, is_tied, grouping })
+        let vocab_size = settings.optional("vocab_size")?;
+        Ok(Config { metadata, rope_factors, vocab_size, is_tied, grouping })
     }
 }
 

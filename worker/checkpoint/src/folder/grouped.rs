@@ -8,12 +8,12 @@
 //! | `scales` | `[n_groups, n_out]` | the same |
 //! | `g_idx` | `[n_in]`: the group of each input; without it, or if it is all 0, inputs are in order | |
 //!
-//! `gptq` takes the one off whole words: a zero point of 0 borrows from its neighbour, and adding one to whole words gives
-//! that back.
+//! `gptq` takes the one off whole words: a zero point of 0 borrows from its neighbour, and adding one to whole words
+//! gives that back.
 //!
 //! It is turned into rows of blocks, of [`Encoding::Q4_0`] or [`Encoding::Q8_0`] where every zero point is the middle of
-//! the codes, as GPTQ has it unless told otherwise, and else of [`Encoding::U4_128`] or one of its kind. Nothing is rounded
-//! but scales that are no half floats. A block has one scale, so 32 neighbouring inputs must be of one group: those
+//! the codes, as GPTQ has it unless told otherwise, and else of [`Encoding::U4_128`] or one of its kind. Nothing is
+//! rounded but scales that are no half floats. A block has one scale, so 32 neighbouring inputs must be of one group: those
 //! of GPTQ with `desc_act` (act-order) are not and are refused, since every layer would want its inputs in another order.
 //!
 //! Layouts: `gptqmodel/nn_modules/qlinear/__init__.py` of GPTQModel 7.7 and `awq/modules/linear/gemm.py` of AutoAWQ 0.2.

@@ -23,6 +23,12 @@ const LENGTH_BYTES: usize = 8;
 /// Largest header. A layer's tensors take about 2 kB, four times that where they are quantized. Unit: bytes.
 const HEADER_BYTES_MAX: u64 = 64 << 20;
 
+/// Bytes of a tensor's name; those of a Llama have up to 80.
+const NAME_BYTES_MAX: usize = 256;
+
+/// Dimensions of a tensor; those of a Llama have up to 2.
+const DIMENSIONS_MAX: usize = 8;
+
 /// A tensor as the file has it, its bytes within the file's bounds and as many as shape and type take.
 #[derive(Debug)]
 pub(super) struct RawTensor {
@@ -67,6 +73,11 @@ pub(super) fn parse(file: &[u8], file_idx: usize) -> Result<Vec<RawTensor>, Form
     let mut tensors = Vec::with_capacity(header.0.len());
     for (name, description) in header.0 {
         let offset = data_start as u64;
+        if name.len() > NAME_BYTES_MAX {
+            let (found, limit) = (name.len() as u64, NAME_BYTES_MAX as u64);
+            let fault = Fault::OverLimit { what: "length of a tensor's name", found, limit };
+            return Err(FormatError { place: "header".to_owned(), offset: LENGTH_BYTES as u64, fault });
+        }
         let (dtype, shape, range) = description.check(data.len()).map_err(|fault| FormatError {
             place: format!("tensor {name:?}"),
             offset,
@@ -104,6 +115,10 @@ impl Description {
     fn check(self, n_data_bytes: usize) -> Result<(Dtype, Vec<usize>, Range<usize>), Fault> {
         let Description { dtype: dtype_name, shape, data_offsets: [begin, end] } = self;
         let dtype = Dtype::named(&dtype_name).ok_or_else(|| Fault::Dtype { found: dtype_name.clone() })?;
+        if shape.len() > DIMENSIONS_MAX {
+            let (found, limit) = (shape.len() as u64, DIMENSIONS_MAX as u64);
+            return Err(Fault::OverLimit { what: "number of dimensions", found, limit });
+        }
         let size = shape.iter().try_fold(dtype.size_bytes(), |size, &dimension| size.checked_mul(dimension));
         let expected = size.ok_or_else(|| Fault::SizeOverflow { shape: shape.clone() })?;
         if begin > end || end > n_data_bytes as u64 {

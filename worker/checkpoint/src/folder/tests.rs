@@ -64,13 +64,21 @@ impl Files {
             let kept = kept.map(|(name, dtype, shape, bytes)| (&**name, &**dtype, &**shape, bytes.clone()));
             *file = safetensors(&kept.chain(by.clone()).collect::<Vec<_>>());
         }
-        self
+        self.indexed()
     }
 
     /// With one more file of weights.
     fn with_tensors(self, tensors: &[Tensor<'_>]) -> Self {
-        let index = json!({ "weight_map": { "a": "first.safetensors", "b": "more.safetensors" } });
-        self.with("more.safetensors", safetensors(tensors)).with("model.safetensors.index.json", index.to_string())
+        self.with("more.safetensors", safetensors(tensors)).indexed()
+    }
+
+    /// With an index of its files.
+    fn indexed(self) -> Self {
+        let mut weight_map = Map::new();
+        for (file, bytes) in self.0.iter().filter(|(file, _)| file.ends_with(".safetensors")) {
+            weight_map.extend(tensors(bytes).into_iter().map(|(name, ..)| (name, file.as_str().into())));
+        }
+        self.with("model.safetensors.index.json", json!({ "weight_map": weight_map }).to_string())
     }
 }
 
@@ -167,12 +175,11 @@ fn sound() -> Files {
         (&eight_bit("weight_format"), "U8", &[], vec![0]),
         ("lm_head.weight", "BF16", &[2, 64], vec![0x3F; 256]),
     ]);
-    let index = json!({ "weight_map": { "a": "second.safetensors", "b": "first.safetensors" } });
     Files(Vec::new())
         .with("config.json", config().to_string())
-        .with("model.safetensors.index.json", index.to_string())
         .with("first.safetensors", first)
         .with("second.safetensors", second)
+        .indexed()
 }
 
 #[test]
@@ -239,6 +246,12 @@ fn the_vocabulary_is_that_of_the_tokenizer() {
     assert_eq!(Checkpoint::open(sound().write().path()).unwrap().vocabulary().unwrap(), []);
     let absurd = read(json!({ "model": { "vocab": { "a": 4_194_304 } } })).unwrap_err().to_string();
     assert!(absurd.ends_with("tokenizer.json: token id 4194304, the limit is 4194304"), "{absurd}");
+    for id in [json!(-1), json!(0.5)] {
+        let other = read(json!({ "model": { "vocab": { "a": 0, "b": id } } })).unwrap_err().to_string();
+        assert!(other.contains("tokenizer.json: data did not match any variant"), "{other}");
+    }
+    let twins: Map<String, Json> = (0..100).map(|i| (format!("{i:02}"), json!(0))).collect();
+    assert_eq!(read(json!({ "model": { "vocab": twins } })).unwrap(), [token("99", false)]);
     let broken = read(json!([])).unwrap_err().to_string();
     assert!(broken.contains("tokenizer.json: "), "{broken}");
 }
@@ -268,6 +281,10 @@ fn folders_without_what_it_takes_are_refused() {
         &sound.clone().with("config.json", "[]"),
         "config.json: invalid type: sequence, expected a map at line 1 column 0",
     );
+    let folder = Files(Vec::new()).with("config.json", config().to_string()).write();
+    std::os::unix::fs::symlink("nowhere", folder.path().join("model.safetensors")).unwrap();
+    let broken = Checkpoint::open(folder.path()).unwrap_err().to_string();
+    assert!(broken.ends_with("model.safetensors: No such file or directory (os error 2)"), "{broken}");
     check(&sound.with("config.json", vec![b' '; (1 << 20) + 1]), "config.json is larger than 1048576 bytes");
 }
 
@@ -278,6 +295,36 @@ fn an_index_leads_to_no_other_folder() {
         let reason = format!("model.safetensors.index.json: {name:?} is not the name of a file in the folder");
         check(&sound().with("model.safetensors.index.json", index), &reason);
     }
+}
+
+#[test]
+fn an_index_lists_the_tensors_that_files_have() {
+    let with = |weight_map: Json| {
+        sound().with("model.safetensors.index.json", json!({ "weight_map": weight_map }).to_string())
+    };
+    let all: Map<String, Json> = [("first.safetensors", 7), ("second.safetensors", 10)]
+        .into_iter()
+        .flat_map(|(file, n)| {
+            let bytes = &sound().0.into_iter().find(|(name, _)| name == file).unwrap().1;
+            let names = tensors(bytes);
+            assert_eq!(names.len(), n);
+            names.into_iter().map(move |(name, ..)| (name, json!(file)))
+        })
+        .collect();
+    Checkpoint::open(with(json!(all)).write().path()).unwrap();
+    let changed = |name: &str, file: Json| {
+        let mut changed = all.clone();
+        changed.insert(name.to_owned(), file);
+        with(changed.into())
+    };
+    let reason = "model.safetensors.index.json: tensor \"lm_head.weight\" is not in first.safetensors";
+    check(&changed("lm_head.weight", json!("first.safetensors")), reason);
+    let reason = "model.safetensors.index.json: tensor \"model.norm.weight\" is not in second.safetensors";
+    check(&changed("model.norm.weight", json!("second.safetensors")), reason);
+    let mut fewer = all.clone();
+    fewer.remove("lm_head.weight");
+    let reason = "model.safetensors.index.json: it lacks tensor \"lm_head.weight\" of second.safetensors";
+    check(&with(fewer.into()), reason);
 }
 
 #[test]
@@ -303,6 +350,7 @@ fn settings_that_ask_for_another_graph_are_refused_by_key() {
     check(json!({ "hidden_act": "gelu" }), "hidden_act: \"gelu\" is not supported, only \"silu\" is");
     check(json!({ "sliding_window": 128 }), "sliding_window: attention over 128 tokens alone is not supported");
     check(json!({ "tie_word_embeddings": false, "vocab_size": -1 }), "expected u32");
+    check(json!({ "vocab_size": 3 }), "config.json: vocab_size: 3, but model.embed_tokens.weight has 2 rows");
 }
 
 #[test]
@@ -427,15 +475,11 @@ fn tensors_that_are_no_part_of_a_llama_are_refused_by_name() {
         ("model.norm.weight", "U8", &[4], vec![0; 4]),
         "model.norm.weight\": integers, and no tensors beside them that say what for",
     );
-    check(
-        ("model.embed_tokens.scales", "F32", &[1], vec![0; 4]),
-        "scales\": it is no part of a weight that is supported",
-    );
+    check(("model.norm.scales", "F32", &[1], vec![0; 4]), "scales\": it is no part of a weight that is supported");
     check(("model.norm.weight", "F32", &[], vec![0; 4]), "model.norm.weight\": its shape [] is empty");
     check(("model.norm.weight", "F32", &[0, 4], vec![]), "model.norm.weight\": its shape [0, 4] is empty");
     let untied = sound().with_settings(json!({ "tie_word_embeddings": false })).without("second.safetensors");
-    let index = json!({ "weight_map": { "a": "first.safetensors" } }).to_string();
-    check_untied(&untied.with("model.safetensors.index.json", index));
+    check_untied(&untied.indexed());
 }
 
 fn check_untied(files: &Files) {
@@ -444,6 +488,7 @@ fn check_untied(files: &Files) {
 
 #[test]
 fn lying_headers_are_refused() {
+    let refused = check;
     let check = |file: Vec<u8>, reason: &str| {
         check(&sound().with("model.safetensors", file), &format!("model.safetensors: {reason}"));
     };
@@ -452,7 +497,8 @@ fn lying_headers_are_refused() {
     check(with_header("{}", &[])[..9].to_vec(), "header: needs 2 bytes but the file has only 1 left (at byte 8)");
     check(
         with_header("[]", &[]),
-        "header: the header is no list of tensors: invalid type: sequence, expected an object of tensors at line 1 column 0 (at byte 8)",
+        "header: the header is no list of tensors: invalid type: sequence, expected an object of tensors \
+         at line 1 column 0 (at byte 8)",
     );
     let tensor = |dtype: &str, shape: &str, offsets: &str| {
         let header = format!(r#"{{"a":{{"dtype":"{dtype}","shape":{shape},"data_offsets":{offsets}}}}}"#);
@@ -479,8 +525,23 @@ fn lying_headers_are_refused() {
         tensor("F32", "[4294967296,4294967296]", "[0,8]"),
         "tensor \"a\": the size of shape [4294967296, 4294967296] overflows (at byte 82)",
     );
-    let twice = r#"{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"b":{"dtype":"F32","shape":[1],"data_offsets":[2,6]}}"#;
-    check(with_header(twice, &[0; 8]), "tensor \"b\": the data overlaps that of tensor \"a\" (at byte 117)");
+    let name = "n".repeat(257);
+    check(
+        safetensors(&[(&name, "U8", &[1], vec![0])]),
+        "header: length of a tensor's name is 257, the limit is 256 (at byte 8)",
+    );
+    let nine = tensor("U8", "[1,1,1,1,1,1,1,1,1]", "[0,1]");
+    check(nine, "tensor \"a\": number of dimensions is 9, the limit is 8 (at byte 77)");
+    // A tensor of no bytes is in nobody's way.
+    let empty =
+        r#"{"a":{"dtype":"U8","shape":[8],"data_offsets":[0,8]},"b":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}"#;
+    refused(
+        &sound().with("model.safetensors", with_header(empty, &[0; 8])),
+        "tensor \"a\": it is no part of a Llama, or of a kind that is not supported",
+    );
+    let four = |at: usize| format!(r#"{{"dtype":"F32","shape":[1],"data_offsets":[{at},{}]}}"#, at + 4);
+    let twice = format!(r#"{{"a":{},"b":{}}}"#, four(0), four(2));
+    check(with_header(&twice, &[0; 8]), "tensor \"b\": the data overlaps that of tensor \"a\" (at byte 117)");
 }
 
 /// Replaces one of the tensors of the sound folder.
@@ -513,6 +574,7 @@ fn quantized_tensors_that_do_not_fit_each_other_are_refused_by_name() {
     );
     let value = |part: &str| format!("{VALUE}.{part}");
     check((VALUE, "U8", &[255, 1], vec![0; 255]), "255 bytes are not 4 bits for each of [8, 64]");
+    check((&value("absmax"), "F16", &[8], vec![0; 16]), "its type is F16, expected one of [F32, U8]");
     check((&value("absmax"), "U8", &[7], vec![0; 7]), "its shape is [7], expected [8]");
     check((&value("quant_map"), "F32", &[16], vec![0; 64]), "it is not the map of NF4");
     check((&value("nested_absmax"), "F32", &[1], vec![0; 4]), "its shape is [1], expected [2]");
@@ -524,6 +586,21 @@ fn quantized_tensors_that_do_not_fit_each_other_are_refused_by_name() {
     let query = |part: &str| format!("{QUERY}.{part}");
     check((&query("SCB"), "F32", &[7], vec![0; 28]), "its shape is [7], expected [8]");
     check((&query("weight_format"), "U8", &[], vec![1]), "weights that are not row after row are not supported");
+}
+
+#[test]
+fn a_weight_of_two_kinds_is_refused() {
+    let fp4 = format!("{VALUE}.quant_state.bitsandbytes__fp4");
+    let files = sound().with_tensors(&[(&fp4, "U8", &[2], b"{}".to_vec())]);
+    check(&files, "v_proj.weight\": there are quant_states of both NF4 and FP4 for it");
+}
+
+#[test]
+fn absurdly_many_tensors_are_refused() {
+    let tensor = |i: usize| format!(r#""{i}":{{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}"#);
+    let header = (0..(1 << 16) + 1).map(tensor).collect::<Vec<_>>().join(",");
+    let file = with_header(&format!("{{{header}}}"), &[]);
+    check(&sound().with("model.safetensors", file), "its weight files have 65537 tensors or more, the limit is 65536");
 }
 
 /// The bytes of GPTQ's matrix.
@@ -551,7 +628,8 @@ fn inputs_without_groups_of_their_own_are_in_order() {
     for files in [without, zeros] {
         check(
             &files.with_settings(gptq(32, true)),
-            "k_proj.qweight\": there is no g_idx other than 0 for it, and desc_act in config.json's quantization_config is true",
+            "k_proj.qweight\": there is no g_idx other than 0 for it, and desc_act in config.json's \
+             quantization_config is true",
         );
     }
 }
@@ -576,7 +654,8 @@ fn a_group_can_be_a_whole_row() {
 
 #[test]
 fn a_copy_of_a_tied_embedding_must_be_one() {
-    let reason = "tensor \"lm_head.weight\": it is not model.embed_tokens.weight, but tie_word_embeddings in config.json is true";
+    let reason = "tensor \"lm_head.weight\": it is not model.embed_tokens.weight, \
+                  but tie_word_embeddings in config.json is true";
     let other = [vec![0x3F; 255], vec![0]].concat();
     check(&with_part("lm_head.weight", "BF16", &[2, 64], other), reason);
     check(&with_part("lm_head.weight", "F16", &[2, 64], vec![0x3F; 256]), reason);
@@ -592,7 +671,11 @@ fn scales_beyond_half_floats_are_refused_when_they_are_read() {
     let checkpoint = Checkpoint::open(folder.path()).unwrap();
     let error = checkpoint.tensor("blk.0.attn_q.weight").unwrap().bytes().expect_err("refused").to_string();
     let tensor = format!("{QUERY}.weight");
-    assert_eq!(error, format!("tensor {tensor:?}: a scale of 1e6 is beyond half floats, which go up to 65504"));
+    let folder = folder.path().display();
+    assert_eq!(
+        error,
+        format!("model folder {folder}: tensor {tensor:?}: a scale of 1e6 is beyond half floats, which go up to 65504")
+    );
 }
 
 #[test]

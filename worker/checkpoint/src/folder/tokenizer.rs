@@ -1,7 +1,7 @@
 //! `tokenizer.json`: which texts the ids of a folder's model stand for. (How text becomes ids is not the business of this
 //! crate.)
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 
 use serde::Deserialize;
 use serde::de::IgnoredAny;
@@ -36,9 +36,10 @@ struct Model {
 #[derive(Deserialize)]
 #[serde(untagged)]
 enum Vocabulary {
-    Ids(HashMap<String, u32>),
+    /// Of two texts that have one id, the last in this order is taken.
+    Ids(BTreeMap<String, u32>),
     /// That of a unigram model, which no Llama has.
-    Other(IgnoredAny),
+    Pieces(#[expect(dead_code, reason = "that it is a list is all that matters")] Vec<IgnoredAny>),
 }
 
 // === impl Tokenizer ===

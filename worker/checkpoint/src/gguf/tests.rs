@@ -232,6 +232,10 @@ fn bad_metadata_is_refused_by_key() {
         pair("k", 8, 200u64.to_le_bytes()),
         "metadata key \"k\": needs 200 bytes but the file has only 155 left (at byte 37)",
     );
+    check_pair(
+        pair("lockstep.rope.halves", 7, [1]),
+        "metadata key \"lockstep.rope.halves\": keys that begin with \"lockstep.\" are not for GGUF files (at byte 24)",
+    );
     let twice = [pair("k\n", 0, [1]), pair("k\n", 0, [2])].concat();
     check(
         &Parts { pairs: vec![twice], n_pairs: 2, tensors: vec![], n_tensors: 0, ..sound() }.bytes(),
