@@ -136,6 +136,20 @@ fn a_file_and_a_folder_can_have_the_same_vocabulary() -> Result<()> {
     Ok(())
 }
 
+#[test]
+fn a_quantized_embedding_is_refused_before_anything_is_loaded() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let encoding = Encoding::Q4_0;
+    let model =
+        TinyModel { container: Container::Folder, encoding, embedding_encoding: encoding, ..TinyModel::default() };
+    let path = folder.path().join("tiny");
+    model.write(&path)?;
+    let error = Source::open(Arc::new(Checkpoint::open(&path)?), 0, 1).expect_err("refused").to_string();
+    let why = "it is quantized, and of a folder only embeddings of floats are supported";
+    assert!(error.contains("model.embed_tokens.weight") && error.ends_with(why), "{error}");
+    Ok(())
+}
+
 /// The most likely continuation, as ids, on so many ranks.
 async fn continuation(model: &std::path::Path, world_size: usize) -> Result<Vec<u32>> {
     let cluster = Cluster::builder().model(model.to_owned()).world_size(world_size).start().await?;

@@ -36,6 +36,7 @@ impl Source {
     pub fn open(checkpoint: Arc<Checkpoint>, rank: usize, world_size: usize) -> Result<Self, LoadError> {
         let config = ModelConfig::from_checkpoint(&checkpoint)?;
         refuse_unused_tensors(&checkpoint, &config)?;
+        refuse_quantized_embedding(&checkpoint)?;
         let blocks = RowParallelBlocks {
             o: largest_block(&checkpoint, &config, "attn_output")?,
             down: largest_block(&checkpoint, &config, "ffn_down")?,
@@ -200,11 +201,13 @@ impl Source {
         let tensor = |name: &str| self.tensor(name, Some(self.config.ffn_dim), self.config.hidden_dim);
         let (gate, up) = (tensor(names[0])?, tensor(names[1])?);
         let (gate_bytes, up_bytes) = (gate.bytes()?, up.bytes()?);
-        let load = || -> Result<[B::Matrix; 2], OpError> {
-            let rows = |tensor, bytes| Ok::<_, OpError>(encoded(tensor, bytes)?.rows(self.plan.ffn.clone())?);
-            ops.load_gated([&rows(&gate, &gate_bytes)?, &rows(&up, &up_bytes)?])
-        };
-        let weights = self.named(gate.name, load)?;
+        let rows = |tensor, bytes| Ok(encoded(tensor, bytes)?.rows(self.plan.ffn.clone())?);
+        let gate_rows = self.named(gate.name, || rows(&gate, &gate_bytes))?;
+        let up_rows = self.named(up.name, || rows(&up, &up_bytes))?;
+        let weights = ops.load_gated([&gate_rows, &up_rows]).map_err(|source| {
+            let [gate, up] = names.map(|name| self.checkpoint.own_name(name));
+            LoadError::Tensor { tensor: format!("{gate} and {up}"), source }
+        })?;
         names.iter().for_each(|name| self.checkpoint.release(name));
         Ok(weights.map(|weight| ColumnParallel { weight }))
     }
@@ -247,7 +250,8 @@ impl Source {
             return Ok(tensor);
         }
         let wanted = n_rows.map_or_else(|| format!("[*, {n_cols}]"), |n| format!("[{n}, {n_cols}]"));
-        let why = format!("its shape {:?} is not {wanted}, which the model's metadata asks for", tensor.shape);
+        let asks = self.checkpoint.own_settings();
+        let why = format!("its shape {:?} is not {wanted}, which {asks} asks for", tensor.shape);
         Err(LoadError::Unsupported { what: format!("tensor {}", self.checkpoint.own_name(name)), why })
     }
 
@@ -258,10 +262,7 @@ impl Source {
     /// The embedding table, which is looked up in the mapped file.
     fn embedding(&self) -> Result<Embedding, LoadError> {
         let (name, hidden_dim) = (Embedding::TENSOR, self.config.hidden_dim);
-        if self.tensor(name, None, hidden_dim)?.mapped().is_none() {
-            let why = "an embedding that is not looked up where it lies is not supported".into();
-            return Err(LoadError::Unsupported { what: format!("tensor {}", self.checkpoint.own_name(name)), why });
-        }
+        self.tensor(name, None, hidden_dim)?;
         Ok(Embedding::new(Arc::clone(&self.checkpoint), hidden_dim))
     }
 }
@@ -297,4 +298,16 @@ fn refuse_unused_tensors(checkpoint: &Checkpoint, config: &ModelConfig) -> Resul
             why: "it is no part of a Llama with this metadata".into(),
         }),
     }
+}
+
+/// Rows of the embedding are looked up where they lie, so a folder's must be floats: its other encodings are made of
+/// several tensors.
+fn refuse_quantized_embedding(checkpoint: &Checkpoint) -> Result<(), LoadError> {
+    if checkpoint.tensor(Embedding::TENSOR)?.mapped().is_some() {
+        return Ok(());
+    }
+    Err(LoadError::Unsupported {
+        what: format!("tensor {}", checkpoint.own_name(Embedding::TENSOR)),
+        why: "it is quantized, and of a folder only embeddings of floats are supported".into(),
+    })
 }
