@@ -38,7 +38,8 @@ GPTQ = {
 }
 AWQ = {"awq": dict(bits=4, group_size=128, sym=False, method="awq", format="gemm")}
 FOUR_BIT = {"nf4": ("nf4", False), "nf4 nested": ("nf4", True), "fp4": ("fp4", False), "fp4 nested": ("fp4", True)}
-DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int32: "I32", torch.int8: "I8", torch.uint8: "U8"}
+DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int32: "I32", torch.int8: "I8",
+          torch.uint8: "U8"}
 
 
 def save_float_model(folder):

@@ -357,8 +357,8 @@ fn nothing_changes_a_bit_of_a_model_from_a_folder() {
         chunk: [WHOLE, 1, 7, 64][world_size % 4],
         ..PLAIN
     });
-    use Encoding::{BF16, I8_32, NF4, Q4_0, Q8_0, U4_32, U4_128};
-    for encoding in [BF16, Q4_0, Q8_0, U4_32, U4_128, I8_32, NF4] {
+    use Encoding::{BF16, FP4, I8_32, NF4, Q4_0, Q8_0, U4_32, U4_64, U4_128};
+    for encoding in [BF16, Q4_0, Q8_0, U4_32, U4_64, U4_128, I8_32, NF4, FP4] {
         println!("{encoding}");
         let (_folder, path) = tiny(encoding, Container::Folder);
         check(&path, 40, &mixed);

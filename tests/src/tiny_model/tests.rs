@@ -1,6 +1,8 @@
 use lockstep_checkpoint::{Checkpoint, Encoding};
 
-use super::{CHATML, Container, TinyModel};
+use lockstep_worker::make_model::llama::Part;
+
+use super::{CHATML, Container, TinyModel, quantize};
 use crate::oracle;
 
 /// Writes the model and opens it as any reader would.
@@ -52,6 +54,25 @@ fn a_file_and_a_folder_are_the_same_model() {
         let [file, folder] = [file, folder].map(|model| oracle::logits(&open(&model), &ids).unwrap().concat());
         let off = file.iter().zip(&folder).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
         assert!(off < 1e-9, "{encoding}: logits differ by {off:.1e}");
+    }
+}
+
+#[test]
+fn a_folder_gives_back_the_blocks_that_it_was_made_of() {
+    use Encoding::{FP4, I8_32, NF4, Q4_0, Q8_0, U4_32, U4_64, U4_128};
+    for encoding in [Q4_0, Q8_0, U4_32, U4_64, U4_128, I8_32, NF4, FP4] {
+        // Values have 160 rows, others more: several tiles of 128, the last one in part.
+        let shape = TinyModel { n_heads: 20, n_kv_heads: 5, ..TinyModel::default() };
+        let (container, embedding_encoding) = (Container::Folder, Encoding::F16);
+        let model = TinyModel { encoding, container, embedding_encoding, ..shape };
+        let checkpoint = open(&model);
+        let is_in_order =
+            |part| matches!(part, Part::Value | Part::AttentionOutput | Part::Gate | Part::Up | Part::Down);
+        for (tensor, values) in model.weights().filter(|(tensor, _)| is_in_order(tensor.part)) {
+            let found = checkpoint.tensor(&tensor.name).unwrap();
+            assert_eq!(found.encoding, encoding, "{}", tensor.name);
+            assert!(found.bytes().unwrap() == quantize(encoding, &values), "{} as {encoding}", tensor.name);
+        }
     }
 }
 
