@@ -5,8 +5,8 @@ themselves make of it again.
 
 Needs, beside requirements.txt, `pip install bitsandbytes==0.50.2 gptqmodel==7.7.0`. A random Llama is quantized by each
 tool in each way that Lockstep reads; of each result, one matrix is kept: its tensors byte for byte, the
-`quantization_config`, and some rows' values by the tool's own dequantization, with scales widened to float32 first, so that
-nothing is rounded on the way.
+`quantization_config`, and some rows' values by the tool's own dequantization, with scales widened to float32 first, so
+that nothing is rounded on the way.
 """
 
 import json

@@ -51,8 +51,8 @@ pub(super) fn write(model: &TinyModel, folder: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Writes the folder of a model of this description, whatever its weights, without a tokenizer. Matrices whose rows are no
-/// whole number of blocks become half floats.
+/// Writes the folder of a model of this description, whatever its weights, without a tokenizer. Matrices whose rows are
+/// no whole number of blocks become half floats.
 ///
 /// # Errors
 /// An encoding that no tool writes, or a file that cannot be written.

@@ -18,8 +18,8 @@ use crate::{folder, gguf};
 const DIGEST_PIECE_BYTES: usize = 16 << 20;
 
 /// An opened model. Weights are paged in when their bytes are touched. Opening reads headers, and of a folder what
-/// decides how its weights are to be read: settings, and the zero points, groups and biases of quantized ones. (If it has a
-/// copy of a tied embedding, opening compares the two.)
+/// decides how its weights are to be read: settings, and the zero points, groups and biases of quantized ones. (If it has
+/// a copy of a tied embedding, opening compares the two.)
 pub struct Checkpoint {
     path: PathBuf,
     container: Container,

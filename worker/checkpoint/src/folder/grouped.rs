@@ -13,8 +13,9 @@
 //!
 //! It is turned into rows of blocks, of [`Encoding::Q4_0`] or [`Encoding::Q8_0`] where every zero point is the middle of
 //! the codes, as GPTQ has it unless told otherwise, and else of [`Encoding::U4_128`] or one of its kind. Nothing is
-//! rounded but scales that are no half floats. A block has one scale, so 32 neighbouring inputs must be of one group: those
-//! of GPTQ with `desc_act` (act-order) are not and are refused, since every layer would want its inputs in another order.
+//! rounded but scales that are no half floats. A block has one scale, so 32 neighbouring inputs must be of one group:
+//! those of GPTQ with `desc_act` (act-order) are not and are refused, since every layer would want its inputs in another
+//! order.
 //!
 //! Layouts: `gptqmodel/nn_modules/qlinear/__init__.py` of GPTQModel 7.7 and `awq/modules/linear/gemm.py` of AutoAWQ 0.2.
 
