@@ -306,7 +306,7 @@ fn runs_of(
         return Err(g_idx.error(why));
     }
     // All groups are full but the last, which has what is left.
-    let wanted = |group: usize| n_cols.saturating_sub(group * group_size).min(group_size);
+    let wanted = |group: usize| n_cols.saturating_sub(group.saturating_mul(group_size)).min(group_size);
     if let Some((group, size)) = sizes.iter().enumerate().find(|(group, size)| **size != wanted(*group)) {
         let why = format!("group {group} of {n_groups} has {size} inputs, config.json asks for {}", wanted(group));
         return Err(g_idx.error(&why));

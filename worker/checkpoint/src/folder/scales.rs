@@ -5,8 +5,8 @@ use half::{bf16, f16};
 use super::safetensors::Dtype;
 
 /// A matrix whose largest scale is below this is refused: rounded to a multiple of 2^-24, it may be off by more than
-/// 1/256 of itself. (A weight that small adds nothing, and real ones are thousands of times larger.) In other matrices, an
-/// output whose own scales are below this may be off by that much of itself, which is at most 2^-25 for each step of a
+/// 1/256 of itself. (A weight that small adds nothing, and real ones are thousands of times larger.) In other matrices,
+/// an output whose own scales are below this may be off by that much of itself, which is at most 2^-25 for each step of a
 /// code: nothing beside the outputs that are larger.
 const LARGEST_MIN: f32 = 1.0 / (1 << 17) as f32;
 
