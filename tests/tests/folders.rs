@@ -4,13 +4,14 @@ use std::{collections::BTreeMap, sync::Arc};
 
 use anyhow::{Context, Result};
 use lockstep_checkpoint::{Checkpoint, Encoding};
-use lockstep_kernels::dequantize;
+use lockstep_kernels::{KvEncoding, dequantize};
 use lockstep_proto::v1::{GenerateRequest, RawPrompt, SamplingParams, raw_prompt::Prompt};
 use lockstep_tests::{
     cluster::Cluster,
+    ranks::Ranks,
     tiny_model::{Container, TinyModel},
 };
-use lockstep_worker::model::load::Source;
+use lockstep_worker::{model::load::Source, model_runner::BackendChoice};
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
@@ -147,6 +148,24 @@ fn a_quantized_embedding_is_refused_before_anything_is_loaded() -> Result<()> {
     let error = Source::open(Arc::new(Checkpoint::open(&path)?), 0, 1).expect_err("refused").to_string();
     let why = "it is quantized, and of a folder only embeddings of floats are supported";
     assert!(error.contains("model.embed_tokens.weight") && error.ends_with(why), "{error}");
+    Ok(())
+}
+
+#[test]
+fn a_shape_that_settings_contradict_names_the_folders_own() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let float = Encoding::F16;
+    let model =
+        TinyModel { container: Container::Folder, encoding: float, embedding_encoding: float, ..TinyModel::default() };
+    let path = folder.path().join("tiny");
+    model.write(&path)?;
+    let config = std::fs::read_to_string(path.join("config.json"))?;
+    let other = config.replacen("\"intermediate_size\":512", "\"intermediate_size\":256", 1);
+    std::fs::write(path.join("config.json"), other)?;
+    let loaded = Ranks::load(&path, BackendChoice::Reference, KvEncoding::F16, 1, 1, 64);
+    let error = format!("{:#}", loaded.err().context("refused")?);
+    let why = "mlp.gate_proj.weight: its shape [512, 256] is not [256, 256], which config.json asks for";
+    assert!(error.contains(why), "{error}");
     Ok(())
 }
 
