@@ -60,9 +60,9 @@ impl Source {
         &self.checkpoint
     }
 
-    /// Sees to it that a token id means the same to another model: vocabularies have one size and, where both models spell
-    /// them out, the same texts. Tokens that both have for control, or for nothing, may have two names: releases of one
-    /// family rename those that they had reserved.
+    /// Sees to it that a token id means the same to another model: vocabularies have one size and, where both models
+    /// spell them out, the same texts. Tokens that both have for control, or for nothing, may have two names: releases of
+    /// one family rename those that they had reserved.
     ///
     /// # Errors
     /// Two different vocabularies, or one that cannot be read.
