@@ -298,7 +298,7 @@ fn an_index_leads_to_no_other_folder() {
 }
 
 #[test]
-fn an_index_lists_the_tensors_that_files_have() {
+fn files_have_the_tensors_that_an_index_lists() {
     let with = |weight_map: Json| {
         sound().with("model.safetensors.index.json", json!({ "weight_map": weight_map }).to_string())
     };
@@ -323,8 +323,7 @@ fn an_index_lists_the_tensors_that_files_have() {
     check(&changed("model.norm.weight", json!("second.safetensors")), reason);
     let mut fewer = all.clone();
     fewer.remove("lm_head.weight");
-    let reason = "model.safetensors.index.json: it lacks tensor \"lm_head.weight\" of second.safetensors";
-    check(&with(fewer.into()), reason);
+    Checkpoint::open(with(fewer.into()).write().path()).unwrap();
 }
 
 #[test]
