@@ -19,7 +19,7 @@ use std::ops::Range;
 use super::avx512::Avx512;
 use crate::cpu::activations::{ActivationBlock, STRIP};
 use crate::cpu::matmul::{MAX_TURNS, Multiplication, Panel, Place, Turn, add_group, has_offset};
-use crate::cpu::simd::{LANES, Simd, unrolled};
+use crate::cpu::simd::{Kernel, LANES, Simd, unrolled};
 use crate::packed::{BLOCK, Integers, Line, QUADS};
 use crate::sum_tree::MAX_PENDING;
 
@@ -71,16 +71,9 @@ struct Scratch {
     dots: [Dots; RING],
 }
 
-/// The products of a panel and the rows of a strip: `N`, or if it is not `FULL`, fewer.
-struct SumTiles<
-    'a,
-    const N: usize,
-    const FULL: bool,
-    const BITS: usize,
-    const CODEBOOK: bool,
-    const HALVES: bool,
-    const MINIMUM: bool,
-> {
+/// A panel and a strip that it meets.
+struct Strip<'a> {
+    simd: Avx512,
     product: Multiplication<'a>,
     panel: Panel<'a>,
     place: Place,
@@ -90,6 +83,17 @@ struct SumTiles<
     runs: &'a mut [Run],
     dots: &'a mut [Dots; RING],
 }
+
+/// The products of a panel and the rows of a strip: `N`, or if it is not `FULL`, fewer.
+struct SumTiles<
+    'a,
+    const N: usize,
+    const FULL: bool,
+    const BITS: usize,
+    const CODEBOOK: bool,
+    const HALVES: bool,
+    const MINIMUM: bool,
+>(Strip<'a>);
 
 thread_local! {
     /// Made by the first strip. Grows to what the largest matrix needs.
@@ -139,19 +143,20 @@ impl Tiles {
         if panels[turn_idx].len() < n_runs {
             panels[turn_idx].resize(n_runs, Run::EMPTY);
         }
-        let strip = Strip { product, panel, place, runs: &mut panels[turn_idx], dots };
+        let (blocks, runs) = (product.strip(panel, place), &mut panels[turn_idx][..]);
+        let strip = Strip { simd, product: *product, panel, place, blocks, runs, dots };
         let format = integers.format;
         match (format.bits, format.codebook, format.group_len, format.has_minimum) {
-            (4, None, 32, false) => strip.sum::<4, false, false, false>(simd),
-            (4, None, 32, true) => strip.sum::<4, false, false, true>(simd),
-            (4, None, _, false) => strip.sum::<4, false, true, false>(simd),
-            (4, None, _, true) => strip.sum::<4, false, true, true>(simd),
-            (4, Some(_), ..) => strip.sum::<4, true, false, false>(simd),
-            (5, _, _, false) => strip.sum::<5, false, false, false>(simd),
-            (5, _, _, true) => strip.sum::<5, false, false, true>(simd),
-            (6, ..) => strip.sum::<6, false, true, false>(simd),
-            (_, _, _, false) => strip.sum::<8, false, false, false>(simd),
-            (_, _, _, true) => strip.sum::<8, false, false, true>(simd),
+            (4, None, 32, false) => strip.sum::<4, false, false, false>(),
+            (4, None, 32, true) => strip.sum::<4, false, false, true>(),
+            (4, None, _, false) => strip.sum::<4, false, true, false>(),
+            (4, None, _, true) => strip.sum::<4, false, true, true>(),
+            (4, Some(_), ..) => strip.sum::<4, true, false, false>(),
+            (5, _, _, false) => strip.sum::<5, false, false, false>(),
+            (5, _, _, true) => strip.sum::<5, false, false, true>(),
+            (6, ..) => strip.sum::<6, false, true, false>(),
+            (_, _, _, false) => strip.sum::<8, false, false, false>(),
+            (_, _, _, true) => strip.sum::<8, false, false, true>(),
         }
         SCRATCH.set(Some(scratch));
         true
@@ -175,68 +180,15 @@ fn ask_system() -> bool {
     result == 0
 }
 
-/// A panel and a strip that it meets.
-struct Strip<'a> {
-    product: &'a Multiplication<'a>,
-    panel: Panel<'a>,
-    place: Place,
-    runs: &'a mut [Run],
-    dots: &'a mut [Dots; RING],
-}
-
 impl Strip<'_> {
-    fn sum<const BITS: usize, const CODEBOOK: bool, const HALVES: bool, const MINIMUM: bool>(self, simd: Avx512) {
-        let Strip { product, panel, place, runs, dots } = self;
-        let (blocks, product) = (product.strip(panel, place), *product);
-        // SAFETY: `simd` proves that the processor has the vector instructions, and this module is reached through `Tiles`.
-        unsafe {
-            match place.n_rows {
-                8 => run(
-                    simd,
-                    SumTiles::<8, true, BITS, CODEBOOK, HALVES, MINIMUM> { product, panel, place, blocks, runs, dots },
-                ),
-                STRIP => run(
-                    simd,
-                    SumTiles::<STRIP, true, BITS, CODEBOOK, HALVES, MINIMUM> {
-                        product,
-                        panel,
-                        place,
-                        blocks,
-                        runs,
-                        dots,
-                    },
-                ),
-                _ => run(
-                    simd,
-                    SumTiles::<STRIP, false, BITS, CODEBOOK, HALVES, MINIMUM> {
-                        product,
-                        panel,
-                        place,
-                        blocks,
-                        runs,
-                        dots,
-                    },
-                ),
-            }
+    fn sum<const BITS: usize, const CODEBOOK: bool, const HALVES: bool, const MINIMUM: bool>(self) {
+        let simd = self.simd;
+        match self.place.n_rows {
+            8 => simd.vectorize(SumTiles::<8, true, BITS, CODEBOOK, HALVES, MINIMUM>(self)),
+            STRIP => simd.vectorize(SumTiles::<STRIP, true, BITS, CODEBOOK, HALVES, MINIMUM>(self)),
+            _ => simd.vectorize(SumTiles::<STRIP, false, BITS, CODEBOOK, HALVES, MINIMUM>(self)),
         }
     }
-}
-
-/// # Safety
-/// The processor must have the features of [`Avx512`] and [`Tiles`].
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
-unsafe fn run<
-    const N: usize,
-    const FULL: bool,
-    const BITS: usize,
-    const CODEBOOK: bool,
-    const HALVES: bool,
-    const MINIMUM: bool,
->(
-    simd: Avx512,
-    mut task: SumTiles<'_, N, FULL, BITS, CODEBOOK, HALVES, MINIMUM>,
-) {
-    task.run(simd);
 }
 
 /// Gives this thread's tiles the shapes for a strip of `n_rows` and runs in `n_parts` parts.
@@ -261,12 +213,14 @@ impl Run {
 // === impl SumTiles ===
 
 impl<const N: usize, const FULL: bool, const BITS: usize, const CODEBOOK: bool, const HALVES: bool, const MINIMUM: bool>
-    SumTiles<'_, N, FULL, BITS, CODEBOOK, HALVES, MINIMUM>
+    Kernel for SumTiles<'_, N, FULL, BITS, CODEBOOK, HALVES, MINIMUM>
 {
+    /// As [`SegmentPlan::sum`](crate::segments::SegmentPlan::sum), written out so that sums stay in registers.
     #[inline(always)]
-    fn run(&mut self, simd: Avx512) {
-        set_up(self.place.n_rows, if HALVES { 2 } else { 1 });
-        let product = self.product;
+    fn run<S: Simd>(mut self, _avx512: S) {
+        let simd = self.0.simd;
+        set_up(self.0.place.n_rows, if HALVES { 2 } else { 1 });
+        let product = self.0.product;
         for (plane_idx, segments) in product.matrix.plan().subtrees().enumerate() {
             let mut pending = [const { MaybeUninit::uninit() }; MAX_PENDING];
             let mut n_pending = 0;
@@ -282,12 +236,16 @@ impl<const N: usize, const FULL: bool, const BITS: usize, const CODEBOOK: bool, 
                 pending[n_pending] = MaybeUninit::new(sums);
                 n_pending += 1;
             }
-            for (i, sums) in sums.iter().enumerate().take(self.place.n_rows) {
-                product.store(simd, plane_idx, self.place, i, *sums);
+            for (i, sums) in sums.iter().enumerate().take(self.0.place.n_rows) {
+                product.store(simd, plane_idx, self.0.place, i, *sums);
             }
         }
     }
+}
 
+impl<const N: usize, const FULL: bool, const BITS: usize, const CODEBOOK: bool, const HALVES: bool, const MINIMUM: bool>
+    SumTiles<'_, N, FULL, BITS, CODEBOOK, HALVES, MINIMUM>
+{
     #[inline(always)]
     fn sum_segment(&mut self, simd: Avx512, cols: &Range<usize>) -> [__m512; N] {
         let runs = cols.start / BLOCK..cols.end / BLOCK;
@@ -307,24 +265,24 @@ impl<const N: usize, const FULL: bool, const BITS: usize, const CODEBOOK: bool, 
     /// Where a run is unpacked.
     #[inline(always)]
     fn place_of(&self, run_idx: usize) -> usize {
-        if self.place.turn == Turn::Only { run_idx % RING } else { run_idx }
+        if self.0.place.turn == Turn::Only { run_idx % RING } else { run_idx }
     }
 
     /// The strip's rows of a run's inputs. Their number is a constant if it is full.
     #[inline(always)]
     fn rows(&self, run_idx: usize) -> &[ActivationBlock] {
-        let n_rows = if FULL { N } else { self.place.n_rows };
-        &self.blocks[run_idx * n_rows..][..n_rows]
+        let n_rows = if FULL { N } else { self.0.place.n_rows };
+        &self.0.blocks[run_idx * n_rows..][..n_rows]
     }
 
     /// The integers of one run of 32 inputs.
     #[inline(always)]
     fn multiply(&mut self, simd: Avx512, run_idx: usize) {
-        if self.place.turn != Turn::Later {
+        if self.0.place.turn != Turn::Later {
             self.unpack(simd, run_idx);
         }
         let codes: *const u8 = self.rows(run_idx).as_ptr().cast();
-        let (quads, dots) = (&self.runs[self.place_of(run_idx)].quads, &mut self.dots[run_idx % RING]);
+        let (quads, dots) = (&self.0.runs[self.place_of(run_idx)].quads, &mut self.0.dots[run_idx % RING]);
         let half = BLOCK / 2;
         // SAFETY: a block begins with its 32 codes, and there are as many as the tiles are set up for, 64 bytes apart; the
         // second half begins 16 bytes and four quads further.
@@ -338,8 +296,8 @@ impl<const N: usize, const FULL: bool, const BITS: usize, const CODEBOOK: bool, 
 
     #[inline(always)]
     fn unpack(&mut self, simd: Avx512, run_idx: usize) {
-        let (panel, place) = (self.panel, self.place_of(run_idx));
-        let run = &mut self.runs[place];
+        let (panel, place) = (self.0.panel, self.place_of(run_idx));
+        let run = &mut self.0.runs[place];
         panel.prefetch::<Avx512, BITS>(simd, run_idx);
         let offset = panel.offset() as i8;
         for (line, codes) in run.quads.iter_mut().zip(panel.codes::<Avx512, BITS, CODEBOOK>(simd, run_idx)) {
@@ -362,8 +320,8 @@ impl<const N: usize, const FULL: bool, const BITS: usize, const CODEBOOK: bool, 
 
     #[inline(always)]
     fn scale(&self, simd: Avx512, run_idx: usize, sums: &mut [__m512; N]) {
-        let (run, blocks) = (&self.runs[self.place_of(run_idx)], self.rows(run_idx));
-        let dots = &self.dots[run_idx % RING];
+        let (run, blocks) = (&self.0.runs[self.place_of(run_idx)], self.rows(run_idx));
+        let dots = &self.0.dots[run_idx % RING];
         let group = |half: usize| (simd.load(&run.scales[half]), simd.load(&run.minimums[half]));
         let dot = |half: usize, row_idx: usize| {
             let dots = &dots[half][row_idx];
