@@ -22,6 +22,7 @@
 
 mod bandwidth;
 mod cpu;
+pub mod cuda;
 mod encoded;
 mod error;
 mod exp;

@@ -1,0 +1,32 @@
+//! CUDA: an NVIDIA GPU as a place to compute, without a toolkit at build time and without one where nothing is new.
+//!
+//! The libraries are opened at run time, so one program runs with and without them. The driver's, `libcuda`, is needed
+//! for anything; `libnvrtc`, the compiler, only for kernels that the disk cache lacks.
+//!
+//! # Layout
+//!
+//! - [`unavailable`], [`Device`]: whether there is a GPU, and one that is open: a context and one stream, in whose order
+//!   all work runs.
+//! - [`Buffer`]: memory of a device.
+//! - [`Program`]: a kernel source of `worker/kernels/cuda` with its defines; [`variants`] lists all that are used.
+//! - [`compile`]: a program to machine code, by NVRTC; [`KernelCache`]: machine code on disk.
+//! - [`Kernel`]: an entry point of a program that a device has loaded, and its launches.
+
+mod architecture;
+mod cache;
+mod compiler;
+mod device;
+mod error;
+mod kernels;
+mod library;
+mod memory;
+mod program;
+
+pub use architecture::Architecture;
+pub use cache::KernelCache;
+pub use compiler::{Compiled, CompilerVersion, compile, compiler_version};
+pub use device::{Device, DeviceInfo, DeviceLimits, devices, driver_version, unavailable};
+pub use error::CudaError;
+pub use kernels::{Arg, Kernel};
+pub use memory::{Buffer, MemoryInfo};
+pub use program::{Program, Source, Variant, variants};

@@ -1,0 +1,205 @@
+//! Kernels: entry points of programs that a device has loaded, and their launches.
+
+use std::{
+    collections::HashMap,
+    ffi::{CString, c_void},
+    fmt, ptr,
+    sync::{Mutex, PoisonError},
+};
+
+use bytemuck::Pod;
+use cudarc::driver::{
+    result,
+    sys::{CUfunction, CUfunction_attribute as Attribute, CUmodule},
+};
+
+use super::{
+    Architecture, Buffer, CudaError, Device, KernelCache, Program,
+    cache::Entry,
+    compiler::{compile, compiler_version},
+};
+
+/// More arguments than any kernel of ours takes.
+const MAX_ARGS: usize = 32;
+
+/// An entry point that can be launched.
+#[derive(Clone)]
+pub struct Kernel {
+    device: Device,
+    function: CUfunction,
+}
+
+/// An argument of a launch. Its kind must be that of the kernel's parameter.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Arg {
+    /// A pointer into device memory; see [`Buffer::at`].
+    Ptr(u64),
+    /// `unsigned`.
+    U32(u32),
+    /// `int`.
+    I32(i32),
+    /// `float`.
+    F32(f32),
+    /// `unsigned long long`.
+    U64(u64),
+}
+
+/// The programs that a device has loaded. The device's context must be that of the thread for every call.
+pub(super) struct Kernels {
+    architecture: Architecture,
+    driver: (u32, u32),
+    shared_bytes_per_block: u32,
+    cache: KernelCache,
+    /// Held while a program is compiled, so that no two threads compile the same.
+    loaded: Mutex<HashMap<Program, Loaded>>,
+}
+
+struct Loaded {
+    module: CUmodule,
+    functions: HashMap<String, CUfunction>,
+}
+
+// SAFETY: the function lives as long as its module, which the device unloads at its end.
+unsafe impl Send for Kernel {}
+// SAFETY: as above; launching changes nothing in it.
+unsafe impl Sync for Kernel {}
+
+// === impl Kernel ===
+
+impl Kernel {
+    /// `function` is of a module that `device` has loaded.
+    pub(super) fn new(device: Device, function: CUfunction) -> Self {
+        Self { device, function }
+    }
+
+    /// Queues a launch of `grid` blocks of `block` threads, each block with `shared_bytes` of dynamic shared memory.
+    ///
+    /// # Errors
+    /// A size that the device does not have, or an error of a kernel that was launched before.
+    ///
+    /// # Safety
+    /// `args` must be as many as the kernel has parameters, and each of its parameter's type. Pointers must lead to as
+    /// much memory as the kernel will touch; it must stay allocated until the kernel has run, and other streams must
+    /// leave it alone meanwhile.
+    pub unsafe fn launch(&self, grid: [u32; 3], block: u32, shared_bytes: u32, args: &[Arg]) -> Result<(), CudaError> {
+        if args.len() > MAX_ARGS {
+            return Err(CudaError::Arguments { n_args: args.len(), limit: MAX_ARGS });
+        }
+        self.device.bind()?;
+        let mut pointers = [ptr::null_mut(); MAX_ARGS];
+        for (pointer, arg) in pointers.iter_mut().zip(args) {
+            *pointer = arg.value();
+        }
+        let (grid, block) = ((grid[0], grid[1], grid[2]), (block, 1, 1));
+        // SAFETY: the function is loaded, and there is a pointer for each of its parameters: the caller's contract. The
+        // driver copies what they point to before it returns.
+        unsafe { result::launch_kernel(self.function, grid, block, shared_bytes, self.device.stream(), &mut pointers) }
+            .map_err(CudaError::driver("cuLaunchKernel"))
+    }
+}
+
+impl fmt::Debug for Kernel {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Kernel").field("device", &self.device).finish_non_exhaustive()
+    }
+}
+
+// === impl Arg ===
+
+impl Arg {
+    /// Where the value lies. The driver only reads there.
+    fn value(&self) -> *mut c_void {
+        match self {
+            Self::Ptr(value) | Self::U64(value) => ptr::from_ref(value).cast_mut().cast(),
+            Self::U32(value) => ptr::from_ref(value).cast_mut().cast(),
+            Self::I32(value) => ptr::from_ref(value).cast_mut().cast(),
+            Self::F32(value) => ptr::from_ref(value).cast_mut().cast(),
+        }
+    }
+}
+
+impl<T: Pod> From<&Buffer<T>> for Arg {
+    fn from(buffer: &Buffer<T>) -> Self {
+        Self::Ptr(buffer.pointer())
+    }
+}
+
+// === impl Kernels ===
+
+impl Kernels {
+    pub(super) fn new(
+        architecture: Architecture,
+        driver: (u32, u32),
+        shared_bytes_per_block: u32,
+        cache: KernelCache,
+    ) -> Self {
+        Self { architecture, driver, shared_bytes_per_block, cache, loaded: Mutex::default() }
+    }
+
+    pub(super) fn architecture(&self) -> Architecture {
+        self.architecture
+    }
+
+    pub(super) fn get(&self, program: &Program, name: &str) -> Result<CUfunction, CudaError> {
+        // What a panicking thread left is whole: a program is inserted when it is loaded.
+        let mut loaded = self.loaded.lock().unwrap_or_else(PoisonError::into_inner);
+        if !loaded.contains_key(program) {
+            loaded.insert(program.clone(), Loaded { module: self.load(program)?, functions: HashMap::new() });
+        }
+        let Loaded { module, functions } = loaded.get_mut(program).expect("it was inserted if it was not there");
+        if let Some(function) = functions.get(name) {
+            return Ok(*function);
+        }
+        let function = self.entry(program, *module, name)?;
+        functions.insert(name.to_owned(), function);
+        Ok(function)
+    }
+
+    /// The entry point `name`, which may use all the shared memory that a block can have.
+    fn entry(&self, program: &Program, module: CUmodule, name: &str) -> Result<CUfunction, CudaError> {
+        let no_entry = |error| CudaError::NoEntry { program: program.clone(), name: name.to_owned(), error };
+        let c_name = CString::new(name).expect("names of kernels are our own and have no NUL");
+        // SAFETY: the module is loaded.
+        let function = unsafe { result::module::get_function(module, c_name) }.map_err(no_entry)?;
+        // SAFETY: the function was got from the driver.
+        let fixed = unsafe {
+            result::function::get_function_attribute(function, Attribute::CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES)
+        };
+        let fixed = fixed.map_err(CudaError::driver("cuFuncGetAttribute"))?.unsigned_abs();
+        let room = self.shared_bytes_per_block.saturating_sub(fixed) as i32;
+        let dynamic = Attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+        // SAFETY: as above.
+        unsafe { result::function::set_function_attribute(function, dynamic, room) }
+            .map_err(CudaError::driver("cuFuncSetAttribute"))?;
+        Ok(function)
+    }
+
+    fn load(&self, program: &Program) -> Result<CUmodule, CudaError> {
+        let Entry { cubin, compiler } = self.code(program)?;
+        // SAFETY: the code is a compiler's, whole by its checksum, and the driver has read it when it returns.
+        unsafe { result::module::load_data(cubin.as_ptr().cast()) }.map_err(|error| CudaError::Load {
+            program: program.clone(),
+            compiler,
+            driver: self.driver,
+            error,
+        })
+    }
+
+    fn code(&self, program: &Program) -> Result<Entry, CudaError> {
+        let stem = program.stem(self.architecture);
+        if let Some(entry) = self.cache.load(&stem, self.driver.0) {
+            return Ok(entry);
+        }
+        let entry = Entry { compiler: compiler_version()?, cubin: compile(program, self.architecture)?.cubin };
+        self.cache.store(&stem, &entry);
+        Ok(entry)
+    }
+
+    /// Unloads everything. No [`Kernel`] is left by then: each holds its device.
+    pub(super) fn unload(&self) {
+        for (_, Loaded { module, .. }) in self.loaded.lock().unwrap_or_else(PoisonError::into_inner).drain() {
+            // SAFETY: it was loaded, and is unloaded once. An error means that the context is gone, and it with it.
+            let _ = unsafe { result::module::unload(module) };
+        }
+    }
+}

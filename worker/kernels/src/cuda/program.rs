@@ -1,0 +1,134 @@
+//! Programs: kernel sources with the values of their compile-time constants.
+
+use std::fmt;
+
+use sha2::{Digest, Sha256};
+
+use super::Architecture;
+
+/// The header of every source, under the name that they include it by.
+pub(super) const HEADER: (&str, &str) = ("device.cuh", include_str!("../../cuda/device.cuh"));
+
+/// A file of `worker/kernels/cuda`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Source {
+    /// The smallest kernel, for tests.
+    Probe,
+}
+
+/// A source and its compile-time constants: what is compiled as one, and loaded as one.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Program {
+    /// The source.
+    pub source: Source,
+    /// Macros that are defined for it.
+    pub defines: Vec<(&'static str, i64)>,
+}
+
+/// A program that is used, for those that compile all of them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Variant {
+    /// The program.
+    pub program: Program,
+    /// Its entry points.
+    pub entries: &'static [&'static str],
+    /// Whether time is spent in it: then registers must suffice, without spills and without local memory.
+    pub hot: bool,
+}
+
+/// Every program that is used, in the order of their sources.
+pub fn variants() -> Vec<Variant> {
+    vec![Variant { program: Program::new(Source::Probe, &[("FACTOR", 1)]), entries: &["axpy"], hot: true }]
+}
+
+impl Source {
+    /// The file's name without its extension.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Probe => "probe",
+        }
+    }
+
+    /// What the file says.
+    pub(super) fn text(self) -> &'static str {
+        match self {
+            Self::Probe => include_str!("../../cuda/probe.cu"),
+        }
+    }
+}
+
+impl Program {
+    /// A source with macros.
+    pub fn new(source: Source, defines: &[(&'static str, i64)]) -> Self {
+        Self { source, defines: defines.to_vec() }
+    }
+
+    /// Everything that the compiler is told beside source and header. Sums are fused only where the source says `fmaf`,
+    /// since the lockstep rule leaves no choice to a compiler.
+    pub(super) fn options(&self, architecture: Architecture) -> Vec<String> {
+        let mut options = vec![
+            format!("--gpu-architecture={architecture}"),
+            "--std=c++17".into(),
+            "--fmad=false".into(),
+            "--generate-line-info".into(),
+        ];
+        options.extend(self.defines.iter().map(|(name, value)| format!("-D{name}={value}")));
+        options
+    }
+
+    /// What the machine code is called on disk: a name, and a digest of all that it is made from.
+    pub(super) fn stem(&self, architecture: Architecture) -> String {
+        let mut digest = Sha256::new();
+        let options = self.options(architecture);
+        let parts = [HEADER.0, HEADER.1, self.source.name(), self.source.text()];
+        for part in parts.into_iter().chain(options.iter().map(String::as_str)) {
+            // Its length first, so that no two lists of parts read the same.
+            digest.update((part.len() as u64).to_le_bytes());
+            digest.update(part);
+        }
+        let hex: String = digest.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
+        format!("{}-{architecture}-{hex}", self.source.name())
+    }
+}
+
+impl fmt::Display for Program {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}.cu", self.source.name())?;
+        self.defines.iter().try_for_each(|(name, value)| write!(f, " {name}={value}"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+
+    use super::*;
+
+    #[test]
+    fn a_file_name_changes_with_whatever_the_code_is_made_from() {
+        let (sm_80, sm_90a) = ("sm_80".parse().unwrap(), "sm_90a".parse().unwrap());
+        let programs: [&[(&str, i64)]; 5] =
+            [&[], &[("A", 1)], &[("A", 11)], &[("A", 1), ("B", 1)], &[("B", 1), ("A", 1)]];
+        let stems = programs.iter().flat_map(|defines| {
+            let program = Program::new(Source::Probe, defines);
+            [program.stem(sm_80), program.stem(sm_90a)]
+        });
+        assert_eq!(stems.collect::<HashSet<_>>().len(), 2 * programs.len());
+    }
+
+    #[test]
+    fn variants_are_different_programs() {
+        let variants = variants();
+        let programs: HashSet<_> = variants.iter().map(|variant| &variant.program).collect();
+        assert_eq!(programs.len(), variants.len());
+    }
+
+    #[test]
+    fn every_entry_point_stands_in_its_source() {
+        for variant in variants() {
+            for entry in variant.entries {
+                assert!(variant.program.source.text().contains(&format!(" {entry}(")), "{}: {entry}", variant.program);
+            }
+        }
+    }
+}
