@@ -9,7 +9,7 @@
 //!   all work runs.
 //! - [`Buffer`]: memory of a device.
 //! - [`Program`]: a kernel source of `worker/kernels/cuda` with its defines; [`variants`] lists all that are used.
-//! - [`compile`]: a program to machine code, by NVRTC; [`KernelCache`]: machine code on disk.
+//! - [`compile`]: a program to machine code, by NVRTC; [`Resources`]: what that takes; [`KernelCache`]: code on disk.
 //! - [`Kernel`]: an entry point of a program that a device has loaded, and its launches.
 
 mod architecture;
@@ -21,12 +21,14 @@ mod kernels;
 mod library;
 mod memory;
 mod program;
+mod resources;
 
 pub use architecture::Architecture;
 pub use cache::KernelCache;
-pub use compiler::{Compiled, CompilerVersion, compile, compiler_version};
+pub use compiler::{Compiled, CompilerVersion, MachineCode, compile, compiler_version};
 pub use device::{Device, DeviceInfo, DeviceLimits, devices, driver_version, unavailable};
 pub use error::CudaError;
 pub use kernels::{Arg, Kernel};
 pub use memory::{Buffer, MemoryInfo};
 pub use program::{Program, Source, Variant, variants};
+pub use resources::Resources;

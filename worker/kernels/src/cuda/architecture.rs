@@ -38,7 +38,9 @@ impl FromStr for Architecture {
         let parse = || {
             let name = text.strip_prefix("sm_")?;
             let digits = name.strip_suffix('a').unwrap_or(name);
-            let number: u32 = digits.parse().ok().filter(|number| (MIN_NUMBER..1000).contains(number))?;
+            // `parse` alone would take a sign.
+            let plain = digits.bytes().all(|byte| byte.is_ascii_digit());
+            let number: u32 = digits.parse().ok().filter(|number| plain && (MIN_NUMBER..1000).contains(number))?;
             Some(Self { number, specific: name.len() > digits.len() })
         };
         parse().ok_or_else(|| CudaError::Architecture { text: text.into() })

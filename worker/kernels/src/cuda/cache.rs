@@ -11,14 +11,14 @@
 use std::{
     fs, io,
     path::{Path, PathBuf},
-    sync::atomic::{AtomicBool, AtomicU64, Ordering},
+    sync::atomic::{AtomicU64, Ordering},
     time::SystemTime,
 };
 
 use sha2::{Digest, Sha256};
 use tracing::warn;
 
-use super::{CompilerVersion, CudaError};
+use super::{Architecture, CompilerVersion, CudaError, MachineCode, Program};
 
 /// The first bytes of an entry; then come the code's length as 8 bytes, its SHA-256 and the code.
 const MAGIC: &[u8; 16] = b"lockstep cubin 1";
@@ -33,46 +33,23 @@ const MAX_FOLDER_BYTES: u64 = 256 << 20;
 const EXTENSION: &str = "cubin";
 
 /// A folder of machine code, or none: then every process compiles what it needs.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct KernelCache {
     folder: Option<PathBuf>,
     max_bytes: u64,
-    /// Whether it was said that the folder cannot be written.
-    complained: AtomicBool,
-}
-
-/// Machine code that was found, and what compiled it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Entry {
-    pub(super) cubin: Vec<u8>,
-    pub(super) compiler: CompilerVersion,
 }
 
 impl KernelCache {
     /// The cache in `folder`, which is made when something is stored. Its files are run as they are, so it must be a
     /// folder that only trusted users can write.
     pub fn new(folder: Option<PathBuf>) -> Self {
-        Self { folder, max_bytes: MAX_FOLDER_BYTES, complained: AtomicBool::new(false) }
+        Self { folder, max_bytes: MAX_FOLDER_BYTES }
     }
 
-    /// Where the code lies.
-    pub fn folder(&self) -> Option<&Path> {
-        self.folder.as_deref()
-    }
-
-    /// The code of `stem`, from the newest compiler of at most `max_major`, if there is an entry that is whole.
-    pub(super) fn load(&self, stem: &str, max_major: u32) -> Option<Entry> {
-        let folder = self.folder.as_ref()?;
-        let mut found: Vec<(CompilerVersion, PathBuf)> = Vec::new();
-        // A folder that is not there has no entries.
-        for file in fs::read_dir(folder).into_iter().flatten().flatten() {
-            let name = file.file_name();
-            let version = name.to_str().and_then(|name| version_in(name, stem));
-            found.extend(version.filter(|version| version.major <= max_major).map(|version| (version, file.path())));
-        }
-        found.sort_unstable();
-        found.into_iter().rev().find_map(|(compiler, path)| match read(&path) {
-            Ok(cubin) => Some(Entry { cubin, compiler }),
+    /// The code of a program from the newest compiler of at most `max_major`, if there is an entry that is whole.
+    pub(super) fn load(&self, program: &Program, architecture: Architecture, max_major: u32) -> Option<MachineCode> {
+        self.entries(program, architecture, max_major).into_iter().find_map(|(compiler, path)| match read(&path) {
+            Ok(cubin) => Some(MachineCode { cubin, compiler }),
             Err(why) => {
                 warn!("kernel cache: {} is damaged and will be made anew: {why}", path.display());
                 None
@@ -80,18 +57,41 @@ impl KernelCache {
         })
     }
 
-    /// Stores code, and makes room for it. A folder that cannot be written costs each start the time to compile, so it
-    /// is a warning, once.
-    pub(super) fn store(&self, stem: &str, entry: &Entry) {
-        let Some(folder) = &self.folder else { return };
-        let path = folder.join(format!("{stem}-nvrtc{}.{EXTENSION}", entry.compiler));
-        let stored = write(folder, &path, &entry.cubin).and_then(|()| trim(folder, &path, self.max_bytes));
-        if let Err(error) = stored
-            && !self.complained.swap(true, Ordering::Relaxed)
-        {
-            let error = CudaError::Cache { path: folder.clone(), error };
-            warn!("{error}: kernels are compiled at each start (engine.kernel_cache names another folder)");
+    /// Whether [`KernelCache::load`] finds an entry, which may turn out to be damaged.
+    pub(super) fn has(&self, program: &Program, architecture: Architecture, max_major: u32) -> bool {
+        !self.entries(program, architecture, max_major).is_empty()
+    }
+
+    /// Stores code, and makes room for it.
+    ///
+    /// # Errors
+    /// The folder cannot be made or written.
+    pub fn store(&self, program: &Program, architecture: Architecture, code: &MachineCode) -> Result<(), CudaError> {
+        let Some(folder) = &self.folder else { return Ok(()) };
+        let path = folder.join(format!("{}-nvrtc{}.{EXTENSION}", program.stem(architecture), code.compiler));
+        write(folder, &path, &code.cubin)
+            .and_then(|()| trim(folder, &path, self.max_bytes))
+            .map_err(|error| CudaError::Cache { path: folder.clone(), error })
+    }
+
+    /// The files that may hold the code, newest compiler first.
+    fn entries(
+        &self,
+        program: &Program,
+        architecture: Architecture,
+        max_major: u32,
+    ) -> Vec<(CompilerVersion, PathBuf)> {
+        let Some(folder) = &self.folder else { return Vec::new() };
+        let stem = program.stem(architecture);
+        let mut entries = Vec::new();
+        // A folder that is not there has no entries.
+        for file in fs::read_dir(folder).into_iter().flatten().flatten() {
+            let name = file.file_name();
+            let version = name.to_str().and_then(|name| version_in(name, &stem));
+            entries.extend(version.filter(|version| version.major <= max_major).map(|version| (version, file.path())));
         }
+        entries.sort_unstable_by(|a, b| b.cmp(a));
+        entries
     }
 }
 
@@ -168,4 +168,158 @@ fn trim(folder: &Path, newest: &Path, max_bytes: u64) -> io::Result<()> {
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cuda::Source;
+
+    /// A cache in a folder of its own, with one program's code of these compilers.
+    struct Case {
+        folder: tempfile::TempDir,
+        cache: KernelCache,
+        program: Program,
+        architecture: Architecture,
+    }
+
+    impl Case {
+        fn new(majors: &[u32]) -> Self {
+            let folder = tempfile::tempdir().unwrap();
+            // Stored into a folder that is not there yet.
+            let cache = KernelCache::new(Some(folder.path().join("a/b")));
+            let program = Program::new(Source::Probe, &[("FACTOR", 3)]);
+            let case = Self { folder, cache, program, architecture: "sm_80".parse().unwrap() };
+            majors.iter().for_each(|major| case.store(&case.program, &code(*major)));
+            case
+        }
+
+        fn store(&self, program: &Program, code: &MachineCode) {
+            self.cache.store(program, self.architecture, code).unwrap();
+        }
+
+        fn load(&self, max_major: u32) -> Option<MachineCode> {
+            self.cache.load(&self.program, self.architecture, max_major)
+        }
+
+        fn files(&self) -> Vec<PathBuf> {
+            let files = fs::read_dir(self.folder.path().join("a/b")).unwrap();
+            let mut files: Vec<PathBuf> = files.map(|file| file.unwrap().path()).collect();
+            files.sort();
+            files
+        }
+    }
+
+    /// Something to store, different for each compiler.
+    fn code(major: u32) -> MachineCode {
+        let cubin = (0..1000_u32).map(|i| (i * major % 251) as u8).collect();
+        MachineCode { cubin, compiler: CompilerVersion { major, minor: 4 } }
+    }
+
+    #[test]
+    fn what_was_stored_is_found_whoever_compiled_it() {
+        let case = Case::new(&[12]);
+        assert_eq!(case.load(12), Some(code(12)));
+        assert_eq!(case.load(13), Some(code(12)));
+        assert!(case.cache.has(&case.program, case.architecture, 13));
+        assert_eq!(case.files().len(), 1, "nothing is left half written");
+    }
+
+    #[test]
+    fn the_newest_code_that_the_driver_can_load_is_taken() {
+        let case = Case::new(&[12, 13, 9]);
+        assert_eq!(case.load(13), Some(code(13)));
+        assert_eq!(case.load(12), Some(code(12)));
+        assert_eq!(case.load(8), None);
+    }
+
+    #[test]
+    fn another_program_or_architecture_is_not_found() {
+        let case = Case::new(&[13]);
+        let other = Program::new(Source::Probe, &[("FACTOR", 4)]);
+        assert_eq!(case.cache.load(&other, case.architecture, 13), None);
+        assert_eq!(case.cache.load(&case.program, "sm_89".parse().unwrap(), 13), None);
+        assert!(!case.cache.has(&other, case.architecture, 13));
+    }
+
+    #[test]
+    fn a_damaged_entry_is_absent_until_it_is_stored_anew() {
+        let case = Case::new(&[13]);
+        let path = &case.files()[0];
+        let whole = fs::read(path).unwrap();
+        let n = whole.len();
+        let flipped = |at: usize| {
+            let mut bytes = whole.clone();
+            bytes[at] ^= 1;
+            bytes
+        };
+        let damaged = [
+            Vec::new(),
+            whole[..HEADER_LEN - 1].to_vec(),
+            whole[..HEADER_LEN].to_vec(),
+            whole[..n - 1].to_vec(),
+            [whole.clone(), vec![0]].concat(),
+            flipped(0),
+            flipped(16),
+            flipped(24),
+            flipped(HEADER_LEN),
+            flipped(n - 1),
+            vec![0; MAX_ENTRY_BYTES as usize + 1],
+        ];
+        for bytes in damaged {
+            fs::write(path, &bytes).unwrap();
+            assert_eq!(case.load(13), None, "{} bytes", bytes.len());
+            case.store(&case.program, &code(13));
+            assert_eq!(case.load(13), Some(code(13)));
+        }
+    }
+
+    #[test]
+    fn behind_a_damaged_entry_an_older_one_is_found() {
+        let case = Case::new(&[12, 13]);
+        fs::write(&case.files()[1], "nothing").unwrap();
+        assert_eq!(case.load(13), Some(code(12)));
+    }
+
+    #[test]
+    fn a_folder_keeps_what_was_stored_last() {
+        let mut case = Case::new(&[]);
+        let entry_bytes = (HEADER_LEN + code(13).cubin.len()) as u64;
+        case.cache.max_bytes = 2 * entry_bytes;
+        let programs = [1, 2, 3].map(|factor| Program::new(Source::Probe, &[("FACTOR", factor)]));
+        for (age, program) in programs.iter().enumerate() {
+            case.store(program, &code(13));
+            // Files written within one tick of the clock have no order.
+            let modified = SystemTime::UNIX_EPOCH + std::time::Duration::from_secs(age as u64);
+            for path in case.files() {
+                if path.to_str().unwrap().contains(&program.stem(case.architecture)) {
+                    fs::File::options().append(true).open(path).unwrap().set_modified(modified).unwrap();
+                }
+            }
+        }
+        let kept = programs.each_ref().map(|program| case.cache.has(program, case.architecture, 13));
+        assert_eq!(kept, [false, true, true]);
+        case.cache.max_bytes = 1;
+        case.store(&case.program, &code(13));
+        assert_eq!(case.files().len(), 1, "the entry that was just stored stays");
+    }
+
+    #[test]
+    fn a_folder_that_cannot_be_written_is_an_error_that_names_it() {
+        let case = Case::new(&[]);
+        let file = case.folder.path().join("file");
+        fs::write(&file, "").unwrap();
+        let cache = KernelCache::new(Some(file.join("cache")));
+        let error = cache.store(&case.program, case.architecture, &code(13)).unwrap_err().to_string();
+        assert!(error.contains("file/cache"), "{error}");
+        assert_eq!(cache.load(&case.program, case.architecture, 13), None);
+    }
+
+    #[test]
+    fn without_a_folder_nothing_is_kept() {
+        let case = Case::new(&[]);
+        let cache = KernelCache::new(None);
+        cache.store(&case.program, case.architecture, &code(13)).unwrap();
+        assert_eq!(cache.load(&case.program, case.architecture, 13), None);
+    }
 }

@@ -24,12 +24,21 @@ pub struct CompilerVersion {
     pub minor: u32,
 }
 
-/// Machine code.
+/// Machine code of a program for one architecture.
+#[derive(Clone, PartialEq, Eq)]
+pub struct MachineCode {
+    /// An ELF file.
+    pub cubin: Vec<u8>,
+    /// What compiled it.
+    pub compiler: CompilerVersion,
+}
+
+/// A program that was compiled.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Compiled {
-    /// The code, an ELF file of one architecture.
-    pub cubin: Vec<u8>,
-    /// What the compiler and the assembler said.
+    /// The result.
+    pub code: MachineCode,
+    /// What the compiler and the assembler said; see [`Resources`](super::Resources).
     pub log: String,
 }
 
@@ -51,7 +60,7 @@ pub fn compiler_version() -> Result<CompilerVersion, CudaError> {
 /// # Errors
 /// No compiler, or an error in the source: then the compiler's log is in it.
 pub fn compile(program: &Program, architecture: Architecture) -> Result<Compiled, CudaError> {
-    Library::Nvrtc.find()?;
+    let compiler = compiler_version()?;
     let handle = Handle::new(program)?;
     let mut options = program.options(architecture);
     options.push(VERBOSE.into());
@@ -59,7 +68,7 @@ pub fn compile(program: &Program, architecture: Architecture) -> Result<Compiled
     let compiled = unsafe { result::compile_program(handle.program, &options) };
     let log = handle.log()?;
     match compiled {
-        Ok(()) => Ok(Compiled { cubin: handle.cubin()?, log }),
+        Ok(()) => Ok(Compiled { code: MachineCode { cubin: handle.cubin()?, compiler }, log }),
         Err(NvrtcError(sys::nvrtcResult::NVRTC_ERROR_COMPILATION)) => {
             Err(CudaError::Compile { program: program.clone(), architecture, log })
         }
@@ -126,5 +135,11 @@ impl Drop for Handle {
 impl fmt::Display for CompilerVersion {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}.{}", self.major, self.minor)
+    }
+}
+
+impl fmt::Debug for MachineCode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "MachineCode({} bytes by NVRTC {})", self.cubin.len(), self.compiler)
     }
 }

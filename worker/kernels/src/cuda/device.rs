@@ -179,6 +179,14 @@ impl Device {
         Ok(Kernel::new(self.clone(), self.0.kernels.get(program, name)?))
     }
 
+    /// Makes sure that kernels can be had: every program's code is in the cache, or there is a compiler.
+    ///
+    /// # Errors
+    /// There is no compiler, and it is needed.
+    pub fn check_kernels(&self) -> Result<(), CudaError> {
+        self.0.kernels.check()
+    }
+
     /// Waits until all work that was queued is done, and reports what went wrong in it.
     ///
     /// # Errors

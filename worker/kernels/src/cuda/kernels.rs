@@ -4,7 +4,10 @@ use std::{
     collections::HashMap,
     ffi::{CString, c_void},
     fmt, ptr,
-    sync::{Mutex, PoisonError},
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
 use bytemuck::Pod;
@@ -12,11 +15,11 @@ use cudarc::driver::{
     result,
     sys::{CUfunction, CUfunction_attribute as Attribute, CUmodule},
 };
+use tracing::warn;
 
 use super::{
-    Architecture, Buffer, CudaError, Device, KernelCache, Program,
-    cache::Entry,
-    compiler::{compile, compiler_version},
+    Architecture, Buffer, CudaError, Device, KernelCache, MachineCode, Program, Variant, compile, compiler_version,
+    variants,
 };
 
 /// More arguments than any kernel of ours takes.
@@ -50,6 +53,8 @@ pub(super) struct Kernels {
     driver: (u32, u32),
     shared_bytes_per_block: u32,
     cache: KernelCache,
+    /// Whether it was said that the cache cannot be written.
+    complained: AtomicBool,
     /// Held while a program is compiled, so that no two threads compile the same.
     loaded: Mutex<HashMap<Program, Loaded>>,
 }
@@ -133,7 +138,14 @@ impl Kernels {
         shared_bytes_per_block: u32,
         cache: KernelCache,
     ) -> Self {
-        Self { architecture, driver, shared_bytes_per_block, cache, loaded: Mutex::default() }
+        Self {
+            architecture,
+            driver,
+            shared_bytes_per_block,
+            cache,
+            complained: AtomicBool::new(false),
+            loaded: Mutex::default(),
+        }
     }
 
     pub(super) fn architecture(&self) -> Architecture {
@@ -175,7 +187,7 @@ impl Kernels {
     }
 
     fn load(&self, program: &Program) -> Result<CUmodule, CudaError> {
-        let Entry { cubin, compiler } = self.code(program)?;
+        let MachineCode { cubin, compiler } = self.code(program)?;
         // SAFETY: the code is a compiler's, whole by its checksum, and the driver has read it when it returns.
         unsafe { result::module::load_data(cubin.as_ptr().cast()) }.map_err(|error| CudaError::Load {
             program: program.clone(),
@@ -185,14 +197,23 @@ impl Kernels {
         })
     }
 
-    fn code(&self, program: &Program) -> Result<Entry, CudaError> {
-        let stem = program.stem(self.architecture);
-        if let Some(entry) = self.cache.load(&stem, self.driver.0) {
-            return Ok(entry);
+    fn code(&self, program: &Program) -> Result<MachineCode, CudaError> {
+        if let Some(code) = self.cache.load(program, self.architecture, self.driver.0) {
+            return Ok(code);
         }
-        let entry = Entry { compiler: compiler_version()?, cubin: compile(program, self.architecture)?.cubin };
-        self.cache.store(&stem, &entry);
-        Ok(entry)
+        let code = compile(program, self.architecture)?.code;
+        if let Err(error) = self.cache.store(program, self.architecture, &code)
+            && !self.complained.swap(true, Ordering::Relaxed)
+        {
+            warn!("{error}: kernels are compiled at each start (engine.kernel_cache names another folder)");
+        }
+        Ok(code)
+    }
+
+    /// Whether every program's code is in the cache, or else a compiler is there.
+    pub(super) fn check(&self) -> Result<(), CudaError> {
+        let cached = |variant: &Variant| self.cache.has(&variant.program, self.architecture, self.driver.0);
+        if variants().iter().all(cached) { Ok(()) } else { compiler_version().map(|_| ()) }
     }
 
     /// Unloads everything. No [`Kernel`] is left by then: each holds its device.
