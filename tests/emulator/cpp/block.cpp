@@ -112,7 +112,7 @@ struct ScheduledWarp : Warp {
 
 ScheduledWarp& warp_of(Thread* thread) { return static_cast<ScheduledWarp&>(*thread->warp); }
 
-// The block that an OS thread is running, with the stacks and the shared memory that it needs; kept from launch to launch.
+// A block that an OS thread is running, with the stacks and the dynamic shared memory that it needs.
 struct Block {
     Block();
 
@@ -177,7 +177,8 @@ bool meet(Thread* self, const char* operation, unsigned mask) {
     // All who meet are the same pairwise, if each is the same as one who came before.
     if (unsigned others = warp.meeting & mask) {
         unsigned other = __builtin_ctz(others);
-        if (strcmp(warp.operations[other], operation) != 0 || warp.masks[other] != mask) {
+        bool same = warp.operations[other] == operation || strcmp(warp.operations[other], operation) == 0;
+        if (!same || warp.masks[other] != mask) {
             fail(self, (std::string(operation) + " meets " + warp.operations[other] + " of another lane").c_str());
         }
     }
@@ -327,8 +328,30 @@ struct Job {
     unsigned n_helpers = 0;  // under the mutex of the pool
 };
 
+// Blocks at rest. A thousand stacks with their guard pages are too dear to make for every launch, and there may be more
+// OS threads in the process than run blocks at a time.
+class BlockPool {
+  public:
+    Block* take() {
+        std::lock_guard lock(mutex_);
+        if (blocks_.empty()) return new Block;
+        Block* block = blocks_.back();
+        blocks_.pop_back();
+        return block;
+    }
+    void give_back(Block* block) {
+        std::lock_guard lock(mutex_);
+        blocks_.push_back(block);
+    }
+
+  private:
+    std::mutex mutex_;
+    std::vector<Block*> blocks_;
+};
+
 void run_blocks(Job& job) {
-    thread_local Block* block = new Block;  // for good: it ends with the process
+    static BlockPool* pool = new BlockPool;  // never destroyed: OS threads may run until the process ends
+    Block* block = pool->take();
     running_block = block;
     const Dim3& grid = job.launch->grid;
     for (unsigned i; (i = job.next.fetch_add(1)) < job.n_blocks;) {
@@ -336,6 +359,7 @@ void run_blocks(Job& job) {
         block->run(*job.launch, {b % grid.x, b / grid.x % grid.y, b / (grid.x * grid.y)}, Random(job.seed + b));
     }
     running_block = nullptr;
+    pool->give_back(block);
 }
 
 // OS threads that help whoever runs a launch. They are never joined: the process may exit at any time.

@@ -22,7 +22,7 @@ unsigned long long read(const char* name, unsigned long long otherwise) {
 
 const Environment& environment() {
     static const Environment read_once = {
-        static_cast<int>(read("LOCKSTEP_EMULATOR_DEVICES", 1)),
+        static_cast<int>(read("LOCKSTEP_EMULATOR_DEVICES", 8)),
         static_cast<int>(read("LOCKSTEP_EMULATOR_ARCH", 90)),
         read("LOCKSTEP_EMULATOR_MEMORY", 8ull << 30),
         static_cast<unsigned>(read("LOCKSTEP_EMULATOR_THREADS", 2)),

@@ -6,7 +6,7 @@
 namespace emulator {
 
 struct Environment {
-    int n_devices;                  // LOCKSTEP_EMULATOR_DEVICES, 1
+    int n_devices;                  // LOCKSTEP_EMULATOR_DEVICES, 8
     int architecture;               // LOCKSTEP_EMULATOR_ARCH, 90: compute capability 9.0
     size_t memory_bytes;            // LOCKSTEP_EMULATOR_MEMORY, 8 GiB: of each device; an allocation beyond it fails
     unsigned n_threads;             // LOCKSTEP_EMULATOR_THREADS, 2: OS threads that run blocks

@@ -236,6 +236,8 @@ nvrtcResult compile(Program& program, const Options& options) {
         "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fno-strict-aliasing",
         // What is uninitialized has a definite, strange value.
         "-ftrivial-auto-var-init=pattern",
+        // A GPU faults on what is misaligned, too; the others it only gets wrong.
+        "-fsanitize=alignment,bounds,shift-exponent", "-fsanitize-undefined-trap-on-error",
         // Two variants of one source have functions of the same names: each calls its own.
         "-fno-gnu-unique", "-Wl,-Bsymbolic",
         "-fno-exceptions", "-fno-rtti", "-w", "kernels.ii", "-lm"};

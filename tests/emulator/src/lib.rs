@@ -17,7 +17,7 @@ use std::hash::{Hash, Hasher};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::OnceLock;
+use std::sync::{Mutex, OnceLock, PoisonError};
 
 use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
 
@@ -97,10 +97,11 @@ const FILES: &[(&str, &str)] = files![
     "stream.h",
 ];
 
-const FLAGS: &[&str] = &["-std=c++17", "-O2", "-march=x86-64-v3", "-fPIC", "-shared", "-fvisibility=hidden", "-pthread"];
+const FLAGS: &[&str] =
+    &["-std=c++17", "-O2", "-march=x86-64-v3", "-fPIC", "-shared", "-fvisibility=hidden", "-pthread"];
 
 /// Builds the libraries unless they have been built, and returns their folder: for the `LD_LIBRARY_PATH` of a child
-/// process. Several processes may call this at once.
+/// process. Any number of threads and processes may call this at once.
 ///
 /// # Errors
 ///
@@ -109,6 +110,8 @@ pub fn build() -> Result<PathBuf, EmulatorError> {
     if !(is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c")) {
         return Err(EmulatorError::Processor);
     }
+    static BUILDING: Mutex<()> = Mutex::new(());
+    let _one_thread = BUILDING.lock().unwrap_or_else(PoisonError::into_inner);
     let version = version();
     let home = target_folder().join("emulator");
     let folder = home.join(&version);
