@@ -15,7 +15,7 @@ use lockstep_tests::{
     ranks::{Ranks, perplexity},
     tiny_model::{self, Container, TinyModel, quantize},
 };
-use lockstep_worker::{model::config::ModelConfig, model_runner::BackendChoice};
+use lockstep_worker::{device::Device, model::config::ModelConfig};
 use serde::Deserialize;
 
 /// What matrices get whose rows are no whole number of blocks: the demo model's rows of 576 in the K-quants.
@@ -49,11 +49,11 @@ fn main() -> Result<()> {
             }
         };
         let windows = || text.ids.chunks_exact(text.window).take(n_windows);
-        let measure = |backend| -> Result<f64> {
-            let mut ranks = Ranks::load(&path, backend, KvEncoding::F16, 1, 2, 1024)?;
+        let measure = |device| -> Result<f64> {
+            let mut ranks = Ranks::load(&path, device, KvEncoding::F16, 1, 2, 1024)?;
             Ok(perplexity(&ranks.logprobs(windows())?))
         };
-        let (reference, cpu) = (measure(BackendChoice::Reference)?, measure(BackendChoice::Cpu)?);
+        let (reference, cpu) = (measure(&Device::Reference)?, measure(&Device::Cpu)?);
         println!("{:<8} {reference:>10.4} {cpu:>10.4} {:>10.5}", encoding.to_string(), cpu / reference);
     }
     Ok(())

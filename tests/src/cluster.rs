@@ -44,6 +44,7 @@ pub struct ClusterBuilder {
     world_size: usize,
     replicas: usize,
     transport: &'static str,
+    device: &'static str,
     worker_args: Vec<String>,
     gateway_args: Vec<String>,
 }
@@ -78,6 +79,7 @@ impl Cluster {
             world_size: 1,
             replicas: 1,
             transport: "shm",
+            device: "cpu",
             worker_args: Vec::new(),
             gateway_args: Vec::new(),
         }
@@ -165,6 +167,14 @@ impl ClusterBuilder {
         self
     }
 
+    /// What the workers compute on, as `engine.device` has it. `cpu` unless it is said: a test means the same whatever
+    /// the machine.
+    #[must_use]
+    pub fn device(mut self, device: &'static str) -> Self {
+        self.device = device;
+        self
+    }
+
     /// A further flag for every worker.
     #[must_use]
     pub fn worker_arg(mut self, arg: impl Into<String>) -> Self {
@@ -216,6 +226,7 @@ impl ClusterBuilder {
             ("--group.rank", rank.to_string()),
             ("--group.world-size", self.world_size.to_string()),
             ("--group.transport", self.transport.into()),
+            ("--engine.device", self.device.into()),
             ("--engine.threads", "1".into()),
         ]
         .into_iter()

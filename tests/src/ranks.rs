@@ -6,9 +6,10 @@ use anyhow::Result;
 use lockstep_checkpoint::Checkpoint;
 use lockstep_kernels::KvEncoding;
 use lockstep_worker::{
+    device::Device,
     local_group::LocalGroup,
     model::load::Source,
-    model_runner::{self, BackendChoice, RunnerSettings},
+    model_runner::{self, RunnerSettings},
     scheduler::plan::{BlockId, LogitsRows, SeqId, SequenceStep, StepPlan},
 };
 
@@ -31,7 +32,7 @@ impl Ranks {
     /// A model that cannot be loaded.
     pub fn load(
         model: &Path,
-        backend: BackendChoice,
+        device: &Device,
         kv_encoding: KvEncoding,
         world_size: usize,
         threads: usize,
@@ -44,7 +45,7 @@ impl Ranks {
             let source = Source::open(Arc::clone(&checkpoint), rank, world_size)?;
             vocab_size = source.config().vocab_size;
             let settings = RunnerSettings {
-                backend,
+                device: device.clone(),
                 threads,
                 n_blocks: n_tokens.div_ceil(BLOCK_SIZE),
                 block_size: BLOCK_SIZE,

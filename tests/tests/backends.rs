@@ -13,18 +13,18 @@ use lockstep_tests::{
     ranks::Ranks,
     tiny_model::{Container, TinyModel},
 };
-use lockstep_worker::model_runner::BackendChoice;
+use lockstep_worker::device::Device;
 
 const PROMPT: [u32; 24] =
     [5, 17, 301, 44, 9, 260, 3, 77, 128, 255, 64, 31, 8, 190, 222, 101, 12, 13, 14, 350, 2, 99, 140, 7];
 
 /// Root mean square of the difference between a backend's logits and the oracle's.
-fn difference(model: &TinyModel, backend: BackendChoice, kv_encoding: KvEncoding) -> f64 {
+fn difference(model: &TinyModel, device: &Device, kv_encoding: KvEncoding) -> f64 {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let path = folder.path().join("model");
     model.write(&path).expect("the model is written");
     let wanted = oracle::logits(&Checkpoint::open(&path).expect("it opens"), &PROMPT).expect("the oracle runs");
-    let mut ranks = Ranks::load(&path, backend, kv_encoding, 1, 1, 64).expect("the model loads");
+    let mut ranks = Ranks::load(&path, device, kv_encoding, 1, 1, 64).expect("the model loads");
     let got = ranks.logits(&PROMPT, 16).expect("the model runs");
     let squares = wanted.iter().flatten().zip(&got).map(|(wanted, got)| (wanted - f64::from(*got)).powi(2));
     (squares.sum::<f64>() / got.len() as f64).sqrt()
@@ -34,7 +34,7 @@ fn difference(model: &TinyModel, backend: BackendChoice, kv_encoding: KvEncoding
 fn the_reference_backend_computes_what_the_oracle_computes_in_every_encoding() {
     for encoding in Encoding::ALL {
         let model = TinyModel { encoding, ..TinyModel::default() }.in_fitting_container();
-        let off = difference(&model, BackendChoice::Reference, KvEncoding::F16);
+        let off = difference(&model, &Device::Reference, KvEncoding::F16);
         println!("{encoding}: {off:.2e}");
         assert!(off < 1e-4, "{encoding} is off by {off}");
     }
@@ -44,7 +44,7 @@ fn the_reference_backend_computes_what_the_oracle_computes_in_every_encoding() {
 fn the_cpu_backend_is_within_its_rounding_in_every_encoding() {
     for encoding in Encoding::ALL {
         let model = TinyModel { encoding, ..TinyModel::default() }.in_fitting_container();
-        let off = difference(&model, BackendChoice::Cpu, KvEncoding::F16);
+        let off = difference(&model, &Device::Cpu, KvEncoding::F16);
         println!("{encoding}: {off:.2e}");
         assert!(off < 0.1, "{encoding} is off by {off}");
     }
@@ -67,15 +67,15 @@ fn odd_shapes_are_computed_alike() {
         TinyModel { container: Container::Folder, n_heads: 6, n_kv_heads: 2, tied: true, ..float_embedding() },
     ];
     for model in shapes {
-        for (backend, kv_encoding, limit) in [
-            (BackendChoice::Reference, KvEncoding::F16, 1e-4),
-            (BackendChoice::Reference, KvEncoding::Int8, 0.1),
-            (BackendChoice::Cpu, KvEncoding::F16, 0.1),
-            (BackendChoice::Cpu, KvEncoding::Int8, 0.1),
+        for (device, kv_encoding, limit) in [
+            (&Device::Reference, KvEncoding::F16, 1e-4),
+            (&Device::Reference, KvEncoding::Int8, 0.1),
+            (&Device::Cpu, KvEncoding::F16, 0.1),
+            (&Device::Cpu, KvEncoding::Int8, 0.1),
         ] {
-            let off = difference(&model, backend, kv_encoding);
-            println!("{backend:?}, {kv_encoding:?}: {off:.2e}");
-            assert!(off < limit, "{backend:?}, {kv_encoding:?} is off by {off} on {model:?}");
+            let off = difference(&model, device, kv_encoding);
+            println!("{device}, {kv_encoding:?}: {off:.2e}");
+            assert!(off < limit, "{device}, {kv_encoding:?} is off by {off} on {model:?}");
         }
     }
 }

@@ -10,7 +10,7 @@ use lockstep_tests::{
     cluster::demo_model,
     ranks::{Ranks, argmax, logprob},
 };
-use lockstep_worker::model_runner::BackendChoice;
+use lockstep_worker::device;
 
 /// "The capital of France is" in the demo model's ids, and two that are just ids.
 const PROMPTS: [&[u32]; 3] =
@@ -31,7 +31,7 @@ fn log_probabilities_agree_with_candles_own_quantized_llama() {
     let mut file = std::fs::File::open(&path).expect("the demo model is there: run `make fetch` first");
     let content = gguf_file::Content::read(&mut file).expect("candle reads it");
     let mut candle = ModelWeights::from_gguf(content, &mut file, &Device::Cpu).expect("candle loads it");
-    let mut ranks = Ranks::load(&path, BackendChoice::Cpu, KvEncoding::F16, 1, 2, 64).expect("it loads");
+    let mut ranks = Ranks::load(&path, &device::Device::Cpu, KvEncoding::F16, 1, 2, 64).expect("it loads");
     let mut differences = Vec::new();
     for prompt in PROMPTS {
         let mut ids = prompt.to_vec();

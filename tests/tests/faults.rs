@@ -22,6 +22,7 @@ use lockstep_proto::{
 use lockstep_tests::cluster::{Cluster, Process, demo_model};
 use lockstep_worker::{
     config::EngineSettings,
+    device::Device,
     group::{FollowerGroup, GroupConfig},
     model::{llama::LogitsRoom, load::Source},
     model_runner::{self, warm_up},
@@ -171,7 +172,8 @@ impl StandIn {
         std::thread::spawn(move || -> Result<()> {
             let checkpoint = Arc::new(Checkpoint::open(&demo_model())?);
             let source = Source::open(Arc::clone(&checkpoint), 1, 2)?;
-            let settings = EngineSettings { threads: 1, ..EngineSettings::default() }.runner(source.config());
+            let settings =
+                EngineSettings { threads: 1, ..EngineSettings::default() }.runner(source.config(), Device::Cpu);
             let mut runner = model_runner::build(&source, &settings)?;
             let digest: String = checkpoint.digest().iter().map(|byte| format!("{byte:02x}")).collect();
             let config = GroupConfig { rank: 1, world_size: 2, leader: Some(leader), ..GroupConfig::default() };

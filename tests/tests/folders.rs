@@ -11,7 +11,7 @@ use lockstep_tests::{
     ranks::Ranks,
     tiny_model::{Container, TinyModel},
 };
-use lockstep_worker::{model::load::Source, model_runner::BackendChoice};
+use lockstep_worker::{device::Device, model::load::Source};
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
@@ -162,7 +162,7 @@ fn a_shape_that_settings_contradict_names_the_folders_own() -> Result<()> {
     let config = std::fs::read_to_string(path.join("config.json"))?;
     let other = config.replacen("\"intermediate_size\":512", "\"intermediate_size\":256", 1);
     std::fs::write(path.join("config.json"), other)?;
-    let loaded = Ranks::load(&path, BackendChoice::Reference, KvEncoding::F16, 1, 1, 64);
+    let loaded = Ranks::load(&path, &Device::Reference, KvEncoding::F16, 1, 1, 64);
     let error = format!("{:#}", loaded.err().context("refused")?);
     let why = "mlp.gate_proj.weight: its shape [512, 256] is not [256, 256], which config.json asks for";
     assert!(error.contains(why), "{error}");

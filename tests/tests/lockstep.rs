@@ -14,7 +14,7 @@ use lockstep_tests::{
     tiny_model::{Container, TinyModel},
 };
 use lockstep_worker::{
-    model_runner::BackendChoice,
+    device::Device,
     scheduler::{
         NewSequence, Sampled, Scheduler, SchedulerConfig,
         plan::{LogitsRows, SeqId, SequenceStep},
@@ -85,7 +85,7 @@ struct Continuation {
 /// Ranks of a model and how they are loaded.
 fn load(model: &Path, condition: Condition) -> Ranks {
     let Condition { kv_encoding, world_size, threads, .. } = condition;
-    Ranks::load(model, BackendChoice::Cpu, kv_encoding, world_size, threads, N_TOKENS).expect("the model loads")
+    Ranks::load(model, &Device::Cpu, kv_encoding, world_size, threads, N_TOKENS).expect("the model loads")
 }
 
 /// A scheduler for the ranks.

@@ -13,7 +13,7 @@ use lockstep_tests::{
     cluster::{demo_model, repository},
     ranks::{Ranks, argmax, logprob, perplexity},
 };
-use lockstep_worker::model_runner::BackendChoice;
+use lockstep_worker::device::Device;
 use serde::{Deserialize, de::DeserializeOwned};
 
 #[derive(Deserialize)]
@@ -49,13 +49,13 @@ fn read<T: DeserializeOwned>(name: &str) -> T {
     serde_json::from_str(&text).expect("the reference file is JSON")
 }
 
-fn load(backend: BackendChoice, kv_encoding: KvEncoding) -> Ranks {
-    Ranks::load(&demo_model(), backend, kv_encoding, 1, 2, 1024).expect("the demo model loads: run `make fetch` first")
+fn load(device: &Device, kv_encoding: KvEncoding) -> Ranks {
+    Ranks::load(&demo_model(), device, kv_encoding, 1, 2, 1024).expect("the demo model loads: run `make fetch` first")
 }
 
 /// Forces the reference's ids and compares log-probabilities at each, and the choice wherever it was clear.
-fn check(backend: BackendChoice, n_prompts: usize, tolerance: &Tolerance) {
-    let mut ranks = load(backend, KvEncoding::F16);
+fn check(device: &Device, n_prompts: usize, tolerance: &Tolerance) {
+    let mut ranks = load(device, KvEncoding::F16);
     let reference: Reference = read("smollm2_reference.json");
     assert!(reference.prompts.len() >= 20);
     let mut differences = Vec::new();
@@ -76,25 +76,25 @@ fn check(backend: BackendChoice, n_prompts: usize, tolerance: &Tolerance) {
     }
     let mean = differences.iter().sum::<f64>() / differences.len() as f64;
     let max = differences.iter().fold(0.0, |max: f64, difference| max.max(*difference));
-    println!("{backend:?}: {} tokens, off by {mean:.6} on average, by {max:.6} at most", differences.len());
+    println!("{device}: {} tokens, off by {mean:.6} on average, by {max:.6} at most", differences.len());
     assert!(mean <= tolerance.mean, "off by {mean} on average");
 }
 
 #[test]
 fn the_cpu_backend_agrees_within_the_rounding_of_its_activations() {
-    check(BackendChoice::Cpu, usize::MAX, &Tolerance { max: 0.92, mean: 0.056 });
+    check(&Device::Cpu, usize::MAX, &Tolerance { max: 0.92, mean: 0.056 });
 }
 
 #[test]
 fn the_reference_backend_agrees_within_the_rounding_of_float32() {
-    check(BackendChoice::Reference, 4, &Tolerance { max: 1e-3, mean: 1e-4 });
+    check(&Device::Reference, 4, &Tolerance { max: 1e-3, mean: 1e-4 });
 }
 
 #[test]
 fn perplexity_is_within_half_a_percent() {
     let reference: Perplexity = read("perplexity.json");
     assert!(reference.ids.len() >= 4_000);
-    let mut ranks = load(BackendChoice::Cpu, KvEncoding::F16);
+    let mut ranks = load(&Device::Cpu, KvEncoding::F16);
     let logprobs = ranks.logprobs(reference.ids.chunks_exact(reference.window)).expect("the model runs");
     let perplexity = perplexity(&logprobs);
     let ratio = perplexity / reference.perplexity;
@@ -103,18 +103,18 @@ fn perplexity_is_within_half_a_percent() {
 }
 
 /// Compares keys and values in 8 bits with f16 on windows of the text.
-fn check_int8(backend: BackendChoice, window: usize, n_windows: usize, tolerance: &Tolerance) {
+fn check_int8(device: &Device, window: usize, n_windows: usize, tolerance: &Tolerance) {
     let text: Perplexity = read("perplexity.json");
     let [f16, int8] = KvEncoding::ALL.map(|encoding| {
         let windows = text.ids.chunks_exact(window).take(n_windows);
-        load(backend, encoding).logprobs(windows).expect("the model runs")
+        load(device, encoding).logprobs(windows).expect("the model runs")
     });
     let differences = f16.iter().zip(&int8).map(|(f16, int8)| (f16 - int8).abs());
     let mean = differences.clone().sum::<f64>() / f16.len() as f64;
     let max = differences.fold(0.0, f64::max);
     let (before, after) = (perplexity(&f16), perplexity(&int8));
     println!(
-        "{backend:?}, int8 beside f16: {} tokens, off by {mean:.4} on average, by {max:.4} at most; \
+        "{device}, int8 beside f16: {} tokens, off by {mean:.4} on average, by {max:.4} at most; \
          perplexity {after:.4} beside {before:.4}",
         f16.len()
     );
@@ -126,12 +126,12 @@ fn check_int8(backend: BackendChoice, window: usize, n_windows: usize, tolerance
 /// What 8 bits do by themselves.
 #[test]
 fn keys_and_values_in_8_bits_move_the_reference_backend_a_little() {
-    check_int8(BackendChoice::Reference, 128, 3, &Tolerance { max: 0.6, mean: 0.05 });
+    check_int8(&Device::Reference, 128, 3, &Tolerance { max: 0.6, mean: 0.05 });
 }
 
 /// Any change, however small, makes activations fall to other steps of their own 8 bits: that alone moves a token by
 /// 0.06 on average.
 #[test]
 fn keys_and_values_in_8_bits_move_the_cpu_backend_hardly_more_than_its_activations_do() {
-    check_int8(BackendChoice::Cpu, 512, usize::MAX, &Tolerance { max: 0.92, mean: 0.09 });
+    check_int8(&Device::Cpu, 512, usize::MAX, &Tolerance { max: 0.92, mean: 0.09 });
 }

@@ -15,9 +15,11 @@ use serde::{
 };
 
 use crate::{
+    config::default_kernel_cache,
+    device::{DeviceChoice, DeviceSettings},
     local_group::LocalGroup,
     model::{load::Source, ops::profiled::Profile},
-    model_runner::{self, BackendChoice, RunStep, RunnerSettings},
+    model_runner::{self, RunStep, RunnerSettings},
     sampler::{Sampler, SamplingParams},
     scheduler::{
         NewSequence, Sampled, Scheduler, SchedulerConfig,
@@ -58,9 +60,12 @@ pub struct EngineBench {
     /// Times that the measurement is repeated; medians are printed
     #[arg(long, default_value_t = 3)]
     repeat: usize,
-    /// cpu or reference
-    #[arg(long, default_value = "cpu", value_parser = parse::<BackendChoice>)]
-    backend: BackendChoice,
+    /// What computes: auto, cuda, cpu or reference
+    #[arg(long, default_value = "auto", value_parser = parse::<DeviceChoice>)]
+    device: DeviceChoice,
+    /// Number of the GPU; by default each rank's modulo the number of GPUs
+    #[arg(long)]
+    gpu: Option<usize>,
     /// How keys and values are stored: f16 or int8
     #[arg(long, default_value = "f16", value_parser = parse::<KvEncoding>)]
     kv_cache_encoding: KvEncoding,
@@ -81,7 +86,7 @@ fn parse<T: DeserializeOwned>(text: &str) -> Result<T, serde::de::value::Error> 
 #[derive(Debug, Serialize)]
 struct Report {
     model: String,
-    backend: BackendChoice,
+    device: String,
     kv_cache_encoding: KvEncoding,
     world_size: usize,
     threads: usize,
@@ -115,7 +120,7 @@ impl EngineBench {
         );
         let start = Instant::now();
         let profile = Profile::default();
-        let mut group = self.load(&profile)?;
+        let (mut group, device) = self.load(&profile)?;
         let load = start.elapsed();
         let progress = ProgressBar::new((self.repeat * self.batch * self.generate) as u64);
         let mut runs = Vec::new();
@@ -134,7 +139,7 @@ impl EngineBench {
         let [prefill_profile, decode_profile] = profiles;
         self.print(&Report {
             model: self.model.display().to_string(),
-            backend: self.backend,
+            device,
             kv_cache_encoding: self.kv_cache_encoding,
             world_size: self.world_size,
             threads: self.threads,
@@ -154,29 +159,38 @@ impl EngineBench {
         self.batch * (self.prompt + self.generate).div_ceil(BLOCK_SIZE)
     }
 
-    fn load(&self, profile: &Profile) -> Result<(LocalGroup, usize)> {
+    /// The ranks and the vocabulary's size, and what rank 0 computes on.
+    fn load(&self, profile: &Profile) -> Result<((LocalGroup, usize), String)> {
         let checkpoint = Arc::new(Checkpoint::open(&self.model)?);
-        let settings = RunnerSettings {
-            backend: self.backend,
-            threads: self.threads / self.world_size,
+        let threads = self.threads / self.world_size;
+        let device = |rank| {
+            let (choice, gpu, kernel_cache) = (self.device, self.gpu, default_kernel_cache());
+            DeviceSettings { choice, gpu, rank, kernel_cache, threads }.open()
+        };
+        let settings = |device| RunnerSettings {
+            device,
+            threads,
             n_blocks: self.n_blocks(),
             block_size: BLOCK_SIZE,
             kv_encoding: self.kv_cache_encoding,
             context_length: self.prompt + self.generate,
         };
         let mut vocab_size = 0;
+        let mut devices = Vec::new();
         let mut runners: Vec<Box<dyn RunStep>> = Vec::new();
         for rank in 0..self.world_size {
             let source = Source::open(Arc::clone(&checkpoint), rank, self.world_size)
                 .with_context(|| self.model.display().to_string())?;
             vocab_size = source.config().vocab_size;
+            let settings = settings(device(rank).context("--device cuda")?);
+            devices.push(settings.device.to_string());
             let is_profiled = self.profile && rank == 0;
             runners.push(match is_profiled {
                 true => model_runner::build_profiled(&source, &settings, profile.clone())?,
                 false => model_runner::build(&source, &settings)?,
             });
         }
-        Ok((LocalGroup::start(runners)?, vocab_size))
+        Ok(((LocalGroup::start(runners)?, vocab_size), devices.swap_remove(0)))
     }
 
     /// One run: every prompt, then every token, greedily.
@@ -253,8 +267,8 @@ impl EngineBench {
         }
         println!("model     {}", report.model);
         println!(
-            "setting   {:?} backend, {:?} KV cache, world size {}, {} threads, batch {}, {} + {} tokens, median of {}",
-            report.backend,
+            "setting   {}, {:?} KV cache, world size {}, {} threads, batch {}, {} + {} tokens, median of {}",
+            report.device,
             report.kv_cache_encoding,
             report.world_size,
             report.threads,

@@ -14,9 +14,10 @@ use lockstep_proto::{
 use serde::{Deserialize, Serialize};
 
 use crate::{
+    device::{Device, DeviceChoice, DeviceSettings},
     group::{self, GroupConfig},
     model::config::ModelConfig,
-    model_runner::{BackendChoice, RunnerSettings},
+    model_runner::RunnerSettings,
     scheduler::{SchedulerConfig, speculation::Speculation},
 };
 
@@ -58,8 +59,12 @@ pub struct ModelSettings {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct EngineSettings {
-    /// Which backend computes.
-    pub backend: BackendChoice,
+    /// What computes.
+    pub device: DeviceChoice,
+    /// Number of the GPU; `None`: the rank, modulo the number of GPUs.
+    pub gpu: Option<usize>,
+    /// Where compiled kernels are kept; `None`: `lockstep/kernels` in the user's cache folder.
+    pub kernel_cache: Option<PathBuf>,
     /// Threads that compute; 0: one for each core.
     pub threads: usize,
     /// Tokens whose keys and values fit into the cache.
@@ -101,8 +106,21 @@ pub const KEYS: &[Key] = &[
                prompt. What comes is the same.",
     },
     Key {
-        path: "engine.backend",
-        help: "cpu (our own kernels) or reference (candle tensors: plain and slow, for comparison). Default: cpu.",
+        path: "engine.device",
+        help: "auto (a GPU if one can be used, else the CPU; the log says which and why), cuda (a GPU, or an error), cpu, or \
+               reference (candle tensors on the CPU: plain and slow, for comparison). Default: auto. Ranks must come to \
+               the same.",
+    },
+    Key {
+        path: "engine.gpu",
+        help: "Number of the GPU, from 0, among those that CUDA_VISIBLE_DEVICES shows. Default: none, the rank modulo the \
+               number of GPUs.",
+    },
+    Key {
+        path: "engine.kernel_cache",
+        help: "Folder for compiled GPU kernels, at most 256 MiB; only trusted users may write it. Default: none, \
+               lockstep/kernels in $XDG_CACHE_HOME or ~/.cache. Kernels that it lacks are compiled at start, which takes \
+               seconds and libnvrtc; `lockstep-worker kernels` fills it in advance.",
     },
     Key {
         path: "engine.threads",
@@ -181,7 +199,9 @@ impl Default for ModelSettings {
 impl Default for EngineSettings {
     fn default() -> Self {
         Self {
-            backend: BackendChoice::Cpu,
+            device: DeviceChoice::Auto,
+            gpu: None,
+            kernel_cache: None,
             threads: 0,
             kv_cache_tokens: 32_768,
             kv_cache_encoding: KvEncoding::F16,
@@ -257,12 +277,27 @@ impl WorkerConfig {
 }
 
 impl EngineSettings {
-    /// How the runner of `model` is built on this rank.
-    pub fn runner(&self, model: &ModelConfig) -> RunnerSettings {
+    /// Which device `rank` opens.
+    pub fn device(&self, rank: usize) -> DeviceSettings {
+        DeviceSettings {
+            choice: self.device,
+            gpu: self.gpu,
+            rank,
+            kernel_cache: self.kernel_cache.clone().or_else(default_kernel_cache),
+            threads: self.n_threads(),
+        }
+    }
+
+    fn n_threads(&self) -> usize {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        if self.threads == 0 { cores } else { self.threads }
+    }
+
+    /// How the runner of `model` is built on this rank.
+    pub fn runner(&self, model: &ModelConfig, device: Device) -> RunnerSettings {
         RunnerSettings {
-            backend: self.backend,
-            threads: if self.threads == 0 { cores } else { self.threads },
+            device,
+            threads: self.n_threads(),
             n_blocks: self.kv_cache_tokens.div_ceil(self.block_size),
             block_size: self.block_size,
             kv_encoding: self.kv_cache_encoding,
@@ -284,6 +319,13 @@ impl EngineSettings {
             speculation: self.speculation,
         }
     }
+}
+
+/// As the XDG Base Directory Specification (version 0.8) has it; none for a user without a home.
+pub(crate) fn default_kernel_cache() -> Option<PathBuf> {
+    let absolute = |name: &str| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
+    let caches = absolute("XDG_CACHE_HOME").or_else(|| Some(absolute("HOME")?.join(".cache")))?;
+    Some(caches.join("lockstep/kernels"))
 }
 
 #[cfg(test)]

@@ -2,7 +2,7 @@
 
 use std::{fs, thread};
 
-use lockstep_kernels::Cpu;
+use lockstep_kernels::{Cpu, cuda};
 
 /// Prints the findings, one a line: what was looked for, what was found, what follows.
 #[allow(clippy::print_stdout, reason = "the findings are the program's output")]
@@ -15,13 +15,30 @@ pub fn run() {
         Some(mib) => println!("memory        {mib} MiB available for weights and the KV cache"),
         None => println!("memory        not known: this system has no /proc/meminfo"),
     }
-    match fs::read_to_string("/proc/driver/nvidia/version") {
-        Ok(version) => println!("gpu           {}: not used, this version computes on the CPU", first_line(&version)),
-        Err(_) => println!("gpu           no NVIDIA driver: a worker computes on the CPU"),
-    }
+    print_gpus();
     match fs::metadata("/dev/shm") {
         Ok(_) => println!("transport     shm between ranks on this host (/dev/shm is there), tcp between hosts"),
         Err(_) => println!("transport     tcp only: there is no /dev/shm"),
+    }
+}
+
+/// The driver, what it shows, and the compiler: what `engine.device = auto` looks at.
+#[allow(clippy::print_stdout, reason = "the findings are the program's output")]
+fn print_gpus() {
+    match (cuda::driver_version(), cuda::devices()) {
+        (Ok((major, minor)), Ok(devices)) => {
+            println!("gpu driver    runs CUDA up to {major}.{minor} and shows {} GPUs", devices.len());
+            for device in devices {
+                println!("gpu           {device}");
+            }
+        }
+        (Err(error), _) | (_, Err(error)) => println!("gpu           none that can be used: {error}"),
+    }
+    match cuda::compiler_version() {
+        Ok(version) => println!("nvrtc         {version} compiles kernels for GPUs"),
+        Err(error) => {
+            println!("nvrtc         missing, so GPUs run only kernels that are in engine.kernel_cache: {error}")
+        }
     }
 }
 
@@ -46,8 +63,4 @@ fn available_memory_mib() -> Option<u64> {
     let info = fs::read_to_string("/proc/meminfo").ok()?;
     let line = info.lines().find(|line| line.starts_with("MemAvailable:"))?;
     line.split_whitespace().nth(1)?.parse::<u64>().ok().map(|kib| kib / 1024)
-}
-
-fn first_line(text: &str) -> &str {
-    text.lines().next().unwrap_or_default()
 }

@@ -6,7 +6,7 @@
 //!
 //! * [`config`]: what an operator can choose; [`serve`]: how a rank is put together; [`service`], [`request`], [`status`]: what the gateway calls.
 //! * [`engine`]: the step loop; [`scheduler`] decides what a step computes, over the blocks of [`kv`].
-//! * [`model_runner`]: a step plan to logits, through the layers of [`model`]; [`sampler`]: logits to token ids.
+//! * [`device`]: what computes. [`model_runner`]: a step plan to logits, through the layers of [`model`]; [`sampler`]: logits to token ids.
 //! * [`group`]: how ranks find each other, attest, and notice death.
 //! * [`bench`], [`inspect`], [`make_model`], [`doctor`]: the other things that the program does; [`local_group`]: ranks as threads.
 
@@ -14,6 +14,7 @@
 
 pub mod bench;
 pub mod config;
+pub mod device;
 pub mod doctor;
 pub mod engine;
 pub mod group;

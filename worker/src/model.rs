@@ -24,6 +24,8 @@ use std::path::PathBuf;
 use lockstep_checkpoint::CheckpointError;
 use lockstep_collectives::CollectiveError;
 
+use crate::device::DeviceError;
+
 /// Why a model cannot be served.
 #[derive(Debug, thiserror::Error)]
 pub enum LoadError {
@@ -56,6 +58,9 @@ pub enum LoadError {
         /// A difference, in the same order.
         why: String,
     },
+    /// The device cannot be used.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
     /// A kernel refused a weight.
     #[error("tensor {tensor}: {source}")]
     Tensor {

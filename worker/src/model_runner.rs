@@ -6,9 +6,8 @@ use std::collections::HashMap;
 use lockstep_collectives::Collective;
 use lockstep_kernels::{AttentionRow, Cpu, KvEncoding};
 
-use serde::{Deserialize, Serialize};
-
 use crate::{
+    device::{Device, DeviceError},
     model::{
         LoadError, OpError, StepError,
         batch::Batch,
@@ -24,23 +23,12 @@ use crate::{
     scheduler::plan::{BlockId, LogitsRows, SeqId, SequenceStep, StepPlan},
 };
 
-/// Which backend computes.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum BackendChoice {
-    /// Our own CPU kernels.
-    #[default]
-    Cpu,
-    /// candle tensors with eager attention: slow, plain, the standard of tests.
-    Reference,
-}
-
 /// How a runner is built.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct RunnerSettings {
-    /// Which backend computes.
-    pub backend: BackendChoice,
-    /// Threads that compute. Only the `cpu` backend has threads of its own.
+    /// What computes.
+    pub device: Device,
+    /// Threads that compute. Only our CPU kernels have threads of their own.
     pub threads: usize,
     /// Blocks of keys and values.
     pub n_blocks: usize,
@@ -58,9 +46,10 @@ pub struct RunnerSettings {
 /// See [`Source::load`].
 pub fn build(source: &Source, settings: &RunnerSettings) -> Result<Box<dyn RunStep>, LoadError> {
     let shape = source.attention_shape(settings.context_length)?;
-    match settings.backend {
-        BackendChoice::Cpu => build_on(cpu(settings, shape)?, source, settings),
-        BackendChoice::Reference => build_on(reference(shape), source, settings),
+    match settings.device {
+        Device::Cpu => build_on(cpu(settings, shape)?, source, settings),
+        Device::Reference => build_on(reference(shape), source, settings),
+        Device::Cuda(_) => Err(DeviceError::NotBuilt.into()),
     }
 }
 
@@ -74,9 +63,10 @@ pub fn build_profiled(
     profile: Profile,
 ) -> Result<Box<dyn RunStep>, LoadError> {
     let shape = source.attention_shape(settings.context_length)?;
-    match settings.backend {
-        BackendChoice::Cpu => build_on(Profiled::new(cpu(settings, shape)?, profile), source, settings),
-        BackendChoice::Reference => build_on(Profiled::new(reference(shape), profile), source, settings),
+    match settings.device {
+        Device::Cpu => build_on(Profiled::new(cpu(settings, shape)?, profile), source, settings),
+        Device::Reference => build_on(Profiled::new(reference(shape), profile), source, settings),
+        Device::Cuda(_) => Err(DeviceError::NotBuilt.into()),
     }
 }
 

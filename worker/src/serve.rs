@@ -122,7 +122,8 @@ fn load(config: &WorkerConfig) -> Result<Shard> {
     let (rank, world_size) = (config.group.rank, config.group.world_size);
     let source = Source::open(checkpoint, rank, world_size).with_context(|| path.display().to_string())?;
     let draft_source = open_draft_model(config, &source)?;
-    let settings = config.engine.runner(source.config());
+    let device = config.engine.device(rank).open().context("engine.device = cuda")?;
+    let settings = config.engine.runner(source.config(), device);
     let runner = model_runner::build(&source, &settings).with_context(|| path.display().to_string())?;
     let digest = hex(&digest.join().map_err(|_| anyhow!("the digest panicked"))?);
     let vocab_size = source.config().vocab_size;
@@ -130,7 +131,6 @@ fn load(config: &WorkerConfig) -> Result<Shard> {
     Ok(Shard {
         runner,
         draft_model: draft_source.map(|source| load_draft_model(&source, &settings)).transpose()?,
-        settings,
         attestation: attest(&digest, &settings, world_size),
         identity: Identity {
             model: config.model.name.clone(),
@@ -139,6 +139,7 @@ fn load(config: &WorkerConfig) -> Result<Shard> {
             block_size: settings.block_size as u32,
             limits: Limits { vocab_size, context_length: settings.context_length },
         },
+        settings,
     })
 }
 
@@ -158,7 +159,7 @@ fn open_draft_model(config: &WorkerConfig, target: &Source) -> Result<Option<Sou
 fn load_draft_model(source: &Source, target: &RunnerSettings) -> Result<DraftModel> {
     let start = Instant::now();
     let context_length = target.context_length.min(source.config().context_length);
-    let settings = RunnerSettings { context_length, ..*target };
+    let settings = RunnerSettings { context_length, ..target.clone() };
     let path = source.checkpoint().path().display();
     let runner = model_runner::build(source, &settings).with_context(|| format!("model.draft_path: {path}"))?;
     info!(seconds = start.elapsed().as_secs_f64(), "loaded {path} to draft");
@@ -167,8 +168,8 @@ fn load_draft_model(source: &Source, target: &RunnerSettings) -> Result<DraftMod
 
 /// SHA-256 of all that decides a model's logits, whatever group runs it: groups of one digest are replicas.
 fn model_digest(weights_digest: &str, settings: &RunnerSettings) -> String {
-    let RunnerSettings { backend, kv_encoding, .. } = settings;
-    hex(&Sha256::digest(format!("{weights_digest} {backend:?} {kv_encoding:?}")))
+    let RunnerSettings { device, kv_encoding, .. } = settings;
+    hex(&Sha256::digest(format!("{weights_digest} {device} {kv_encoding:?}")))
 }
 
 fn hex(bytes: &[u8]) -> String {
@@ -181,7 +182,7 @@ pub fn attest(digest: &str, settings: &RunnerSettings, world_size: usize) -> Att
         ("weights_digest", digest.to_owned()),
         ("engine_version", VERSION.to_owned()),
         ("world_size", world_size.to_string()),
-        ("backend", format!("{:?}", settings.backend).to_lowercase()),
+        ("device", settings.device.to_string()),
         ("block_size", settings.block_size.to_string()),
         ("kv_cache_encoding", format!("{:?}", settings.kv_encoding).to_lowercase()),
         ("n_blocks", settings.n_blocks.to_string()),
@@ -269,22 +270,25 @@ mod tests {
     use lockstep_kernels::KvEncoding;
 
     use super::*;
-    use crate::model_runner::BackendChoice;
+    use crate::device::Device;
 
     #[test]
     fn a_model_is_what_decides_its_logits() {
         let settings = RunnerSettings {
-            backend: BackendChoice::Cpu,
+            device: Device::Cpu,
             threads: 2,
             n_blocks: 64,
             block_size: 16,
             kv_encoding: KvEncoding::F16,
             context_length: 512,
         };
-        let digest = |settings: RunnerSettings| model_digest("ab12", &settings);
-        assert_eq!(digest(RunnerSettings { threads: 1, n_blocks: 8, block_size: 32, ..settings }), digest(settings));
-        assert_ne!(digest(RunnerSettings { kv_encoding: KvEncoding::Int8, ..settings }), digest(settings));
-        assert_ne!(digest(RunnerSettings { backend: BackendChoice::Reference, ..settings }), digest(settings));
-        assert_ne!(model_digest("cd34", &settings), digest(settings));
+        let same = RunnerSettings { threads: 1, n_blocks: 8, block_size: 32, ..settings.clone() };
+        let other_encoding = RunnerSettings { kv_encoding: KvEncoding::Int8, ..settings.clone() };
+        let other_device = RunnerSettings { device: Device::Reference, ..settings.clone() };
+        let digest = model_digest("ab12", &settings);
+        assert_eq!(model_digest("ab12", &same), digest);
+        assert_ne!(model_digest("ab12", &other_encoding), digest);
+        assert_ne!(model_digest("ab12", &other_device), digest);
+        assert_ne!(model_digest("cd34", &settings), digest);
     }
 }

@@ -18,6 +18,7 @@ use std::{
 use lockstep_collectives::Collective;
 use lockstep_kernels::KvEncoding;
 use lockstep_worker::{
+    device::Device,
     engine::{
         Event, FinishReason, Job,
         draft_model::DraftModel,
@@ -27,7 +28,7 @@ use lockstep_worker::{
     },
     group::{Attestation, GroupConfig, LeaderGroup},
     model::{StepError, llama::LogitsRoom},
-    model_runner::{BackendChoice, RunStep, RunnerSettings},
+    model_runner::{RunStep, RunnerSettings},
     sampler::{SamplingParams, TokenLogprobs},
     scheduler::{
         Scheduler, SchedulerConfig,
@@ -213,7 +214,7 @@ impl Engine {
         let n_draft_runs = Arc::default();
         let draft_model = setting.draft_model.map(|DraftSetting { n_blocks, n_runs_max }| {
             let settings = RunnerSettings {
-                backend: BackendChoice::Cpu,
+                device: Device::Cpu,
                 threads: 1,
                 n_blocks,
                 block_size: BLOCK_SIZE,

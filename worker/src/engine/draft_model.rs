@@ -247,7 +247,7 @@ mod tests {
 
     use super::*;
     use crate::{
-        model_runner::BackendChoice,
+        device::Device,
         scheduler::{
             NewSequence, Sampled, Scheduler, SchedulerConfig,
             speculation::{Speculation, step_time},
@@ -310,7 +310,7 @@ mod tests {
             speculation: Speculation::Ngram,
         });
         let settings = RunnerSettings {
-            backend: BackendChoice::Cpu,
+            device: Device::Cpu,
             threads: 1,
             n_blocks,
             block_size: BLOCK_SIZE,

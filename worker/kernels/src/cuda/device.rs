@@ -211,6 +211,13 @@ impl Device {
     }
 }
 
+impl fmt::Display for DeviceInfo {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { ordinal, name, compute_capability: (major, minor), memory_bytes, .. } = self;
+        write!(f, "GPU {ordinal}: {name}, compute capability {major}.{minor}, {} MiB", memory_bytes >> 20)
+    }
+}
+
 impl PartialEq for Device {
     fn eq(&self, other: &Self) -> bool {
         Arc::ptr_eq(&self.0, &other.0)

@@ -12,7 +12,7 @@ use super::{Architecture, CompilerVersion, MemoryInfo, Program};
 #[non_exhaustive]
 pub enum CudaError {
     /// A library is not installed, or not where the loader looks.
-    #[error("none of {} could be opened ({purpose}): looked in {searched}", .names.join(", "))]
+    #[error("{purpose} was not found: no {} in {searched}", .names.join(" or "))]
     MissingLibrary {
         /// The file names that were tried.
         names: &'static [&'static str],

@@ -43,7 +43,7 @@ impl Library {
         }
         let searched = match std::env::var("LD_LIBRARY_PATH") {
             Ok(path) if !path.is_empty() => format!("LD_LIBRARY_PATH ({path}) and the loader's default folders"),
-            _ => "the loader's default folders; LD_LIBRARY_PATH is not set".into(),
+            _ => "the loader's default folders (LD_LIBRARY_PATH is not set)".into(),
         };
         Err(CudaError::MissingLibrary { names: self.names(), purpose: self.purpose(), searched })
     }

@@ -6,8 +6,9 @@ use rand_chacha::ChaCha8Rng;
 
 use super::*;
 use crate::{
+    device::Device,
     group::failure_detector::{Limits, Symptom},
-    model_runner::{BackendChoice, RunnerSettings},
+    model_runner::RunnerSettings,
     serve::attest,
 };
 
@@ -88,9 +89,9 @@ fn a_rank_that_differs_is_refused_with_both_values() {
 #[test]
 fn a_rank_whose_cache_is_encoded_otherwise_is_refused_by_name() {
     let attestation = |kv_encoding| {
-        let (backend, n_blocks) = (BackendChoice::Cpu, 8);
+        let (device, n_blocks) = (Device::Cpu, 8);
         let settings =
-            RunnerSettings { backend, threads: 1, n_blocks, block_size: 16, kv_encoding, context_length: 128 };
+            RunnerSettings { device, threads: 1, n_blocks, block_size: 16, kv_encoding, context_length: 128 };
         attest("ab12", &settings, 2)
     };
     let mut group = Membership { attestation: attestation(KvEncoding::F16), ..membership(2) };

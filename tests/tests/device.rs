@@ -1,0 +1,94 @@
+//! What a worker computes on: what it takes without being told, what it refuses, and how it says so.
+
+use std::{
+    path::Path,
+    process::{Command, Output},
+};
+
+use anyhow::Result;
+use lockstep_cuda_emulator as emulator;
+use lockstep_tests::cluster::{Cluster, binary, demo_model};
+
+/// A worker that is to end before it serves, with its libraries in `libraries`.
+fn worker(libraries: &Path, args: &[&str]) -> Result<Output> {
+    Ok(Command::new(binary("lockstep-worker")?).args(args).env("LD_LIBRARY_PATH", libraries).output()?)
+}
+
+/// Expects this exit status, and one line on stderr that holds all these parts.
+fn check_refused(output: &Output, status: i32, parts: &[&str]) {
+    let text = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(status), "{text}");
+    let holds = |line: &&str| parts.iter().all(|part| line.contains(part));
+    assert!(text.lines().any(|line| holds(&line)), "{parts:?} are not in a line of: {text}");
+}
+
+/// Whether the loader finds a driver on this machine; then its absence cannot be tested.
+fn has_driver() -> bool {
+    let has = Path::new("/proc/driver/nvidia").exists();
+    if has {
+        println!("this machine has a driver");
+    }
+    has
+}
+
+#[tokio::test]
+async fn a_worker_without_a_gpu_says_why_and_computes_on_the_cpu() -> Result<()> {
+    if has_driver() {
+        return Ok(());
+    }
+    let cluster = Cluster::builder().device("auto").start().await?;
+    let log = cluster.groups[0][0].log();
+    let lines: Vec<&str> = log.lines().filter(|line| line.contains("computing on")).collect();
+    let [line] = lines.as_slice() else { panic!("not one line: {log}") };
+    for part in ["no CUDA: NVIDIA's driver was not found: no libcuda.so or libcuda.so.1", "computing on the CPU with 1 threads"] {
+        assert!(line.contains(part), "{part} is not in: {line}");
+    }
+    cluster.stop().await
+}
+
+#[test]
+fn a_gpu_that_is_asked_for_and_not_there_is_an_error() -> Result<()> {
+    let model = demo_model().display().to_string();
+    let serve = ["--model.path", &model, "--listen", "127.0.0.1:0", "--engine.device", "cuda"];
+    let bench = ["bench", "engine", &model, "--device", "cuda"];
+    let nothing = tempfile::tempdir()?;
+    if !has_driver() {
+        check_refused(&worker(nothing.path(), &serve)?, 1, &["engine.device = cuda: NVIDIA's driver was not found"]);
+        check_refused(&worker(nothing.path(), &bench)?, 1, &["--device cuda: NVIDIA's driver was not found"]);
+    }
+    let emulated = emulator::build()?;
+    let ninth = [&serve[..], &["--engine.gpu", "8"]].concat();
+    check_refused(&worker(&emulated, &ninth)?, 1, &["there is no CUDA device 8: the driver sees 8"]);
+    Ok(())
+}
+
+#[test]
+fn a_device_that_does_not_exist_is_refused_by_name() -> Result<()> {
+    for (key, value) in [("--engine.device", "tpu"), ("--engine.gpu", "first"), ("--engine.backend", "cpu")] {
+        let output = worker(Path::new(""), &["--model.path", "m.gguf", key, value])?;
+        check_refused(&output, 64, &[key.trim_start_matches('-')]);
+    }
+    Ok(())
+}
+
+#[test]
+fn the_doctor_says_what_it_sees() -> Result<()> {
+    let doctor = |libraries: &Path| -> Result<String> {
+        let output = worker(libraries, &["doctor"])?;
+        anyhow::ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        Ok(String::from_utf8(output.stdout)?)
+    };
+    let text = doctor(&emulator::build()?)?;
+    for part in
+        ["gpu driver    runs CUDA up to", "shows 8 GPUs", "GPU 7: ", "compute capability 9.0", "nvrtc         13."]
+    {
+        assert!(text.contains(part), "{part} is not in: {text}");
+    }
+    if !has_driver() {
+        let text = doctor(tempfile::tempdir()?.path())?;
+        for part in ["gpu           none that can be used: NVIDIA's driver was not found", "nvrtc         missing"] {
+            assert!(text.contains(part), "{part} is not in: {text}");
+        }
+    }
+    Ok(())
+}
