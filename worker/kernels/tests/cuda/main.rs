@@ -1,0 +1,234 @@
+//! Devices, their memory and their kernels, on the emulator's libraries.
+//!
+//! What depends on a library's absence runs in a process of its own, which finds some of the libraries.
+
+#![allow(clippy::unwrap_used, reason = "a panic is how a test fails")]
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use lockstep_cuda_emulator as emulator;
+use lockstep_kernels::cuda::{self, Arg, CudaError, Device, KernelCache, Program, Source};
+use tempfile::TempDir;
+
+/// Tells a test that it is the process of its own, and names its cache.
+const CHILD: &str = "LOCKSTEP_TEST_CACHE";
+
+fn program() -> Program {
+    Program::new(Source::Probe, &[("FACTOR", 3)])
+}
+
+fn open(cache: &Path) -> Device {
+    emulator::load_into_this_process().unwrap();
+    Device::open(0, KernelCache::new(Some(cache.to_owned()))).unwrap()
+}
+
+/// Loads the program and computes with it: 2 * 3 x + y.
+fn compute(device: &Device) -> Result<(), CudaError> {
+    const N: usize = 1000;
+    let kernel = device.kernel(&program(), "axpy")?;
+    let x: Vec<f32> = (0..N).map(|i| i as f32).collect();
+    let (x, mut y) = (device.upload_new(&x)?, device.upload_new(&[1.0_f32; N])?);
+    let args = [Arg::F32(2.0), (&x).into(), (&y).into(), Arg::U32(N as u32)];
+    // SAFETY: these are the parameters of `axpy`, and both buffers have N values.
+    unsafe { kernel.launch([N.div_ceil(256) as u32, 1, 1], 256, 0, &args) }?;
+    let mut values = vec![0.0; N];
+    device.download(&y, 0..N, &mut values)?;
+    assert!(values.iter().enumerate().all(|(i, value)| *value == 6.0 * i as f32 + 1.0), "{values:?}");
+    device.fill_zeros(&mut y)?;
+    device.download(&y, 0..N, &mut values)?;
+    assert_eq!(values, vec![0.0; N]);
+    Ok(())
+}
+
+fn files(folder: &Path) -> Vec<PathBuf> {
+    fs::read_dir(folder).unwrap().map(|file| file.unwrap().path()).collect()
+}
+
+/// A folder with a compiled program, and the file of it.
+fn filled() -> (TempDir, PathBuf) {
+    let folder = tempfile::tempdir().unwrap();
+    compute(&open(folder.path())).unwrap();
+    let files = files(folder.path());
+    assert_eq!(files.len(), 1, "{files:?}");
+    let file = files[0].clone();
+    (folder, file)
+}
+
+#[test]
+fn a_program_is_compiled_once_and_then_loaded() {
+    let (folder, file) = filled();
+    // What comes from the file is what runs: this program multiplies by another factor than its name says.
+    let other = Program::new(Source::Probe, &[("FACTOR", 4)]);
+    let others = tempfile::tempdir().unwrap();
+    open(others.path()).kernel(&other, "axpy").unwrap();
+    fs::copy(&files(others.path())[0], &file).unwrap();
+    let device = open(folder.path());
+    let kernel = device.kernel(&program(), "axpy").unwrap();
+    let mut y = device.zeros::<f32>(1).unwrap();
+    let x = device.upload_new(&[1.0_f32]).unwrap();
+    let args = [Arg::F32(1.0), (&x).into(), (&y).into(), Arg::U32(1)];
+    // SAFETY: these are the parameters of `axpy`, and both buffers have one value.
+    unsafe { kernel.launch([1, 1, 1], 32, 0, &args) }.unwrap();
+    let mut value = [0.0];
+    device.download(&y, 0..1, &mut value).unwrap();
+    assert_eq!(value, [4.0]);
+    device.upload(&mut y, 0, &[7.0]).unwrap();
+    device.download(&y, 0..1, &mut value).unwrap();
+    assert_eq!(value, [7.0]);
+}
+
+#[test]
+fn a_damaged_file_is_made_anew() {
+    let (folder, file) = filled();
+    let whole = fs::read(&file).unwrap();
+    fs::write(&file, &whole[..whole.len() / 2]).unwrap();
+    compute(&open(folder.path())).unwrap();
+    assert!(fs::read(&file).unwrap().len() > whole.len() / 2, "it is as short as before");
+    compute(&open(folder.path())).unwrap();
+}
+
+#[test]
+fn a_folder_that_cannot_be_written_costs_time_alone() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("file");
+    fs::write(&file, "").unwrap();
+    compute(&open(&file.join("cache"))).unwrap();
+}
+
+/// Runs the test of this name in a process of its own, with these libraries of the emulator.
+fn run_with(libraries: &[&str], test: &str, cache: &Path) {
+    let folder = tempfile::tempdir().unwrap();
+    let built = emulator::build().unwrap();
+    for name in libraries {
+        std::os::unix::fs::symlink(built.join(name), folder.path().join(name)).unwrap();
+    }
+    let output = Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", test, "--include-ignored", "--nocapture"])
+        .env("LD_LIBRARY_PATH", folder.path())
+        .env(CHILD, cache)
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success() && text.contains("1 passed"), "{text}");
+}
+
+/// The cache of a process of its own; `None` in the one that `cargo test` runs.
+fn child() -> Option<KernelCache> {
+    Some(KernelCache::new(Some(std::env::var_os(CHILD)?.into())))
+}
+
+#[test]
+#[ignore = "needs a process without NVRTC: kernels_that_are_cached_need_no_compiler starts one"]
+fn without_nvrtc() {
+    let Some(cache) = child() else { return };
+    let device = Device::open(0, cache).unwrap();
+    compute(&device).unwrap();
+    let error = device.kernel(&Program::new(Source::Probe, &[("FACTOR", 5)]), "axpy").unwrap_err().to_string();
+    for part in ["libnvrtc.so.13", "LD_LIBRARY_PATH (/"] {
+        assert!(error.contains(part), "{part} is not in: {error}");
+    }
+    assert!(device.check_kernels().is_err(), "the cache lacks kernels");
+}
+
+#[test]
+fn kernels_that_are_cached_need_no_compiler() {
+    let (folder, _) = filled();
+    run_with(&["libcuda.so", "libcuda.so.1"], "without_nvrtc", folder.path());
+}
+
+#[test]
+#[ignore = "needs a process without libraries: without_a_driver_an_error_says_what_was_looked_for starts one"]
+fn without_libraries() {
+    if child().is_none() {
+        return;
+    }
+    let error = Device::open(0, KernelCache::new(None)).unwrap_err().to_string();
+    assert_eq!(cuda::unavailable().as_ref(), Some(&error));
+    for part in ["libcuda.so.1", "NVIDIA's driver", "LD_LIBRARY_PATH (/"] {
+        assert!(error.contains(part), "{part} is not in: {error}");
+    }
+    assert!(cuda::compiler_version().is_err());
+}
+
+#[test]
+fn without_a_driver_an_error_says_what_was_looked_for() {
+    if Path::new("/proc/driver/nvidia").exists() {
+        println!("this machine has a driver");
+        return;
+    }
+    run_with(&[], "without_libraries", Path::new("/nonexistent"));
+}
+
+#[test]
+fn a_device_says_what_it_is() {
+    let device = open(Path::new("/nonexistent"));
+    assert_eq!(cuda::unavailable(), None);
+    assert_eq!(device.info(), &cuda::devices().unwrap()[0]);
+    assert_eq!(device.architecture().to_string(), "sm_90a");
+    assert!(device.info().limits.shared_bytes_per_block >= 48 << 10);
+    let error = Device::open(1000, KernelCache::new(None)).unwrap_err().to_string();
+    assert!(error.contains("no CUDA device 1000"), "{error}");
+}
+
+#[test]
+fn an_entry_point_that_is_not_there_is_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let error = open(folder.path()).kernel(&program(), "axpyz").unwrap_err().to_string();
+    assert!(error.contains("probe.cu FACTOR=3 has no entry point `axpyz`"), "{error}");
+}
+
+#[test]
+fn a_source_that_is_wrong_comes_with_the_compilers_log() {
+    let folder = tempfile::tempdir().unwrap();
+    // Without its define.
+    let error = open(folder.path()).kernel(&Program::new(Source::Probe, &[]), "axpy").unwrap_err().to_string();
+    assert!(error.contains("probe.cu does not compile for sm_90a") && error.contains("FACTOR"), "{error}");
+    assert_eq!(files(folder.path()), Vec::<PathBuf>::new());
+}
+
+#[test]
+fn copies_stay_inside_their_buffers() {
+    let device = open(Path::new("/nonexistent"));
+    let mut buffer = device.zeros::<u16>(8).unwrap();
+    device.upload(&mut buffer, 5, &[1, 2, 3]).unwrap();
+    let mut values = [9; 4];
+    device.download(&buffer, 4..8, &mut values).unwrap();
+    assert_eq!(values, [0, 1, 2, 3]);
+    for (offset, len) in [(6, 3), (9, 0), (usize::MAX, 2)] {
+        assert!(buffer.at(offset, len).is_err(), "{len} at {offset}");
+    }
+    assert_eq!(buffer.at(8, 0).unwrap(), buffer.pointer() + 16);
+    assert!(device.upload(&mut buffer, 6, &[1, 2, 3]).is_err());
+    assert!(device.download(&buffer, 0..3, &mut values).is_err(), "as many values as the range has");
+    assert!(device.download(&buffer, 5..9, &mut values).is_err());
+    let empty = device.alloc::<f32>(0).unwrap();
+    assert!(empty.is_empty());
+    device.download(&empty, 0..0, &mut []).unwrap();
+}
+
+#[test]
+fn memory_that_is_not_there_is_refused_with_what_is() {
+    let device = open(Path::new("/nonexistent"));
+    let free = device.memory_info().unwrap().free;
+    let wanted = free + (1 << 20);
+    let error = device.alloc::<u8>(wanted).unwrap_err();
+    let CudaError::OutOfMemory { wanted: said, memory } = error else { panic!("{error}") };
+    assert!(said == wanted && memory.free <= memory.total && memory.total < wanted, "{memory:?}");
+    assert!(matches!(device.alloc::<u64>(usize::MAX / 4), Err(CudaError::TooLarge { .. })));
+    let error = device.alloc::<u64>(usize::MAX / 4).unwrap_err().to_string();
+    assert!(error.contains("more than can be addressed"), "{error}");
+}
+
+#[test]
+fn memory_is_given_back() {
+    let device = open(Path::new("/nonexistent"));
+    let len = device.memory_info().unwrap().total / 2 + 1;
+    // Two at a time would not fit.
+    for _ in 0..3 {
+        drop(device.alloc::<u8>(len).unwrap());
+    }
+}
