@@ -13,12 +13,15 @@ CARGO := cargo
 BUILD := --release --locked
 VENV  := .venv
 RUN   := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
+# Where pip puts CUDA's compiler, which opens a second library of its own by name. The shell finds Python's version.
+NVRTC := $(CURDIR)/$(VENV)/lib/python3*/site-packages/nvidia/cu13/lib
 
-.PHONY: help up build test fetch lint fmt
+.PHONY: help up build test kernels fetch lint fmt
 
 help:
 	@echo 'make up     start a cluster on this machine (MODEL=, WORLD_SIZE=, REPLICAS=)'
 	@echo 'make test   run all tests, after fetching what they need'
+	@echo 'make kernels  compile every GPU kernel, which needs no GPU; part of make test'
 	@echo 'make lint   clippy and buf; make fmt formats'
 	@echo 'make fetch  get models and tokenizers'
 
@@ -30,10 +33,14 @@ build:
 	$(CARGO) build $(BUILD) --workspace --bins
 
 # Integration tests start the real programs, which cargo builds for their own packages' tests alone.
-test: fetch build
+test: fetch build kernels
 	$(CARGO) test $(BUILD) --workspace --no-fail-fast 2>&1 | awk '{ print; fflush() } \
 	  /^test result:/ { passed += $$4; failed += $$6; ignored += $$8 } \
 	  END { printf "\n%d tests passed, %d failed, %d ignored\n", passed, failed, ignored }'
+
+# Fails on errors, and on hot kernels that registers do not suffice for.
+kernels: $(VENV)/installed build
+	LD_LIBRARY_PATH="$$(echo $(NVRTC))" target/release/lockstep-worker kernels --arch sm_80 --arch sm_90a
 
 fetch: $(VENV)/installed
 	python3 deploy/fetch_demo_model.py

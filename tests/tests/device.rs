@@ -92,3 +92,15 @@ fn the_doctor_says_what_it_sees() -> Result<()> {
     }
     Ok(())
 }
+
+#[test]
+fn kernels_are_not_compiled_without_a_compiler() -> Result<()> {
+    let nothing = tempfile::tempdir()?;
+    check_refused(&worker(nothing.path(), &["kernels"])?, 64, &["--arch"]);
+    check_refused(&worker(nothing.path(), &["kernels", "--arch", "sm_75"])?, 64, &["sm_75", "sm_80 or newer"]);
+    let output = worker(nothing.path(), &["kernels", "--arch", "sm_80"])?;
+    let text = String::from_utf8(output.stderr)?;
+    // A machine may have a toolkit.
+    assert!(output.status.success() || text.contains("libnvrtc.so.13"), "{text}");
+    Ok(())
+}

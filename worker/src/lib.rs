@@ -8,7 +8,7 @@
 //! * [`engine`]: the step loop; [`scheduler`] decides what a step computes, over the blocks of [`kv`].
 //! * [`device`]: what computes. [`model_runner`]: a step plan to logits, through the layers of [`model`]; [`sampler`]: logits to token ids.
 //! * [`group`]: how ranks find each other, attest, and notice death.
-//! * [`bench`], [`inspect`], [`make_model`], [`doctor`]: the other things that the program does; [`local_group`]: ranks as threads.
+//! * [`bench`], [`inspect`], [`make_model`], [`kernels`], [`doctor`]: the other things that the program does; [`local_group`]: ranks as threads.
 
 #![forbid(unsafe_code)]
 
@@ -19,6 +19,7 @@ pub mod doctor;
 pub mod engine;
 pub mod group;
 pub mod inspect;
+pub mod kernels;
 pub mod kv;
 pub mod local_group;
 pub mod make_model;

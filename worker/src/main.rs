@@ -12,12 +12,13 @@ use lockstep_worker::{
     config::WorkerConfig,
     doctor,
     inspect::Inspect,
+    kernels::Kernels,
     make_model::MakeModel,
     serve,
 };
 
 /// The words that name a [`Tool`].
-const TOOLS: [&str; 4] = ["inspect", "make-model", "bench", "doctor"];
+const TOOLS: [&str; 5] = ["inspect", "make-model", "kernels", "bench", "doctor"];
 
 /// Further things that the program does; without one of these words it serves.
 #[derive(Debug, Parser)]
@@ -27,6 +28,8 @@ enum Tool {
     Inspect(Inspect),
     /// Write a model of random weights in a real model's shape, to measure an engine with
     MakeModel(MakeModel),
+    /// Compile the kernels for GPUs in advance; needs no GPU, and NVRTC
+    Kernels(Kernels),
     /// Measure this machine
     #[command(subcommand)]
     Bench(Bench),
@@ -67,6 +70,7 @@ fn run_tool(tool: Tool) -> Result<()> {
     match tool {
         Tool::Inspect(inspect) => inspect.run(),
         Tool::MakeModel(make) => make.run(),
+        Tool::Kernels(kernels) => kernels.run(),
         Tool::Bench(Bench::Engine(bench)) => bench.run(),
         Tool::Bench(Bench::Memory(bench)) => bench.run(),
         Tool::Doctor => {
