@@ -5,7 +5,8 @@
 //!
 //! - `libnvrtc` compiles CUDA C++ with g++ into a shared object (`cpp/nvrtc.cpp`; the twin of the kernels' prelude is
 //!   `cpp/device.cuh`);
-//! - `libcuda` loads it (`cpp/module.cpp`), and runs each thread of a block as a fibre (`cpp/block.cpp`).
+//! - `libcuda` loads it (`cpp/module.cpp`), and runs each thread of a block as a fibre (`cpp/block.cpp`);
+//! - `libnccl` connects ranks, threads or processes of one machine (`cpp/nccl.cpp`, where its settings are, too).
 //!
 //! It is made to show faults, not to forgive them: blocks, warps and lanes run in an order that a seed decides
 //! (`LOCKSTEP_EMULATOR_SEED`); memory holds NaNs until it is written; what threads wait for in vain, memory that nobody
@@ -72,6 +73,7 @@ const LIBRARIES: &[LibrarySources] = &[
         sources: &["block.cpp", "driver.cpp", "environment.cpp", "memory.cpp", "module.cpp", "stream.cpp"],
     },
     LibrarySources { name: "libnvrtc.so.13", link_name: "libnvrtc.so", sources: &["nvrtc.cpp"] },
+    LibrarySources { name: "libnccl.so.2", link_name: "libnccl.so", sources: &["nccl.cpp"] },
 ];
 
 macro_rules! files {
@@ -92,6 +94,7 @@ const FILES: &[(&str, &str)] = files![
     "memory.h",
     "module.cpp",
     "module.h",
+    "nccl.cpp",
     "nvrtc.cpp",
     "stream.cpp",
     "stream.h",
