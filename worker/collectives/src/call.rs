@@ -14,6 +14,13 @@ pub enum Op {
     },
     /// [`Collective::barrier`](crate::Collective::barrier).
     Barrier,
+    /// [`DeviceCollective::broadcast`](crate::DeviceCollective::broadcast).
+    Broadcast {
+        /// The rank that gives the values.
+        root: usize,
+    },
+    /// [`DeviceCollective::all_reduce`](crate::DeviceCollective::all_reduce).
+    AllReduce,
     /// What a peer sent is none of these.
     Unknown {
         /// What it sent.
@@ -43,6 +50,8 @@ pub(crate) const CALL_WORDS: usize = 4;
 const ALL_GATHER: u64 = 1;
 const GATHER: u64 = 2;
 const BARRIER: u64 = 3;
+const BROADCAST: u64 = 4;
+const ALL_REDUCE: u64 = 5;
 
 impl Op {
     /// Whether `rank` takes what the others give.
@@ -58,6 +67,8 @@ impl Op {
             Self::AllGather => ALL_GATHER,
             Self::Gather { root } => GATHER | (root as u64) << 8,
             Self::Barrier => BARRIER,
+            Self::Broadcast { root } => BROADCAST | (root as u64) << 8,
+            Self::AllReduce => ALL_REDUCE,
             Self::Unknown { code } => code,
         }
     }
@@ -67,6 +78,8 @@ impl Op {
             (ALL_GATHER, 0) => Self::AllGather,
             (GATHER, root) => Self::Gather { root: root as usize },
             (BARRIER, 0) => Self::Barrier,
+            (BROADCAST, root) => Self::Broadcast { root: root as usize },
+            (ALL_REDUCE, 0) => Self::AllReduce,
             _ => Self::Unknown { code },
         }
     }
@@ -78,6 +91,8 @@ impl fmt::Display for Op {
             Self::AllGather => write!(f, "all_gather"),
             Self::Gather { root } => write!(f, "gather to rank {root}"),
             Self::Barrier => write!(f, "barrier"),
+            Self::Broadcast { root } => write!(f, "broadcast of rank {root}"),
+            Self::AllReduce => write!(f, "all_reduce"),
             Self::Unknown { code } => write!(f, "unknown operation {code:#x}"),
         }
     }
@@ -86,6 +101,13 @@ impl fmt::Display for Op {
 // === impl Call ===
 
 impl Call {
+    /// A call as `rank` makes it, in which rank `r` gives `lengths[r]` floats, or other values of their size.
+    pub(crate) fn of_floats(index: u64, op: Op, lengths: &[usize], rank: usize) -> Self {
+        let bytes = |n_floats: usize| size_of::<f32>() as u64 * n_floats as u64;
+        let part = lengths.get(rank).copied().unwrap_or(0);
+        Self { index, op, total_bytes: bytes(lengths.iter().sum()), part_bytes: bytes(part) }
+    }
+
     pub(crate) fn encode(&self) -> [u64; CALL_WORDS] {
         [self.index, self.op.code(), self.total_bytes, self.part_bytes]
     }
@@ -107,8 +129,16 @@ mod tests {
 
     #[test]
     fn every_call_survives_encoding_and_no_two_operations_share_a_code() {
-        let ops =
-            [Op::AllGather, Op::Gather { root: 0 }, Op::Gather { root: 7 }, Op::Barrier, Op::Unknown { code: 0x103 }];
+        let ops = [
+            Op::AllGather,
+            Op::Gather { root: 0 },
+            Op::Gather { root: 7 },
+            Op::Barrier,
+            Op::Broadcast { root: 0 },
+            Op::Broadcast { root: 7 },
+            Op::AllReduce,
+            Op::Unknown { code: 0x103 },
+        ];
         for (position, op) in ops.into_iter().enumerate() {
             let call = Call { index: u64::MAX, op, total_bytes: 12, part_bytes: 4 };
             assert_eq!(Call::decode(call.encode()), call);

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use crate::{AbortHandle, CollectiveError};
+use crate::{AbortHandle, CollectiveError, DeviceCollective};
 
 /// One rank's end of a group. All ranks make the same calls in the same order; none of them may be skipped.
 ///
@@ -42,4 +42,10 @@ pub trait Collective: fmt::Debug + Send {
 
     /// Ends this rank's calls from any other thread.
     fn abort_handle(&self) -> AbortHandle;
+
+    /// The same group between the ranks' devices; `None` if its transport moves floats through host memory, as all but
+    /// NCCL do. Then a device's floats must be staged there.
+    fn device(&mut self) -> Option<DeviceCollective<'_>> {
+        None
+    }
 }

@@ -5,20 +5,34 @@
 
 use std::{fmt, ops::Range};
 
-use crate::{AbortHandle, Call, Collective, CollectiveError, Member, Op, member::Patience};
+use crate::{
+    AbortHandle, Call, Collective, CollectiveError, DeviceCollective, Member, Op, member::Patience,
+    nccl::communicator::Communicator,
+};
 
 /// One rank's end of a group, over whichever transport connected it.
 pub struct Endpoint {
-    member: Member,
+    calls: Calls,
+    link: Box<dyn Link>,
+}
+
+/// The calls of one rank, and the first error of one.
+#[derive(Debug)]
+pub(crate) struct Calls {
+    pub(crate) member: Member,
     next_index: u64,
     failed: Option<CollectiveError>,
-    link: Box<dyn Link>,
 }
 
 /// What a transport does: moves the floats of one call.
 pub(crate) trait Link: Send {
     /// Makes one call: gives, and takes if the operation says so.
     fn exchange(&mut self, exchange: Exchange<'_>, patience: &Patience) -> Result<(), CollectiveError>;
+
+    /// What moves them between devices, if it does.
+    fn communicator(&mut self) -> Option<&mut Communicator> {
+        None
+    }
 }
 
 /// The floats of one call.
@@ -57,13 +71,7 @@ impl<'a> Theirs<'a> {
 impl Exchange<'_> {
     /// The call as `rank` makes it.
     pub(crate) fn call(&self, rank: usize) -> Call {
-        let total: usize = self.lengths.iter().sum();
-        Call {
-            index: self.index,
-            op: self.op,
-            total_bytes: size_of::<f32>() as u64 * total as u64,
-            part_bytes: size_of::<f32>() as u64 * self.length(rank) as u64,
-        }
+        Call::of_floats(self.index, self.op, self.lengths, rank)
     }
 
     /// Floats of `rank`.
@@ -86,28 +94,64 @@ impl Exchange<'_> {
     }
 }
 
-// === impl Endpoint ===
+// === impl Calls ===
 
-impl Endpoint {
-    pub(crate) fn new(member: Member, link: impl Link + 'static) -> Self {
-        Self { member, next_index: 0, failed: None, link: Box::new(link) }
-    }
-
-    fn call(&mut self, op: Op, mine: &[f32], lengths: &[usize], theirs: Theirs<'_>) -> Result<(), CollectiveError> {
+impl Calls {
+    /// Makes the next call, unless one has failed.
+    pub(crate) fn make(
+        &mut self,
+        call: impl FnOnce(&Member, u64, &Patience) -> Result<(), CollectiveError>,
+    ) -> Result<(), CollectiveError> {
         if let Some(error) = &self.failed {
             return Err(error.clone());
         }
-        self.member.progress.count_call();
+        self.count(1);
         let patience = self.member.patience();
-        let exchange = Exchange { index: self.next_index, op, mine, lengths, theirs };
         let result = if patience.abort.is_aborted() {
             Err(CollectiveError::Aborted)
         } else {
-            self.link.exchange(exchange, &patience)
+            call(&self.member, self.next_index, &patience)
         };
         self.next_index += 1;
         self.failed = result.as_ref().err().cloned();
         result
+    }
+
+    /// Waits for what earlier calls have begun, unless one has failed. It is no call.
+    pub(crate) fn wait(
+        &mut self,
+        wait: impl FnOnce(&Patience) -> Result<(), CollectiveError>,
+    ) -> Result<(), CollectiveError> {
+        if let Some(error) = &self.failed {
+            return Err(error.clone());
+        }
+        let result = wait(&self.member.patience());
+        self.failed = result.as_ref().err().cloned();
+        result
+    }
+
+    /// Counts calls to which this rank has come.
+    pub(crate) fn count(&self, n_calls: u64) {
+        self.member.progress.count_calls(n_calls);
+    }
+}
+
+// === impl Endpoint ===
+
+impl Endpoint {
+    pub(crate) fn new(member: Member, link: impl Link + 'static) -> Self {
+        Self { calls: Calls { member, next_index: 0, failed: None }, link: Box::new(link) }
+    }
+
+    fn call(&mut self, op: Op, mine: &[f32], lengths: &[usize], theirs: Theirs<'_>) -> Result<(), CollectiveError> {
+        let link = &mut *self.link;
+        let exchange =
+            |_: &_, index, patience: &_| link.exchange(Exchange { index, op, mine, lengths, theirs }, patience);
+        let result = self.calls.make(exchange);
+        match self.link.communicator() {
+            Some(communicator) => communicator.settle(result),
+            None => result,
+        }
     }
 
     /// This rank's part of the floats of all ranks, `all`, and the others'.
@@ -116,9 +160,9 @@ impl Endpoint {
     ///
     /// Unless there is a length for each rank and `all` is as long as they say.
     fn split<'a>(&self, lengths: &[usize], all: &'a mut [f32]) -> (&'a mut [f32], Theirs<'a>) {
-        assert_eq!(lengths.len(), self.member.world_size, "one length for each rank");
+        assert_eq!(lengths.len(), self.calls.member.world_size, "one length for each rank");
         assert_eq!(all.len(), lengths.iter().sum::<usize>(), "the floats of all ranks");
-        Theirs::around(all, part(self.member.rank, lengths))
+        Theirs::around(all, part(self.calls.member.rank, lengths))
     }
 }
 
@@ -130,11 +174,11 @@ fn part(rank: usize, lengths: &[usize]) -> Range<usize> {
 
 impl Collective for Endpoint {
     fn rank(&self) -> usize {
-        self.member.rank
+        self.calls.member.rank
     }
 
     fn world_size(&self) -> usize {
-        self.member.world_size
+        self.calls.member.world_size
     }
 
     fn all_gather(&mut self, lengths: &[usize], all: &mut [f32]) -> Result<(), CollectiveError> {
@@ -149,10 +193,10 @@ impl Collective for Endpoint {
         lengths: &[usize],
         out: Option<&mut [f32]>,
     ) -> Result<(), CollectiveError> {
-        assert_eq!(lengths.len(), self.member.world_size, "one length for each rank");
-        assert_eq!(mine.len(), lengths[self.member.rank], "this rank's floats are as many as its length says");
-        assert!(root < self.member.world_size, "root {root} is outside the group");
-        assert_eq!(out.is_some(), root == self.member.rank, "the root alone passes out");
+        assert_eq!(lengths.len(), self.calls.member.world_size, "one length for each rank");
+        assert_eq!(mine.len(), lengths[self.calls.member.rank], "this rank's floats are as many as its length says");
+        assert!(root < self.calls.member.world_size, "root {root} is outside the group");
+        assert_eq!(out.is_some(), root == self.calls.member.rank, "the root alone passes out");
         let Some(out) = out else {
             return self.call(Op::Gather { root }, mine, lengths, Theirs::default());
         };
@@ -166,16 +210,17 @@ impl Collective for Endpoint {
     }
 
     fn abort_handle(&self) -> AbortHandle {
-        self.member.abort.clone()
+        self.calls.member.abort.clone()
+    }
+
+    fn device(&mut self) -> Option<DeviceCollective<'_>> {
+        let communicator = self.link.communicator()?;
+        Some(DeviceCollective::new(&mut self.calls, communicator))
     }
 }
 
 impl fmt::Debug for Endpoint {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Endpoint")
-            .field("member", &self.member)
-            .field("next_index", &self.next_index)
-            .field("failed", &self.failed)
-            .finish_non_exhaustive()
+        f.debug_struct("Endpoint").field("calls", &self.calls).finish_non_exhaustive()
     }
 }

@@ -1,5 +1,7 @@
 //! Why a call of a collective, or its set-up, failed.
 
+use std::fmt;
+
 use thiserror::Error;
 
 use crate::Call;
@@ -38,6 +40,22 @@ pub enum CollectiveError {
         /// What the peer does.
         found: Call,
     },
+    /// The device is not through its work. NCCL does not say for whom it waits; if it is for nobody, the device hangs.
+    #[error("{awaited} did not end within {timeout_ms} ms: a rank did not come to it, or the device hangs")]
+    NotDone {
+        /// What has not ended.
+        awaited: Awaited,
+        /// How long this rank has waited. Unit: milliseconds.
+        timeout_ms: u128,
+    },
+    /// NCCL or the device has failed, perhaps because a peer has.
+    #[error("{awaited} failed: {reason}")]
+    Failed {
+        /// What has failed, at the latest.
+        awaited: Awaited,
+        /// What NCCL or the driver says, in one line.
+        reason: String,
+    },
     /// The ranks could not be brought together.
     #[error("cannot set up the {transport} transport: {reason}")]
     Setup {
@@ -46,4 +64,28 @@ pub enum CollectiveError {
         /// Why, in one line.
         reason: String,
     },
+}
+
+/// What a rank waited for when its device, or NCCL, failed it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Awaited {
+    /// That a call lies on the stream.
+    Enqueued(Call),
+    /// That the device is through what lies on the stream, at the latest up to this call.
+    Device {
+        /// The newest call; none if there was none.
+        newest: Option<Call>,
+    },
+}
+
+// === impl Awaited ===
+
+impl fmt::Display for Awaited {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Enqueued(call) => write!(f, "enqueueing {call}"),
+            Self::Device { newest: Some(call) } => write!(f, "the device's work up to {call}"),
+            Self::Device { newest: None } => write!(f, "the device's work before the first call"),
+        }
+    }
 }

@@ -14,17 +14,20 @@
 //! * [`collective`]: what a transport offers; [`call`] and [`error`]: the words of it; [`abort`]: ending a wait.
 //! * [`member`]: who a rank is in its group; [`progress`]: how far it is, for other threads to see.
 //! * [`endpoint`]: what every transport does alike: counts calls, checks arguments, remembers an error.
+//! * [`device`]: the same between the memories of the ranks' GPUs.
 //! * [`timed`]: any of them, with a stopwatch.
-//! * [`local`], [`shm`], [`tcp`]: the transports, for threads, processes of one host, and hosts. The first two share
-//!   `slots`, the protocol over memory that all ranks see.
+//! * [`local`], [`shm`], [`tcp`], [`nccl`]: the transports, for threads, processes of one host, hosts, and GPUs. The
+//!   first two share `slots`, the protocol over memory that all ranks see.
 
 pub mod abort;
 pub mod call;
 pub mod collective;
+pub mod device;
 pub mod endpoint;
 pub mod error;
 pub mod local;
 pub mod member;
+pub mod nccl;
 pub mod progress;
 pub mod shm;
 mod slots;
@@ -34,8 +37,9 @@ pub mod timed;
 pub use abort::AbortHandle;
 pub use call::{Call, Op};
 pub use collective::Collective;
+pub use device::{DeviceCollective, DeviceSlice, DeviceSliceMut, DeviceStream};
 pub use endpoint::Endpoint;
-pub use error::CollectiveError;
+pub use error::{Awaited, CollectiveError};
 pub use member::Member;
 pub use progress::Progress;
 pub use timed::Timed;

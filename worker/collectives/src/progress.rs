@@ -1,7 +1,8 @@
 //! A progress: how many calls a rank has come to, for threads that are in none of them.
 //!
 //! A call counts when the rank comes to it, not when it is through: a rank that waits in a call has come to it, and the
-//! one that it waits for has not. So whoever holds the others up is behind them.
+//! one that it waits for has not. So whoever holds the others up is behind them. A call that is enqueued on a device counts
+//! then: [`device`](crate::device) says why.
 
 use std::sync::{
     Arc,
@@ -28,7 +29,7 @@ impl Progress {
         self.calls.load(Ordering::Relaxed)
     }
 
-    pub(crate) fn count_call(&self) {
-        self.calls.fetch_add(1, Ordering::Relaxed);
+    pub(crate) fn count_calls(&self, n_calls: u64) {
+        self.calls.fetch_add(n_calls, Ordering::Relaxed);
     }
 }

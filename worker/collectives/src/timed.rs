@@ -2,9 +2,10 @@
 
 use std::time::{Duration, Instant};
 
-use crate::{AbortHandle, Collective, CollectiveError};
+use crate::{AbortHandle, Collective, CollectiveError, DeviceCollective};
 
-/// A collective that adds up the time spent in it.
+/// A collective that adds up the time spent in it. Calls of a [device](Collective::device) return before the floats have
+/// moved, so they are not timed.
 #[derive(Debug)]
 pub struct Timed<'a> {
     inner: &'a mut dyn Collective,
@@ -59,5 +60,9 @@ impl Collective for Timed<'_> {
 
     fn abort_handle(&self) -> AbortHandle {
         self.inner.abort_handle()
+    }
+
+    fn device(&mut self) -> Option<DeviceCollective<'_>> {
+        self.inner.device()
     }
 }

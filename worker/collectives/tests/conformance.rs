@@ -12,19 +12,31 @@ use lockstep_collectives::{Collective, CollectiveError, Endpoint, Member, Op, lo
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
+#[path = "emulated/gpu.rs"]
+mod gpu;
+
 /// So long that a wait which is not ended by what a test does shows as a `Timeout` error.
 const LONG: Duration = Duration::from_secs(60);
 
 struct Transport {
     name: &'static str,
     form: fn(world_size: usize, timeout: Duration) -> Vec<Endpoint>,
+    /// Whether it knows of each peer whether it lives, has come and has given. NCCL knows that all have, or not.
+    sees_peers: bool,
+    /// Random calls to play: fewer where each goes through an emulator, with threads of its own.
+    rounds: u64,
 }
 
-const TRANSPORTS: [Transport; 3] = [
-    Transport { name: "local", form: local::group_with_timeout },
-    Transport { name: "shm", form: form_shm },
-    Transport { name: "tcp", form: form_tcp },
+const TRANSPORTS: [Transport; 4] = [
+    Transport { name: "local", form: local::group_with_timeout, sees_peers: true, rounds: 2_000 },
+    Transport { name: "shm", form: form_shm, sees_peers: true, rounds: 2_000 },
+    Transport { name: "tcp", form: form_tcp, sees_peers: true, rounds: 2_000 },
+    Transport { name: "nccl", form: form_nccl, sees_peers: false, rounds: 200 },
 ];
+
+fn those_that_see_peers() -> impl Iterator<Item = Transport> {
+    TRANSPORTS.into_iter().filter(|transport| transport.sees_peers)
+}
 
 fn members(world_size: usize, timeout: Duration) -> impl Iterator<Item = Member> {
     (0..world_size).map(move |rank| Member { epoch: 1, rank, world_size, timeout, ..Member::default() })
@@ -59,14 +71,29 @@ fn form_tcp(world_size: usize, timeout: Duration) -> Vec<Endpoint> {
     })
 }
 
-/// Runs `ranks[r]` in a thread of its own on the end of rank `r`, for every transport.
+fn form_nccl(world_size: usize, timeout: Duration) -> Vec<Endpoint> {
+    let ends = gpu::connect(&gpu::gpus(world_size), members(world_size, timeout));
+    ends.into_iter().map(Result::unwrap).collect()
+}
+
+/// Runs `act` on every rank's end in a thread of its own, for every transport.
 fn check<T: Send>(
     world_size: usize,
     timeout: Duration,
     act: impl Fn(&mut Endpoint) -> T + Sync,
     verify: impl Fn(&'static str, Vec<T>),
 ) {
-    for transport in TRANSPORTS {
+    check_over(TRANSPORTS, world_size, timeout, act, verify);
+}
+
+fn check_over<T: Send>(
+    transports: impl IntoIterator<Item = Transport>,
+    world_size: usize,
+    timeout: Duration,
+    act: impl Fn(&mut Endpoint) -> T + Sync,
+    verify: impl Fn(&'static str, Vec<T>),
+) {
+    for transport in transports {
         let ends = (transport.form)(world_size, timeout);
         let results = thread::scope(|scope| {
             let act = &act;
@@ -140,11 +167,14 @@ fn play(end: &mut Endpoint, seed: u64, rounds: u64) {
 
 #[test]
 fn every_rank_gets_bit_for_bit_what_all_gave() {
-    // 10,000 rounds for each transport.
+    // 10,000 rounds for most transports.
     for world_size in [1, 2, 3, 4, 8] {
-        let seed = new_seed();
-        println!("world size {world_size}, seed {seed}");
-        check(world_size, LONG, |end| play(end, seed, 2_000), |_, _| {});
+        for transport in TRANSPORTS {
+            let seed = new_seed();
+            println!("{}, world size {world_size}, seed {seed}", transport.name);
+            let rounds = transport.rounds;
+            check_over([transport], world_size, LONG, |end| play(end, seed, rounds), |_, _| {});
+        }
     }
 }
 
@@ -211,6 +241,12 @@ fn an_abort_ends_the_wait_and_all_calls_after_it() {
                 assert_eq!(waiting.join().unwrap(), Err(CollectiveError::Aborted), "{}", transport.name);
             });
             assert_eq!(ends[0].barrier(), Err(CollectiveError::Aborted), "{}", transport.name);
+            if !transport.sees_peers {
+                // Nothing ends the wait of the other but an abort of its own.
+                ends[1].abort_handle().abort();
+                assert_eq!(ends[1].barrier(), Err(CollectiveError::Aborted), "{}", transport.name);
+                continue;
+            }
             ends.remove(0);
             // In shared memory the aborted rank has said that it came to the barrier.
             let _came = ends[0].barrier();
@@ -226,7 +262,7 @@ fn a_rank_that_leaves_is_named_by_all_others() {
         if end.rank() == 1 { Ok(()) } else { end.barrier() }
     };
     // The end of rank 1 is dropped with its thread; the others may then see one another leave, too.
-    check(3, LONG, act, |name, results| {
+    check_over(those_that_see_peers(), 3, LONG, act, |name, results| {
         for rank in [0, 2] {
             assert!(matches!(results[rank], Err(CollectiveError::PeerGone { .. })), "{name}: {results:?}");
         }
@@ -237,7 +273,8 @@ fn a_rank_that_leaves_is_named_by_all_others() {
 
 #[test]
 fn what_a_rank_gave_before_it_left_still_counts() {
-    for transport in TRANSPORTS {
+    // Over NCCL a rank that gives waits for the one that takes.
+    for transport in those_that_see_peers() {
         let mut ends = (transport.form)(2, LONG);
         let mut leaver = ends.pop().unwrap();
         leaver.gather(0, &[5.0, 6.0], &[1, 2], None).unwrap();
@@ -253,6 +290,11 @@ fn a_rank_that_does_not_come_is_named_after_the_timeout() {
     for transport in TRANSPORTS {
         let mut ends = (transport.form)(2, Duration::from_millis(30));
         let error = ends[1].barrier().unwrap_err();
+        if !transport.sees_peers {
+            let what = "the device's work up to call 0, barrier with 0 of 0 bytes did not end within 30 ms";
+            assert!(error.to_string().starts_with(what), "{error}");
+            continue;
+        }
         assert!(matches!(error, CollectiveError::Timeout { rank: 0, timeout_ms: 30, .. }), "{}", transport.name);
         assert_eq!(error.to_string(), "rank 0 did not come to call 0, barrier with 0 of 0 bytes within 30 ms");
     }
