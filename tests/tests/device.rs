@@ -40,7 +40,9 @@ async fn a_worker_without_a_gpu_says_why_and_computes_on_the_cpu() -> Result<()>
     let log = cluster.groups[0][0].log();
     let lines: Vec<&str> = log.lines().filter(|line| line.contains("computing on")).collect();
     let [line] = lines.as_slice() else { panic!("not one line: {log}") };
-    for part in ["no CUDA: NVIDIA's driver was not found: no libcuda.so or libcuda.so.1", "computing on the CPU with 1 threads"] {
+    for part in
+        ["no CUDA: NVIDIA's driver was not found: no libcuda.so or libcuda.so.1", "computing on the CPU with 1 threads"]
+    {
         assert!(line.contains(part), "{part} is not in: {line}");
     }
     cluster.stop().await

@@ -7,16 +7,20 @@
 //!
 //! - [`unavailable`], [`Device`]: whether there is a GPU, and one that is open: a context and one stream, in whose order
 //!   all work runs.
-//! - [`Buffer`]: memory of a device.
+//! - [`Buffer`]: memory of a device; [`HostBuffer`]: memory of the host for copies that nobody waits for.
 //! - [`Program`]: a kernel source of `worker/kernels/cuda` with its defines; [`variants`] lists all that are used.
 //! - [`compile`]: a program to machine code, by NVRTC; [`Resources`]: what that takes; [`KernelCache`]: code on disk.
-//! - [`Kernel`]: an entry point of a program that a device has loaded, and its launches.
+//! - [`Kernel`]: an entry point of a program that a device has loaded, and its launches; [`Graph`]: many of them as one.
+//! - [`Event`]: how far a device is.
 
 mod architecture;
 mod cache;
 mod compiler;
 mod device;
 mod error;
+mod event;
+mod graph;
+mod host;
 mod kernels;
 mod library;
 mod memory;
@@ -28,6 +32,9 @@ pub use cache::KernelCache;
 pub use compiler::{Compiled, CompilerVersion, MachineCode, compile, compiler_version};
 pub use device::{Device, DeviceInfo, DeviceLimits, devices, driver_version, unavailable};
 pub use error::CudaError;
+pub use event::Event;
+pub use graph::Graph;
+pub use host::HostBuffer;
 pub use kernels::{Arg, Kernel};
 pub use memory::{Buffer, MemoryInfo};
 pub use program::{Program, Source, Variant, variants};

@@ -39,6 +39,8 @@ pub struct DeviceInfo {
     pub ordinal: usize,
     /// Its name.
     pub name: String,
+    /// What tells it from every other GPU, in the form of `nvidia-smi -L`.
+    pub uuid: String,
     /// Compute capability, as major and minor.
     pub compute_capability: (u32, u32),
     /// Bytes of memory.
@@ -116,6 +118,7 @@ fn look_at(ordinal: usize) -> Result<(CUdevice, DeviceInfo), CudaError> {
     let info = DeviceInfo {
         ordinal,
         name: result::device::get_name(device).map_err(CudaError::driver("cuDeviceGetName"))?,
+        uuid: uuid(device)?,
         compute_capability: (
             attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?,
             attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
@@ -128,6 +131,13 @@ fn look_at(ordinal: usize) -> Result<(CUdevice, DeviceInfo), CudaError> {
         },
     };
     Ok((device, info))
+}
+
+fn uuid(device: CUdevice) -> Result<String, CudaError> {
+    let bytes = result::device::get_uuid(device).map_err(CudaError::driver("cuDeviceGetUuid"))?.bytes;
+    let hex: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+    let (a, b, c, d, e) = (&hex[..8], &hex[8..12], &hex[12..16], &hex[16..20], &hex[20..]);
+    Ok(format!("GPU-{a}-{b}-{c}-{d}-{e}"))
 }
 
 fn architecture(info: &DeviceInfo) -> Result<Architecture, CudaError> {

@@ -8,10 +8,11 @@ use std::{
     fs,
     path::{Path, PathBuf},
     process::Command,
+    time::{Duration, Instant},
 };
 
 use lockstep_cuda_emulator as emulator;
-use lockstep_kernels::cuda::{self, Arg, CudaError, Device, KernelCache, Program, Source};
+use lockstep_kernels::cuda::{self, Arg, CudaError, Device, Event, KernelCache, Program, Source};
 use tempfile::TempDir;
 
 /// Tells a test that it is the process of its own, and names its cache.
@@ -221,6 +222,79 @@ fn memory_that_is_not_there_is_refused_with_what_is() {
     assert!(matches!(device.alloc::<u64>(usize::MAX / 4), Err(CudaError::TooLarge { .. })));
     let error = device.alloc::<u64>(usize::MAX / 4).unwrap_err().to_string();
     assert!(error.contains("more than can be addressed"), "{error}");
+}
+
+/// Ends a wait that would never end.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+fn wait_for(event: &Event) {
+    let deadline = Instant::now() + PATIENCE;
+    while !event.is_done().unwrap() {
+        assert!(Instant::now() < deadline, "the device never came so far");
+        std::thread::yield_now();
+    }
+}
+
+#[test]
+fn a_copy_is_queued_and_an_event_tells_when_it_is_done() {
+    let device = open(Path::new("/nonexistent"));
+    let event = device.event().unwrap();
+    assert!(event.is_done().unwrap(), "nothing was marked");
+    let mut buffer = device.zeros::<u32>(6).unwrap();
+    let mut host = device.host_buffer::<u32>(4).unwrap();
+    assert_eq!(host.as_slice(), [0; 4]);
+    host.as_mut_slice().copy_from_slice(&[1, 2, 3, 4]);
+    let mut back = device.host_buffer::<u32>(6).unwrap();
+    // SAFETY: both stay as they are until the event is done.
+    unsafe { device.queue_upload(&mut buffer, 3, &host, 1..4) }.unwrap();
+    // SAFETY: as above.
+    unsafe { device.queue_download(&buffer, 1..6, &mut back) }.unwrap();
+    event.record().unwrap();
+    wait_for(&event);
+    assert_eq!(back.as_slice(), [0, 0, 2, 3, 4, 0]);
+    for (offset, range) in [(4, 1..4), (0, 2..5), (0, 5..6)] {
+        // SAFETY: nothing is queued.
+        let refused = unsafe { device.queue_upload(&mut buffer, offset, &host, range.clone()) };
+        assert!(refused.is_err(), "{range:?} at {offset}");
+    }
+    // SAFETY: nothing is queued.
+    assert!(unsafe { device.queue_download(&buffer, 0..5, &mut host) }.is_err());
+    assert!(device.host_buffer::<u64>(usize::MAX / 4).is_err());
+    assert!(device.host_buffer::<u64>(0).unwrap().as_slice().is_empty());
+}
+
+#[test]
+fn a_graph_does_what_was_recorded_each_time() {
+    let folder = tempfile::tempdir().unwrap();
+    let device = open(folder.path());
+    let kernel = device.kernel(&program(), "axpy").unwrap();
+    let (x, y) = (device.upload_new(&[1.0_f32; 8]).unwrap(), device.zeros::<f32>(8).unwrap());
+    // SAFETY: these are the parameters of `axpy`, and both buffers have 8 values.
+    let add = || unsafe { kernel.launch([1, 1, 1], 32, 0, &[Arg::F32(1.0), (&x).into(), (&y).into(), Arg::U32(8)]) };
+    let mut graph = device.capture(|| add().and_then(|()| add())).unwrap();
+    let mut values = [9.0; 8];
+    let mut after = |launches: usize, expected: f32| {
+        for _ in 0..launches {
+            // SAFETY: the buffers are still there.
+            unsafe { graph.launch() }.unwrap();
+        }
+        device.download(&y, 0..8, &mut values).unwrap();
+        assert_eq!(values, [expected; 8]);
+    };
+    // Recording does nothing.
+    after(0, 0.0);
+    after(1, 6.0);
+    after(2, 18.0);
+}
+
+#[test]
+fn what_cannot_be_recorded_leaves_the_device_usable() {
+    let device = open(Path::new("/nonexistent"));
+    let missing = || Err(CudaError::Arguments { n_args: 99, limit: 32 });
+    assert!(matches!(device.capture(missing), Err(CudaError::Arguments { .. })));
+    let mut value = [0_u8];
+    device.download(&device.upload_new(&[7_u8]).unwrap(), 0..1, &mut value).unwrap();
+    assert_eq!(value, [7]);
 }
 
 #[test]

@@ -1,0 +1,74 @@
+//! Events: marks in a device's stream that tell a thread how far it is, without making it wait.
+
+use std::fmt;
+
+use cudarc::driver::{
+    result::{self, DriverError},
+    sys::{CUevent, CUevent_flags, CUresult},
+};
+
+use super::{CudaError, Device};
+
+/// A mark that can be set again and again.
+pub struct Event {
+    device: Device,
+    event: CUevent,
+}
+
+// SAFETY: the driver's functions may be called from any thread, and the event lives until `drop`.
+unsafe impl Send for Event {}
+// SAFETY: as above; what changes behind it, the driver guards.
+unsafe impl Sync for Event {}
+
+impl Device {
+    /// An event that has not been recorded.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn event(&self) -> Result<Event, CudaError> {
+        self.bind()?;
+        let event = result::event::create(CUevent_flags::CU_EVENT_DISABLE_TIMING);
+        Ok(Event { device: self.clone(), event: event.map_err(CudaError::driver("cuEventCreate"))? })
+    }
+}
+
+impl Event {
+    /// Marks the end of the work that is queued by now.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn record(&self) -> Result<(), CudaError> {
+        self.device.bind()?;
+        // SAFETY: event and stream live.
+        unsafe { result::event::record(self.event, self.device.stream()) }.map_err(CudaError::driver("cuEventRecord"))
+    }
+
+    /// Whether the work before the last mark is done; true if there is no mark.
+    ///
+    /// # Errors
+    /// A kernel failed.
+    pub fn is_done(&self) -> Result<bool, CudaError> {
+        self.device.bind()?;
+        // SAFETY: the event lives.
+        match unsafe { result::event::query(self.event) } {
+            Ok(()) => Ok(true),
+            Err(DriverError(CUresult::CUDA_ERROR_NOT_READY)) => Ok(false),
+            Err(error) => Err(CudaError::driver("cuEventQuery")(error)),
+        }
+    }
+}
+
+impl Drop for Event {
+    fn drop(&mut self) {
+        if self.device.bind().is_ok() {
+            // SAFETY: it was created once and is destroyed once. An error would be that of a kernel.
+            let _ = unsafe { result::event::destroy(self.event) };
+        }
+    }
+}
+
+impl fmt::Debug for Event {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Event").field("device", &self.device).finish_non_exhaustive()
+    }
+}
