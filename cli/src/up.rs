@@ -76,7 +76,7 @@ pub(crate) struct Options {
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=1024))]
     threads: Option<u32>,
     /// How ranks of a group exchange sums
-    #[arg(long, value_enum, default_value_t = Transport::Shm)]
+    #[arg(long, value_enum, default_value_t = Transport::Auto)]
     transport: Transport,
     /// A smaller model with the same vocabulary, which guesses what the model says next: the same text,
     /// faster where it is often right
@@ -105,10 +105,14 @@ pub(crate) struct Options {
 /// How ranks of a group exchange sums.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum Transport {
+    /// NCCL if every rank has a GPU of its own, shared memory otherwise
+    Auto,
     /// Shared memory, on one host
     Shm,
     /// TCP, as across hosts
     Tcp,
+    /// NCCL, between GPUs
+    Nccl,
 }
 
 /// The children, in the order in which they start.
@@ -293,8 +297,10 @@ fn banner(plan: &Plan, cluster: &Cluster) -> io::Result<bool> {
 impl Transport {
     fn name(self) -> &'static str {
         match self {
+            Self::Auto => "auto",
             Self::Shm => "shm",
             Self::Tcp => "tcp",
+            Self::Nccl => "nccl",
         }
     }
 }

@@ -81,14 +81,23 @@ fn the_doctor_says_what_it_sees() -> Result<()> {
         Ok(String::from_utf8(output.stdout)?)
     };
     let text = doctor(&emulator::build()?)?;
-    for part in
-        ["gpu driver    runs CUDA up to", "shows 8 GPUs", "GPU 7: ", "compute capability 9.0", "nvrtc         13."]
-    {
+    for part in [
+        "gpu driver    runs CUDA up to",
+        "shows 8 GPUs",
+        "GPU 7: ",
+        "compute capability 9.0",
+        "nvrtc         13.",
+        "nccl          2.29.7",
+    ] {
         assert!(text.contains(part), "{part} is not in: {text}");
     }
     if !has_driver() {
         let text = doctor(tempfile::tempdir()?.path())?;
-        for part in ["gpu           none that can be used: NVIDIA's driver was not found", "nvrtc         missing"] {
+        for part in [
+            "gpu           none that can be used: NVIDIA's driver was not found",
+            "nvrtc         missing",
+            "nccl          missing",
+        ] {
             assert!(text.contains(part), "{part} is not in: {text}");
         }
     }

@@ -178,7 +178,7 @@ impl StandIn {
             let digest: String = checkpoint.digest().iter().map(|byte| format!("{byte:02x}")).collect();
             let config = GroupConfig { rank: 1, world_size: 2, leader: Some(leader), ..GroupConfig::default() };
             let attestation = attest(&digest, &settings, 2);
-            let mut group = FollowerGroup::new(config, attestation, &ClientLimits::default(), &runtime)?;
+            let mut group = FollowerGroup::new(config, attestation, None, &ClientLimits::default(), &runtime)?;
             let mut epoch = group.join()?;
             warm_up(runner.as_mut(), epoch.collective.as_mut())?;
             let mut room = LogitsRoom::default();

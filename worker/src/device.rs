@@ -6,6 +6,7 @@
 
 use std::{fmt, path::PathBuf};
 
+use lockstep_collectives::DeviceStream;
 use lockstep_kernels::cuda::{self, CudaError, KernelCache};
 use serde::{Deserialize, Serialize};
 use tracing::info;
@@ -99,6 +100,21 @@ impl DeviceSettings {
         let device = cuda::Device::open(ordinal, KernelCache::new(self.kernel_cache.clone()))?;
         device.check_kernels()?;
         Err(DeviceError::NotBuilt)
+    }
+}
+
+// === impl Device ===
+
+impl Device {
+    /// The stream by which ranks on GPUs meet over NCCL; none on a CPU.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn collective_stream(&self) -> Result<Option<DeviceStream>, DeviceError> {
+        match self {
+            Self::Cpu | Self::Reference => Ok(None),
+            Self::Cuda(device) => Ok(Some(device.collective_stream()?)),
+        }
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::{fs, thread};
 
+use lockstep_collectives::nccl;
 use lockstep_kernels::{Cpu, cuda};
 
 /// Prints the findings, one a line: what was looked for, what was found, what follows.
@@ -39,6 +40,15 @@ fn print_gpus() {
         Err(error) => {
             println!("nvrtc         missing, so GPUs run only kernels that are in engine.kernel_cache: {error}")
         }
+    }
+    match nccl::version() {
+        Ok(version) => {
+            let (name, value) = nccl::shared_gpu_environment(version, 0);
+            println!(
+                "nccl          {version} connects ranks that have a GPU each; to share one, rank 0 needs {name}={value}"
+            );
+        }
+        Err(error) => println!("nccl          missing, so ranks exchange activations through host memory: {error}"),
     }
 }
 

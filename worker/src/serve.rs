@@ -193,7 +193,8 @@ pub fn attest(digest: &str, settings: &RunnerSettings, world_size: usize) -> Att
 
 fn start_leader(config: &WorkerConfig, shard: Shard, metrics: Metrics, switches: &Switches) -> Result<Engine> {
     let Shard { runner, draft_model, settings, identity, attestation } = shard;
-    let (group, rpc) = LeaderGroup::new(config.group.clone(), attestation, &Handle::current())?;
+    let stream = settings.device.collective_stream()?;
+    let (group, rpc) = LeaderGroup::new(config.group.clone(), attestation, stream, &Handle::current())?;
     let (stop, hung) = (group.stop_handle(), group.hung());
     let scheduler = Scheduler::new(config.engine.scheduler(&settings))?;
     let (handle, port) = handle::channel(Instant::now());
@@ -222,7 +223,8 @@ fn start_follower(
     work: Work,
 ) -> Result<Engine> {
     let limits = config.limits.client();
-    let group = FollowerGroup::new(config.group.clone(), shard.attestation, &limits, &Handle::current())?;
+    let stream = shard.settings.device.collective_stream()?;
+    let group = FollowerGroup::new(config.group.clone(), shard.attestation, stream, &limits, &Handle::current())?;
     let (stop, leave, hung) = (group.stop_handle(), group.leave_handle(), group.hung());
     let follower = Follower::new(group, shard.runner, metrics, switches.readiness.clone());
     let refused = switches.shutdown.clone();

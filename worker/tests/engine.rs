@@ -87,7 +87,7 @@ impl Engine {
     fn start() -> Self {
         let runtime = Runtime::new().unwrap();
         let attestation = Attestation::from_iter([("test", "")]);
-        let (group, _rpc) = LeaderGroup::new(GroupConfig::default(), attestation, runtime.handle()).unwrap();
+        let (group, _rpc) = LeaderGroup::new(GroupConfig::default(), attestation, None, runtime.handle()).unwrap();
         let scheduler = Scheduler::new(SchedulerConfig {
             max_step_tokens: 64,
             max_prompt_logits_rows: 64,

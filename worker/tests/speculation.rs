@@ -197,7 +197,7 @@ impl Engine {
     fn start(speculation: Speculation, setting: Setting) -> Self {
         let runtime = Runtime::new().unwrap();
         let attestation = Attestation::from_iter([("test", "")]);
-        let (group, _rpc) = LeaderGroup::new(GroupConfig::default(), attestation, runtime.handle()).unwrap();
+        let (group, _rpc) = LeaderGroup::new(GroupConfig::default(), attestation, None, runtime.handle()).unwrap();
         let scheduler = Scheduler::new(SchedulerConfig {
             max_step_tokens: 16,
             max_prefill_chunk: 7,

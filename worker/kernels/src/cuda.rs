@@ -12,9 +12,11 @@
 //! - [`compile`]: a program to machine code, by NVRTC; [`Resources`]: what that takes; [`KernelCache`]: code on disk.
 //! - [`Kernel`]: an entry point of a program that a device has loaded, and its launches; [`Graph`]: many of them as one.
 //! - [`Event`]: how far a device is.
+//! - `collective`: what a group of ranks needs of a device and its buffers.
 
 mod architecture;
 mod cache;
+mod collective;
 mod compiler;
 mod device;
 mod error;

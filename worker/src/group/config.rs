@@ -18,7 +18,8 @@ pub const KEYS: &[Key] = &[
     Key { path: "group.leader", help: "Where rank 0 answers gRPC, host:port; for all ranks but 0. Default: none." },
     Key {
         path: "group.transport",
-        help: "How ranks exchange activations: shm (one host) or tcp (any hosts). Default: shm, which is faster.",
+        help: "How ranks exchange activations: shm (one host), tcp (any hosts), nccl (GPUs of any hosts) or auto (nccl if \
+               every rank has a GPU of its own, and shm otherwise). Default: auto.",
     },
     Key {
         path: "group.collective_listen",
@@ -56,11 +57,15 @@ pub const KEYS: &[Key] = &[
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Transport {
-    /// Shared memory: all ranks on one host.
+    /// NCCL if every rank has a GPU of its own, shared memory otherwise.
     #[default]
+    Auto,
+    /// Shared memory: all ranks on one host.
     Shm,
     /// TCP: ranks on any hosts.
     Tcp,
+    /// NCCL: ranks compute on GPUs, on any hosts.
+    Nccl,
 }
 
 /// The settings of one rank; see [`KEYS`]. Unit of every `_ms`: milliseconds.

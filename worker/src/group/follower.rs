@@ -13,7 +13,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use lockstep_collectives::{AbortHandle, Member, Progress};
+use lockstep_collectives::{AbortHandle, DeviceStream, Member, Progress};
 use lockstep_proto::{
     client::{self, ClientLimits},
     error::{Error, Reason},
@@ -92,14 +92,14 @@ enum Attempt {
 /// First and longest pause between two attempts to join; each is twice the one before.
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(1));
 
-/// How long the leader has to begin the plan stream, and the ranks to meet.
+/// How long the leader has to begin the plan stream.
 const ATTACH_TIMEOUT: Duration = Duration::from_secs(10);
 
 // === impl FollowerGroup ===
 
 impl FollowerGroup {
     /// The group that `config` describes, which must be valid and have a leader. `attestation` is compared with the
-    /// leader's.
+    /// leader's. `stream` is where this rank computes, if that is on a GPU.
     ///
     /// # Errors
     ///
@@ -108,6 +108,7 @@ impl FollowerGroup {
     pub fn new(
         config: GroupConfig,
         attestation: Attestation,
+        stream: Option<DeviceStream>,
         limits: &ClientLimits,
         runtime: &Handle,
     ) -> Result<Self, GroupError> {
@@ -117,7 +118,7 @@ impl FollowerGroup {
             .map_err(|error| GroupError::NotJoined { leader: leader.clone(), reason: error.to_string() })?;
         let stop = CancellationToken::new();
         Ok(Self {
-            rendezvous: Rendezvous::new(&config)?,
+            rendezvous: Rendezvous::new(&config, stream)?,
             client: GroupServiceClient::new(channel).max_decoding_message_size(limits.max_message_bytes()),
             config,
             leader,
@@ -150,7 +151,8 @@ impl FollowerGroup {
         }
         let (answer, stream) = self.runtime.block_on(self.enroll())?;
         self.began = Some(Instant::now());
-        let JoinResponse { epoch, collective_name: name, collective_addresses: addresses } = answer;
+        let JoinResponse { epoch, collective_name: name, collective_addresses: addresses, nccl_unique_id: nccl_id } =
+            answer;
         let member = Member {
             epoch,
             rank: self.config.rank,
@@ -172,8 +174,8 @@ impl FollowerGroup {
             End { reason: OnceLock::new(), abort: member.abort.clone(), hung: self.hung.clone() },
             self.stop.clone(),
         ));
-        let place = Place { name, addresses };
-        match self.rendezvous.meet(member, &place, Instant::now() + ATTACH_TIMEOUT) {
+        let place = Place { name, addresses, nccl_id };
+        match self.rendezvous.meet(member, &place, Instant::now() + place.timeout()) {
             Ok(collective) => {
                 tracing::info!(epoch, rank = self.config.rank, "joined the group");
                 Ok(Epoch { number: epoch, collective })
@@ -270,7 +272,7 @@ impl FollowerGroup {
         let join = wire::join_to_proto(&Join {
             rank: self.config.rank,
             attestation: self.attestation.clone(),
-            address: self.rendezvous.address().to_owned(),
+            contact: self.rendezvous.contact(),
         });
         let mut client = self.client.clone();
         let left = deadline.saturating_duration_since(Instant::now());

@@ -12,7 +12,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use lockstep_collectives::{AbortHandle, CollectiveError, Member, Progress};
+use lockstep_collectives::{AbortHandle, CollectiveError, DeviceStream, Member, Progress};
 use lockstep_proto::{
     error::{Error, Reason},
     worker::v1::{JoinResponse, StepsResponse},
@@ -86,7 +86,7 @@ const ATTACH_TIMEOUT: Duration = Duration::from_secs(10);
 
 impl LeaderGroup {
     /// The group that `config` describes, which must be valid, and what answers its followers. `attestation` is what
-    /// all of them must be, too.
+    /// all of them must be, too. `stream` is where this rank computes, if that is on a GPU.
     ///
     /// # Errors
     ///
@@ -94,9 +94,10 @@ impl LeaderGroup {
     pub fn new(
         config: GroupConfig,
         attestation: Attestation,
+        stream: Option<DeviceStream>,
         runtime: &Handle,
     ) -> Result<(Self, GroupRpc), GroupError> {
-        let rendezvous = Rendezvous::new(&config)?;
+        let rendezvous = Rendezvous::new(&config, stream)?;
         let detector = FailureDetector::new(config.detector_limits());
         let membership = Membership::new(config.world_size, attestation, detector, ATTACH_TIMEOUT);
         let shared = Arc::new(Shared::new(membership));
@@ -124,14 +125,15 @@ impl LeaderGroup {
             abort,
             progress,
         };
-        let deadline = Instant::now() + ATTACH_TIMEOUT;
-        let addresses = joiners.values().map(|joiner| joiner.address.clone()).collect();
-        let hosted = self.rendezvous.host(member, addresses).map_err(|error| {
+        let contacts = joiners.values().map(|joiner| joiner.contact.clone()).collect();
+        let hosted = self.rendezvous.host(member, contacts).map_err(|error| {
             self.shared.answer(&joiners, &Err(epoch_ended(&error.to_string())));
             self.shared.give_up(epoch, error)
         })?;
-        let Place { name, addresses } = hosted.place().clone();
-        let answer = JoinResponse { epoch, collective_name: name, collective_addresses: addresses };
+        let deadline = Instant::now() + hosted.place().timeout();
+        let Place { name, addresses, nccl_id } = hosted.place().clone();
+        let answer =
+            JoinResponse { epoch, collective_name: name, collective_addresses: addresses, nccl_unique_id: nccl_id };
         self.shared.answer(&joiners, &Ok(answer));
         let collective = hosted.meet(deadline).map_err(|error| self.shared.give_up(epoch, error))?;
         self.shared.await_running(epoch, deadline)?;

@@ -42,8 +42,17 @@ pub struct Join {
     pub rank: usize,
     /// What it is.
     pub attestation: Attestation,
-    /// Where its collective transport listens; empty if that needs no address.
+    /// How the others meet it.
+    pub contact: Contact,
+}
+
+/// What a rank's collective transport needs to be met by the others.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Contact {
+    /// Where it listens; empty if that needs no address.
     pub address: String,
+    /// Names the GPU that it could use NCCL with, the same for all processes; empty if there is none.
+    pub device_id: String,
 }
 
 /// What a rank says of itself with each sign of life.
@@ -60,8 +69,8 @@ pub struct Beat {
 pub struct Joiner {
     /// The request to answer.
     pub ticket: Ticket,
-    /// Where its collective transport listens.
-    pub address: String,
+    /// How the others meet it.
+    pub contact: Contact,
 }
 
 /// What to do.
@@ -259,7 +268,7 @@ impl Membership {
 
     /// A rank asks to join.
     pub fn join(&mut self, ticket: Ticket, join: Join, now: Instant) -> Vec<Action> {
-        let Join { rank, attestation, address } = join;
+        let Join { rank, attestation, contact } = join;
         if !self.followers().contains(&rank) {
             let refusal = Refusal::NoSuchRank { rank, world_size: self.world_size };
             return vec![Action::Refuse { ticket, refusal }];
@@ -268,7 +277,7 @@ impl Membership {
             return vec![Action::Refuse { ticket, refusal: Refusal::Differs { rank, difference } }];
         }
         let mut actions = Vec::new();
-        if let Some(earlier) = self.waiting.insert(rank, Joiner { ticket, address }) {
+        if let Some(earlier) = self.waiting.insert(rank, Joiner { ticket, contact }) {
             actions.push(Action::Refuse { ticket: earlier.ticket, refusal: Refusal::Superseded { rank } });
         }
         if self.is_alive(self.epoch) {

@@ -3,11 +3,13 @@
 
 use std::{
     iter,
-    sync::mpsc,
+    sync::{OnceLock, mpsc},
     thread,
     time::{Duration, Instant},
 };
 
+use lockstep_collectives::DeviceStream;
+use lockstep_kernels::cuda::{Device, KernelCache};
 use lockstep_proto::{client::ClientLimits, worker::v1::group_service_server::GroupServiceServer};
 use tokio::{net::TcpListener, runtime::Runtime};
 use tokio_stream::wrappers::TcpListenerStream;
@@ -46,10 +48,27 @@ fn config(world_size: usize, transport: Transport) -> GroupConfig {
     GroupConfig { world_size, transport, ..GroupConfig::default() }
 }
 
+/// The stream of an emulated GPU.
+fn gpu(ordinal: usize) -> DeviceStream {
+    static EMULATOR: OnceLock<()> = OnceLock::new();
+    EMULATOR.get_or_init(|| lockstep_cuda_emulator::load_into_this_process().unwrap());
+    Device::open(ordinal, KernelCache::new(None)).unwrap().collective_stream().unwrap()
+}
+
+/// For NCCL, every rank has a GPU of its own.
+fn gpu_of(config: &GroupConfig) -> Option<DeviceStream> {
+    (config.transport == Transport::Nccl).then(|| gpu(config.rank))
+}
+
 impl Leader {
     fn start(config: GroupConfig) -> Self {
+        let stream = gpu_of(&config);
+        Self::start_on(config, stream)
+    }
+
+    fn start_on(config: GroupConfig, stream: Option<DeviceStream>) -> Self {
         let runtime = runtime();
-        let (group, rpc) = LeaderGroup::new(config, attestation("ab12"), runtime.handle()).unwrap();
+        let (group, rpc) = LeaderGroup::new(config, attestation("ab12"), stream, runtime.handle()).unwrap();
         let listener = runtime.block_on(TcpListener::bind("127.0.0.1:0")).unwrap();
         let address = listener.local_addr().unwrap().to_string();
         let server = tonic::transport::Server::builder().add_service(GroupServiceServer::new(rpc));
@@ -62,9 +81,14 @@ impl Leader {
     }
 
     fn follower_with(&self, rank: usize, config: GroupConfig, digest: &str) -> Follower {
+        let stream = gpu_of(&GroupConfig { rank, ..config.clone() });
+        self.follower_on(rank, config, digest, stream)
+    }
+
+    fn follower_on(&self, rank: usize, config: GroupConfig, digest: &str, stream: Option<DeviceStream>) -> Follower {
         let runtime = runtime();
         let config = GroupConfig { rank, leader: Some(self.address.clone()), ..config };
-        let group = FollowerGroup::new(config, attestation(digest), &ClientLimits::default(), runtime.handle());
+        let group = FollowerGroup::new(config, attestation(digest), stream, &ClientLimits::default(), runtime.handle());
         Follower { group: group.unwrap(), runtime }
     }
 
@@ -123,7 +147,7 @@ fn why_ended(mut is_broken: impl FnMut() -> Option<GroupError>, limit: Duration)
 
 #[test]
 fn all_ranks_meet_and_get_every_plan_in_order() {
-    for transport in [Transport::Shm, Transport::Tcp] {
+    for transport in [Transport::Shm, Transport::Tcp, Transport::Nccl] {
         let config = config(3, transport);
         let mut leader = Leader::start(config.clone());
         let mut followers = [1, 2].map(|rank| leader.follower(rank, config.clone()));
@@ -149,7 +173,7 @@ fn all_ranks_meet_and_get_every_plan_in_order() {
 
 #[test]
 fn a_killed_follower_ends_the_epoch_at_once_and_the_next_forms_when_it_returns() {
-    for transport in [Transport::Shm, Transport::Tcp] {
+    for transport in [Transport::Shm, Transport::Tcp, Transport::Nccl] {
         let config = config(3, transport);
         let mut leader = Leader::start(config.clone());
         let mut followers = vec![leader.follower(1, config.clone()), leader.follower(2, config.clone())];
@@ -176,6 +200,51 @@ fn a_killed_follower_ends_the_epoch_at_once_and_the_next_forms_when_it_returns()
         let epochs = leader.form(&mut followers);
         assert_eq!(epochs.iter().map(|epoch| epoch.number).collect::<Vec<_>>(), [2, 2, 2]);
     }
+}
+
+/// Ranks on the given GPUs that leave the transport open meet over NCCL, or through host memory.
+fn check_auto(gpus: [Option<usize>; 3], over_nccl: bool) {
+    let config = config(3, Transport::Auto);
+    let [first, rest @ ..] = gpus.map(|ordinal| ordinal.map(gpu));
+    let mut leader = Leader::start_on(config.clone(), first);
+    let mut rank = 0;
+    let mut followers = rest.map(|stream| {
+        rank += 1;
+        leader.follower_on(rank, config.clone(), "ab12", stream)
+    });
+    let mut epochs = leader.form(&mut followers);
+    thread::scope(|scope| {
+        for epoch in &mut epochs {
+            scope.spawn(|| {
+                epoch.collective.barrier().unwrap();
+                assert_eq!(epoch.collective.device().is_some(), over_nccl, "{gpus:?}");
+            });
+        }
+    });
+}
+
+#[test]
+fn ranks_meet_over_nccl_if_each_has_a_gpu_of_its_own() {
+    check_auto([Some(0), Some(1), Some(2)], true);
+    check_auto([Some(0), Some(1), Some(0)], false);
+    check_auto([Some(0), None, Some(2)], false);
+    check_auto([None; 3], false);
+}
+
+#[test]
+fn nccl_needs_a_gpu_and_a_leader_that_uses_it() {
+    let error =
+        LeaderGroup::new(config(2, Transport::Nccl), attestation("ab12"), None, runtime().handle()).unwrap_err();
+    assert_eq!(error.to_string(), "cannot set up the nccl transport: this rank does not compute on a GPU");
+    let mut leader = Leader::start(config(2, Transport::Shm));
+    let mut follower = leader.follower(1, config(2, Transport::Nccl));
+    thread::scope(|scope| {
+        // It leaves then, or the leader would wait for it until the ranks had to have met.
+        let joining = scope.spawn(move || follower.group.join().unwrap_err().to_string());
+        leader.group.form().unwrap_err();
+        let error = joining.join().unwrap();
+        assert!(error.ends_with("the leader uses another transport: group.transport must be equal"), "{error}");
+    });
 }
 
 #[test]
@@ -225,7 +294,7 @@ fn check_hung(transport: Transport, hung: usize) {
 
 #[test]
 fn a_rank_whose_engine_hangs_ends_the_epoch_although_it_beats() {
-    for transport in [Transport::Shm, Transport::Tcp] {
+    for transport in [Transport::Shm, Transport::Tcp, Transport::Nccl] {
         check_hung(transport, 1);
         check_hung(transport, 0);
     }

@@ -6,7 +6,7 @@
 use lockstep_proto::worker::v1 as pb;
 use thiserror::Error;
 
-use super::membership::Join;
+use super::membership::{Contact, Join};
 use crate::scheduler::plan::{BlockId, LogitsRows, SeqId, SequenceStep, StepPlan};
 
 /// Most sequences of a step, and most released before one. The scheduler's batches are far smaller.
@@ -18,7 +18,7 @@ const ROWS_MAX: usize = 1 << 20;
 /// Most entries of an attestation, as the contract has it.
 const ATTESTATION_ENTRIES_MAX: usize = 64;
 
-/// Longest name or value in an attestation, and longest address, in bytes.
+/// Longest name or value in an attestation, and longest address or device, in bytes.
 const TEXT_BYTES_MAX: usize = 256;
 
 /// Longest request id, as the contract has it.
@@ -154,7 +154,8 @@ pub fn join_to_proto(join: &Join) -> pb::JoinRequest {
     pb::JoinRequest {
         rank: join.rank as u32,
         attestation: Some(pb::Attestation { entries: join.attestation.entries().clone().into_iter().collect() }),
-        collective_address: join.address.clone(),
+        collective_address: join.contact.address.clone(),
+        device_id: join.contact.device_id.clone(),
     }
 }
 
@@ -166,14 +167,14 @@ pub fn join_to_proto(join: &Join) -> pb::JoinRequest {
 pub fn join_from_proto(join: pb::JoinRequest) -> Result<Join, WireError> {
     let attestation = join.attestation.ok_or(WireError::Missing { what: "attestation" })?;
     at_most(ATTESTATION_ENTRIES_MAX, attestation.entries.len(), "entries in an attestation")?;
-    let texts = attestation.entries.iter().flat_map(|(key, value)| [key, value]).chain([&join.collective_address]);
-    for text in texts {
-        at_most(TEXT_BYTES_MAX, text.len(), "bytes in a name, value or address")?;
+    let entries = attestation.entries.iter().flat_map(|(key, value)| [key, value]);
+    for text in entries.chain([&join.collective_address, &join.device_id]) {
+        at_most(TEXT_BYTES_MAX, text.len(), "bytes in a name, value, address or device")?;
     }
     Ok(Join {
         rank: join.rank as usize,
         attestation: attestation.entries.into_iter().collect(),
-        address: join.collective_address,
+        contact: Contact { address: join.collective_address, device_id: join.device_id },
     })
 }
 
@@ -240,13 +241,15 @@ mod tests {
 
     #[test]
     fn an_oversized_attestation_is_refused() {
-        let join =
-            Join { rank: 1, attestation: [("weights_digest", "ab12")].into_iter().collect(), address: "a:1".into() };
+        let contact = Contact { address: "a:1".into(), device_id: "GPU-1".into() };
+        let join = Join { rank: 1, attestation: [("weights_digest", "ab12")].into_iter().collect(), contact };
         let sent = join_to_proto(&join);
         assert_eq!(join_from_proto(sent.clone()), Ok(join));
         let none = pb::JoinRequest { attestation: None, ..sent.clone() };
         assert_eq!(join_from_proto(none), Err(WireError::Missing { what: "attestation" }));
         let long = pb::JoinRequest { collective_address: "a".repeat(257), ..sent.clone() };
+        assert!(matches!(join_from_proto(long), Err(WireError::TooMany { found: 257, .. })));
+        let long = pb::JoinRequest { device_id: "a".repeat(257), ..sent.clone() };
         assert!(matches!(join_from_proto(long), Err(WireError::TooMany { found: 257, .. })));
         let many = pb::Attestation { entries: (0..65).map(|i| (i.to_string(), String::new())).collect() };
         let many = pb::JoinRequest { attestation: Some(many), ..sent };

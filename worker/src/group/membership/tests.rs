@@ -27,7 +27,11 @@ fn membership(world_size: usize) -> Membership {
 }
 
 fn join(rank: usize) -> Join {
-    Join { rank, attestation: attestation("ab12"), address: format!("host-{rank}:1") }
+    Join { rank, attestation: attestation("ab12"), contact: contact(rank) }
+}
+
+fn contact(rank: usize) -> Contact {
+    Contact { address: format!("host-{rank}:1"), device_id: format!("gpu-{rank}") }
 }
 
 fn beat(progress: u64) -> Beat {
@@ -54,7 +58,7 @@ fn the_epoch_starts_with_the_last_rank_and_runs_with_the_last_stream() {
     assert_eq!(group.join(Ticket(1), join(2), now), []);
     assert_eq!(group.form(now), []);
     assert_eq!(group.missing(), [1]);
-    let joiner = |rank, ticket| (rank, Joiner { ticket: Ticket(ticket), address: format!("host-{rank}:1") });
+    let joiner = |rank, ticket| (rank, Joiner { ticket: Ticket(ticket), contact: contact(rank) });
     let joiners = BTreeMap::from([joiner(1, 2), joiner(2, 1)]);
     assert_eq!(group.join(Ticket(2), join(1), now), [Action::Start { epoch: 1, joiners }]);
     assert_eq!(group.attach(2, 1), Some(vec![]));
@@ -210,7 +214,7 @@ impl Observer {
                     assert!(joiners.keys().copied().eq(1..group.world_size), "a rank is missing");
                     for (rank, joiner) in joiners {
                         let join = self.open.remove(&joiner.ticket).expect("a request answered twice");
-                        assert_eq!((join.rank, join.address), (rank, joiner.address));
+                        assert_eq!((join.rank, join.contact), (rank, joiner.contact));
                         assert_eq!(join.attestation, attestation("ab12"), "a rank that differs let in");
                     }
                     (self.epoch, self.alive, self.running) = (epoch, true, false);
