@@ -1,31 +1,53 @@
-// Runs the blocks of a launch, each block's threads as fibres of one OS thread.
+// A block of threads, as fibres of one OS thread.
 #pragma once
 
-#include <memory>
-#include <vector>
-
+#include "launch.h"
 #include "machine.h"
+#include "random.h"
 
 namespace emulator {
 
-struct Launch {
-    const Module* module;
-    const Kernel* kernel;
-    // Where a block's __shared__ variables are: this far before `module->shared_memory()`, so many bytes.
-    size_t shared_offset, shared_bytes;
-    size_t dynamic_shared_bytes;
-    Dim3 grid, block;
-    std::vector<unsigned char> parameter_bytes;
-    std::vector<void*> parameters;  // into parameter_bytes
+constexpr unsigned WARPS_MAX = THREADS_MAX / LANES;
+
+struct Block;
+
+// A warp and how far its lanes are: each is in one of the sets, or running.
+struct ScheduledWarp : Warp {
+    unsigned runnable, meeting, at_barrier, exited;
+    unsigned rotation;  // lanes take turns from here on
+    Block* block;
+    void* stack_pointers[LANES];
+    // What the lanes that meet or wait have called, and from where.
+    const char* operations[LANES];
+    unsigned masks[LANES];
+    const void* call_sites[LANES];
+
+    unsigned take_runnable();
 };
 
-// Runs all blocks, in an order that the seed decides, on LOCKSTEP_EMULATOR_THREADS OS threads. A block that cannot go on
-// aborts the process: there is no state that a test could go on from.
-void run_launch(const Launch& launch);
+// Brings its own stacks and dynamic shared memory, and can run one block after another.
+struct Block {
+    Block();
 
-// Tells of the memory fault of a kernel before the process dies of it.
-void install_fault_reports();
+    // A block whose threads wait for one another aborts the process: there is no state that a test could go on from.
+    void run(const Launch& launch, Dim3 index, Random random);
 
-extern const Runtime runtime;
+    const Launch* launch;
+    Dim3 index;
+    unsigned n_threads, n_warps;
+    Thread* current = nullptr;  // null outside `run`
+    void* scheduler_stack_pointer;
+    ScheduledWarp warps[WARPS_MAX];
+    Thread threads[THREADS_MAX];
+
+  private:
+    void start();
+    void start_thread(unsigned i, unsigned char* dynamic_shared);
+    void run_warps_in_turn(Random& random);
+    bool open_barrier();
+
+    unsigned char* stacks_;
+    unsigned char* shared_end_;
+};
 
 }  // namespace emulator

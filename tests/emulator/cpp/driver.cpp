@@ -12,8 +12,9 @@
 #include <vector>
 
 #include "api.h"
-#include "block.h"
 #include "environment.h"
+#include "fault.h"
+#include "launch.h"
 #include "memory.h"
 #include "module.h"
 #include "stream.h"
@@ -26,7 +27,6 @@ using namespace emulator;
 
 namespace {
 
-constexpr unsigned THREADS_PER_BLOCK_MAX = 1024;
 constexpr size_t STATIC_SHARED_BYTES_MAX = 48 << 10;
 constexpr size_t RESERVED_SHARED_BYTES = 1 << 10;  // per block, by the system
 constexpr int MULTIPROCESSORS = 2;
@@ -88,7 +88,7 @@ CUresult check_device_memory(CUdeviceptr at, size_t bytes) {
 
 API CUresult cuInit(unsigned) {
     if (environment().n_devices == 0) return CUDA_ERROR_NO_DEVICE;
-    if (!initialized.exchange(true)) install_fault_reports();
+    if (!initialized.exchange(true)) install_fault_handlers();
     return CUDA_SUCCESS;
 }
 
@@ -166,7 +166,7 @@ API CUresult cuDeviceGetAttribute(int* value, CUdevice_attribute attribute, CUde
     switch (attribute) {
         case MAX_THREADS_PER_BLOCK:
         case MAX_BLOCK_DIM_X:
-        case MAX_BLOCK_DIM_Y: *value = THREADS_PER_BLOCK_MAX; break;
+        case MAX_BLOCK_DIM_Y: *value = THREADS_MAX; break;
         case MAX_BLOCK_DIM_Z: *value = 64; break;
         case MAX_GRID_DIM_X: *value = 0x7fffffff; break;
         case MAX_GRID_DIM_Y:
@@ -433,7 +433,7 @@ API CUresult cuOccupancyMaxActiveBlocksPerMultiprocessor(int* n_blocks, Function
 static CUresult check_launch(const Function& function, Dim3 grid, Dim3 block, size_t dynamic_shared_bytes) {
     bool empty = !grid.x || !grid.y || !grid.z || !block.x || !block.y || !block.z;
     bool wide = grid.x > 0x7fffffff || grid.y > 65535 || grid.z > 65535 || block.x > 1024 || block.y > 1024 || block.z > 64;
-    if (empty || wide || block.x * block.y * block.z > THREADS_PER_BLOCK_MAX) return CUDA_ERROR_INVALID_VALUE;
+    if (empty || wide || block.x * block.y * block.z > THREADS_MAX) return CUDA_ERROR_INVALID_VALUE;
     if (dynamic_shared_bytes > function.dynamic_shared_bytes_max) return CUDA_ERROR_INVALID_VALUE;
     if (block.x * block.y * block.z > function.kernel->max_threads) return CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES;
     return CUDA_SUCCESS;
@@ -446,6 +446,7 @@ static std::shared_ptr<Launch> make_launch(const Function& function, Dim3 grid, 
     auto launch = std::make_shared<Launch>();
     launch->module = function.module->module;
     launch->kernel = function.kernel;
+    launch->image = function.module->image;
     launch->shared_offset = function.module->shared_offset;
     launch->shared_bytes = function.module->shared_bytes;
     launch->dynamic_shared_bytes = dynamic_shared_bytes;

@@ -1,5 +1,6 @@
 #include "environment.h"
 
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 
@@ -25,7 +26,7 @@ const Environment& environment() {
         static_cast<int>(read("LOCKSTEP_EMULATOR_DEVICES", 8)),
         static_cast<int>(read("LOCKSTEP_EMULATOR_ARCH", 90)),
         read("LOCKSTEP_EMULATOR_MEMORY", 8ull << 30),
-        static_cast<unsigned>(read("LOCKSTEP_EMULATOR_THREADS", 2)),
+        static_cast<unsigned>(std::max(read("LOCKSTEP_EMULATOR_THREADS", 2), 1ull)),
         read("LOCKSTEP_EMULATOR_SEED", 1),
         read("LOCKSTEP_EMULATOR_FAIL_LAUNCH", 0),
     };

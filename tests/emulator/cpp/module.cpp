@@ -11,8 +11,8 @@
 #include <cstring>
 #include <string>
 
-#include "block.h"
 #include "environment.h"
+#include "launch.h"
 
 namespace emulator {
 namespace {
@@ -26,16 +26,12 @@ size_t image_bytes(const void* image) {
     return header->e_shoff + size_t(header->e_shentsize) * header->e_shnum;
 }
 
-void* open_image(const void* image, size_t bytes) {
-    int file = memfd_create("emulated kernels", MFD_CLOEXEC);
-    if (file < 0) return nullptr;
-    void* handle = nullptr;
-    if (write(file, image, bytes) == static_cast<ssize_t>(bytes)) {
-        handle = dlopen(("/proc/self/fd/" + std::to_string(file)).c_str(), RTLD_NOW | RTLD_LOCAL);
-        if (!handle) fprintf(stderr, "emulator: %s\n", dlerror());
-    }
-    close(file);
-    return handle;
+bool open_image(LoadedModule& loaded, const void* image, size_t bytes) {
+    loaded.image = memfd_create("emulated kernels", MFD_CLOEXEC);
+    if (loaded.image < 0 || write(loaded.image, image, bytes) != static_cast<ssize_t>(bytes)) return false;
+    loaded.handle = dlopen(("/proc/self/fd/" + std::to_string(loaded.image)).c_str(), RTLD_NOW | RTLD_LOCAL);
+    if (!loaded.handle) fprintf(stderr, "emulator: %s\n", dlerror());
+    return loaded.handle;
 }
 
 // sm_90 code runs on 9.x with x >= 0; sm_90a on 9.0 alone.
@@ -73,6 +69,7 @@ void find_shared_memory(LoadedModule& loaded) {
 
 LoadedModule::~LoadedModule() {
     if (handle) dlclose(handle);
+    if (image >= 0) close(image);
 }
 
 std::unique_ptr<LoadedModule> load_module(const void* image, CUresult& error) {
@@ -82,8 +79,7 @@ std::unique_ptr<LoadedModule> load_module(const void* image, CUresult& error) {
 
     error = CUDA_ERROR_NO_BINARY_FOR_GPU;
     auto loaded = std::make_unique<LoadedModule>();
-    loaded->handle = open_image(image, bytes);
-    if (!loaded->handle) return nullptr;
+    if (!open_image(*loaded, image, bytes)) return nullptr;
     loaded->module = static_cast<const Module*>(dlsym(loaded->handle, "emulator_module"));
     if (!loaded->module || strcmp(loaded->module->version, EMULATOR_VERSION) != 0) return nullptr;
     if (!runs_here(loaded->module->architecture)) return nullptr;

@@ -21,6 +21,7 @@ struct Function {
 struct LoadedModule {
     ~LoadedModule();
 
+    int image = -1;          // file descriptor of the shared object
     void* handle = nullptr;  // of dlopen
     const Module* module = nullptr;
     // Where an OS thread's copy of the __shared__ variables begins, before `module->shared_memory()`, and its size.

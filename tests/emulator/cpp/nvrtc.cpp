@@ -240,7 +240,8 @@ nvrtcResult compile(Program& program, const Options& options) {
         "-fsanitize=alignment,bounds,shift-exponent", "-fsanitize-undefined-trap-on-error",
         // Two variants of one source have functions of the same names: each calls its own.
         "-fno-gnu-unique", "-Wl,-Bsymbolic",
-        "-fno-exceptions", "-fno-rtti", "-w", "kernels.ii", "-lm"};
+        // Reports of faults name the line.
+        "-g1", "-fno-optimize-sibling-calls", "-fno-exceptions", "-fno-rtti", "-w", "kernels.ii", "-lm"};
     if (!run_compiler(folder, build, program.log)) return NVRTC_ERROR_COMPILATION;
     program.image = read_file(folder / "kernels.so");
     return NVRTC_SUCCESS;

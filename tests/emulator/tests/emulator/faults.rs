@@ -83,8 +83,11 @@ fn diverging_barrier_aborts() {
             }"#;
         Gpu::open().map(source, "diverge", shape(1, 64), &[0.0], 1);
     });
-    let said =
-        ["kernel diverge, block (0, 0, 0)", "threads 0 to 39 have exited", "threads 40 to 63 wait at __syncthreads"];
+    let said = [
+        "kernel diverge, block (0, 0, 0)",
+        "threads 0 to 39 have exited",
+        "threads 40 to 63 wait at __syncthreads at test.cu:4",
+    ];
     assert_aborted(child, &said);
 }
 
@@ -97,7 +100,7 @@ fn lane_that_misses_a_shuffle_aborts() {
             }"#;
         Gpu::open().map(source, "miss", shape(1, 32), &[0.0], 1);
     });
-    assert_aborted(child, &["kernel miss", "threads 8 to 31 wait at __shfl_sync for the lanes ffffffff"]);
+    assert_aborted(child, &["kernel miss", "threads 8 to 31 wait at __shfl_sync for the lanes ffffffff at test.cu:3"]);
 }
 
 #[test]
@@ -110,7 +113,7 @@ fn lanes_at_different_operations_abort() {
             }"#;
         Gpu::open().map(source, "differ", shape(1, 32), &[0.0], 1);
     });
-    assert_aborted(child, &["kernel differ", "meets"]);
+    assert_aborted(child, &["kernel differ", "meets", "at test.cu:"]);
 }
 
 #[test]
@@ -122,7 +125,7 @@ fn access_past_an_allocation_aborts() {
             }"#;
         Gpu::open().map(source, "stray", shape(1, 32), &[0.0; 64], 32);
     });
-    assert_aborted(child, &["kernel stray, block (0, 0, 0), thread (", "no such memory"]);
+    assert_aborted(child, &["kernel stray, block (0, 0, 0), thread (", "no such memory", "at test.cu:3"]);
 }
 
 /// A write so short of the allocation's end that only alignment keeps it from the page that cannot be touched.
@@ -142,7 +145,7 @@ fn misaligned_access_aborts() {
             extern "C" __global__ void skew(const float* in, float* out) { out[0] = load_once((const uint4*)(in + 1)).x; }"#;
         Gpu::open().map(source, "skew", shape(1, 1), &[0.0; 8], 1);
     });
-    assert_aborted(child, &["kernel skew", "misaligned"]);
+    assert_aborted(child, &["kernel skew", "misaligned", "at test.cu:2"]);
 }
 
 #[test]
@@ -156,7 +159,7 @@ fn shared_array_has_bounds() {
             }"#;
         Gpu::open().map(source, "wide", shape(1, 64), &[0.0], 1);
     });
-    assert_aborted(child, &["kernel wide", "out of an array's bounds"]);
+    assert_aborted(child, &["kernel wide", "out of bounds at test.cu:4"]);
 }
 
 #[test]
