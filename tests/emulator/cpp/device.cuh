@@ -6,6 +6,7 @@
 
 #include "machine.h"
 
+typedef signed char i8;
 typedef unsigned char u8;
 typedef unsigned short u16;
 typedef unsigned int u32;
@@ -119,23 +120,26 @@ inline int __dp4a(int a, int b, int sum) {
     return sum;
 }
 
-#define EMULATOR_MIN_MAX(T)                                 \
-    inline T min(T x, T y) { return y < x ? y : x; }        \
-    inline T max(T x, T y) { return x < y ? y : x; }
-EMULATOR_MIN_MAX(int)
-EMULATOR_MIN_MAX(unsigned)
-EMULATOR_MIN_MAX(long long)
-EMULATOR_MIN_MAX(u64)
-#undef EMULATOR_MIN_MAX
+// Of two types of integers they take the one that a sum has.
+template <class T, class U>
+inline decltype(T() + U()) min(T x, U y) {
+    using Common = decltype(T() + U());
+    return Common(y) < Common(x) ? y : x;
+}
+template <class T, class U>
+inline decltype(T() + U()) max(T x, U y) {
+    using Common = decltype(T() + U());
+    return Common(x) < Common(y) ? y : x;
+}
 inline float min(float x, float y) { return fminf(x, y); }
 inline float max(float x, float y) { return fmaxf(x, y); }
 
 // ---- Atomic operations: blocks run on several OS threads ----
 
-template <class T>
-inline T emulator_atomic_update(T* at, T (*update)(T, T), T operand) {
+template <class T, class Choose>
+inline T emulator_atomic_choose(T* at, T x, Choose choose) {
     T old = __atomic_load_n(at, __ATOMIC_RELAXED);
-    while (!__atomic_compare_exchange_n(at, &old, update(old, operand), true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+    while (!__atomic_compare_exchange_n(at, &old, choose(old, x), true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
     }
     return old;
 }
@@ -146,11 +150,14 @@ inline unsigned atomicOr(unsigned* at, unsigned x) { return __atomic_fetch_or(at
 inline unsigned atomicAnd(unsigned* at, unsigned x) { return __atomic_fetch_and(at, x, __ATOMIC_RELAXED); }
 inline int atomicExch(int* at, int x) { return __atomic_exchange_n(at, x, __ATOMIC_RELAXED); }
 inline unsigned atomicExch(unsigned* at, unsigned x) { return __atomic_exchange_n(at, x, __ATOMIC_RELAXED); }
-inline int atomicMax(int* at, int x) { return emulator_atomic_update<int>(at, max, x); }
-inline unsigned atomicMax(unsigned* at, unsigned x) { return emulator_atomic_update<unsigned>(at, max, x); }
-inline u64 atomicMax(u64* at, u64 x) { return emulator_atomic_update<u64>(at, max, x); }
-inline int atomicMin(int* at, int x) { return emulator_atomic_update<int>(at, min, x); }
-inline unsigned atomicMin(unsigned* at, unsigned x) { return emulator_atomic_update<unsigned>(at, min, x); }
+template <class T>
+inline T atomicMax(T* at, T x) {
+    return emulator_atomic_choose(at, x, [](T old, T x) { return max(old, x); });
+}
+template <class T>
+inline T atomicMin(T* at, T x) {
+    return emulator_atomic_choose(at, x, [](T old, T x) { return min(old, x); });
+}
 template <class T>
 inline T atomicCAS(T* at, T expected, T desired) {
     __atomic_compare_exchange_n(at, &expected, desired, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED);
@@ -318,6 +325,11 @@ inline void emulator_mma(const char* operation, bool f16, float (&d)[4], const u
 }
 inline void mma_bf16(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) { emulator_mma("mma_bf16", false, d, a, b0, b1); }
 inline void mma_f16(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) { emulator_mma("mma_f16", true, d, a, b0, b1); }
+
+inline void mma_bf16_fresh(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+    for (float& element : d) element = 0;
+    mma_bf16(d, a, b0, b1);
+}
 
 inline u8* dynamic_shared() { return self->dynamic_shared; }
 

@@ -8,13 +8,13 @@
 #include <unistd.h>
 
 #include <array>
+#include <cctype>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <filesystem>
 #include <fstream>
 #include <iterator>
-#include <regex>
 #include <sstream>
 #include <string>
 #include <vector>
@@ -178,17 +178,41 @@ fs::path own_folder() {
     return fs::canonical(info.dli_fname).parent_path();
 }
 
-// Finds the entry points in preprocessed source, and takes the two words out of it that g++ does not know.
+// Past the parenthesis that closes the one at `open`, and the first argument in between.
+size_t skip_arguments(const std::string& text, size_t open, std::string& first) {
+    size_t depth = 0, first_end = text.npos, at = open;
+    do {
+        if (text[at] == '(') depth++;
+        if (text[at] == ')') depth--;
+        if (first_end == text.npos && (depth == 0 || (depth == 1 && text[at] == ','))) first_end = at;
+    } while (++at < text.size() && depth > 0);
+    first = text.substr(open + 1, first_end - open - 1);
+    return at;
+}
+
+// Finds the entry points in preprocessed source, and blanks out the words that g++ does not know: `__global__`, then `void`
+// and `__launch_bounds__(...)` in either order, then the name.
 std::vector<EntryPoint> take_entry_points(std::string& source) {
-    static const std::regex pattern(
-        R"re(extern\s+"C"\s+__global__\s+void\s+(?:__launch_bounds__\s*\(([^()]*|[^()]*\([^()]*\)[^()]*)\)\s*)?(\w+)\s*\()re");
+    const std::string global = "__global__", bounds = "__launch_bounds__";
     std::vector<EntryPoint> found;
-    for (std::sregex_iterator match(source.begin(), source.end(), pattern), end; match != end; ++match) {
-        std::string bounds = (*match)[1].matched ? (*match)[1].str() : THREADS_MAX;
-        found.push_back({(*match)[2], bounds.substr(0, bounds.find(','))});
+    for (size_t at; (at = source.find(global)) != source.npos;) {
+        source.replace(at, global.size(), global.size(), ' ');
+        EntryPoint entry_point = {"", THREADS_MAX};
+        while (entry_point.name.empty()) {
+            at = source.find_first_not_of(" \t\n", at);
+            size_t end = at;
+            while (end < source.size() && (isalnum(source[end]) || source[end] == '_')) end++;
+            std::string word = source.substr(at, end - at);
+            if (word == bounds) {
+                end = skip_arguments(source, source.find('(', end), entry_point.max_threads);
+                for (size_t i = at; i < end; i++) source[i] = source[i] == '\n' ? '\n' : ' ';
+            } else if (word != "void") {
+                entry_point.name = word.empty() ? "?" : word;  // g++ will say what is wrong with it
+            }
+            at = end;
+        }
+        found.push_back(entry_point);
     }
-    static const std::regex unknown(R"re(__global__|__launch_bounds__\s*\(([^()]*|[^()]*\([^()]*\)[^()]*)\))re");
-    source = std::regex_replace(source, unknown, "");
     return found;
 }
 

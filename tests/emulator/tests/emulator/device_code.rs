@@ -1,5 +1,7 @@
 //! What kernels can say, compiled and run through cudarc, against what it should give.
 
+use std::collections::BTreeSet;
+
 use cudarc::driver::PushKernelArg;
 
 use crate::gpu::{Gpu, shape};
@@ -122,7 +124,7 @@ fn integers_and_bits() {
                 byte_permute(0x33221100, 0x77665544, 0x5410), byte_permute(0x80, 0, 0x0008),
                 __umulhi(0x80000000, 6), u32(__ffs(8)), u32(__ffs(0)), u32(__popc(0xff00ff)), u32(__clz(1)),
                 u32(__float2int_rn(2.5f)), u32(__float2int_rn(-1e20f)), u32(__dp4a(0x01ff02fe, 0x01010101, 5)),
-                min(3u, 4u), u32(max(-3, 4)), __float_as_uint(1.0f),
+                min(3u, 4), u32(max(-3, 4)), __float_as_uint(1.0f),
             };
             for (u32 i = 0; i < sizeof results / sizeof results[0]; i++) out[i] = __uint_as_float(results[i]);
         }"#;
@@ -191,7 +193,7 @@ fn blocks_count_together() {
             return weights[0] * v.x + weights[1] * v.y + weights[2] * v.z + weights[3] * v.w;
         }
         static_assert(sizeof(uint2) == 8 && alignof(uint4) == 16, "vector types");
-        extern "C" __global__ void __launch_bounds__(2 * (16 + 16), 1) count(const float* in, float* out) {
+        extern "C" __global__ void __launch_bounds__((1 ? 2 : (3)) * (16 + 16), 1) count(const float* in, float* out) {
             const uint4 v = load_once((const uint4*)in);
             atomicAdd((unsigned*)out, weigh(v));
             atomicMax((int*)out + 1, int(blockIdx.y * gridDim.x + blockIdx.x));
@@ -205,4 +207,18 @@ fn blocks_count_together() {
     // SAFETY: the kernel takes two pointers, to four words and to two.
     unsafe { gpu.stream.launch_builder(&count).arg(&v).arg(&mut out).launch(launch) }.unwrap();
     assert_eq!(gpu.stream.clone_dtoh(&out).unwrap(), [21 * 64 * 4321, 20]);
+}
+
+/// Kernels are written against one prelude and tested with the other.
+#[test]
+fn prelude_and_its_twin_declare_the_same() {
+    let functions = |text: &'static str| {
+        let names = text.lines().filter(|line| !line.starts_with(' ') && line.contains(") {"));
+        names.map(|line| line.split('(').next().unwrap().rsplit([' ', '*']).next().unwrap()).collect::<BTreeSet<_>>()
+    };
+    let prelude = functions(include_str!("../../../../worker/kernels/cuda/device.cuh"));
+    let twin = functions(include_str!("../../cpp/device.cuh"));
+    assert!(prelude.len() > 15, "{prelude:?}");
+    let missing: Vec<_> = prelude.difference(&twin).collect();
+    assert!(missing.is_empty(), "{missing:?}");
 }
