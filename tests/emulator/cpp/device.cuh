@@ -251,63 +251,71 @@ inline unsigned __reduce_min_sync(unsigned mask, unsigned value) {
 
 inline float f16_to_f32(u16 half) { return float(bit_cast_to<_Float16>(half)); }
 inline float bf16_to_f32(u16 half) { return __uint_as_float(u32(half) << 16); }
-inline u16 f32_to_f16(float wide) { return bit_cast_to<u16>(_Float16(wide)); }
+// One NaN for all, as the instructions have it.
+inline u16 f32_to_f16(float wide) { return wide != wide ? 0x7fff : bit_cast_to<u16>(_Float16(wide)); }
 inline u16 f32_to_bf16(float wide) {
     u32 bits = __float_as_uint(wide);
-    if (wide != wide) return 0x7fff;  // as the instruction does: one NaN for all
+    if (wide != wide) return 0x7fff;
     return u16((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 inline u32 pack_bf16(float lo, float hi) { return f32_to_bf16(lo) | u32(f32_to_bf16(hi)) << 16; }
 inline u32 pack_f16(float lo, float hi) { return f32_to_f16(lo) | u32(f32_to_f16(hi)) << 16; }
 
 namespace emulator {
-// A double holds the product of two halves exactly. Where the sum with the third does not fit, it is rounded to odd, so
-// that the second rounding, to a half, falls as the first would have.
+
+// The double next to a b + c, whose last bit is odd unless it is the very value. Rounding it again, to a half, falls as
+// rounding once would have.
 inline double fma_to_odd(double a, double b, double c) {
-    double product = a * b, sum = product + c, shadow = sum - product;
+    double product = a * b, sum = product + c;  // the product of halves is exact
+    double shadow = sum - product;
     double error = (product - (sum - shadow)) + (c - shadow);
     u64 bits = bit_cast_to<u64>(sum);
-    // Only a finite sum with an even last bit can be the wrong side of a tie.
     if (error == 0 || error != error || bits & 1 || sum - sum != 0) return sum;
-    bits += (error > 0) == (sum > 0) ? 1 : -1;
-    return bit_cast_to<double>(bits);
+    return bit_cast_to<double>(bits + ((error > 0) == (sum > 0) ? 1 : -1));
 }
-// Rounds to odd, too.
 inline float to_float_odd(double wide) {
     float narrow = float(wide);
-    if (double(narrow) == wide || wide != wide || narrow - narrow != 0) return narrow;
     u32 bits = __float_as_uint(narrow);
-    if (bits & 1) return narrow;
-    bits += (double(narrow) < wide) == (wide > 0) ? 1 : -1;
-    return __uint_as_float(bits);
+    if (double(narrow) == wide || wide != wide || bits & 1 || narrow - narrow != 0) return narrow;
+    return __uint_as_float(bits + ((double(narrow) < wide) == (wide > 0) ? 1 : -1));
 }
+
+// a b + c as a float that rounds to a half as the exact value does. The float next to it will do, except where it lies
+// halfway between two halves: `beyond` are the bits that a half of its exponent lacks, or some more.
+inline float fma_before_half(float a, float b, float c, u32 beyond) {
+    float sum = fmaf(a, b, c);
+    if (__builtin_expect((__float_as_uint(sum) & beyond) != (beyond + 1) / 2, true)) return sum;
+    return to_float_odd(fma_to_odd(a, b, c));
+}
+
+inline u16 fma_bf16(u16 a, u16 b, u16 c) {
+    return f32_to_bf16(fma_before_half(bf16_to_f32(a), bf16_to_f32(b), bf16_to_f32(c), 0xffff));
+}
+inline u16 fma_f16(u16 a, u16 b, u16 c) {
+    float x = f16_to_f32(a), y = f16_to_f32(b), z = f16_to_f32(c);
+    float sum = fma_before_half(x, y, z, 0x1fff);
+    // Below the normal halves, where a half's last bit is, varies.
+    if (__builtin_expect(fabsf(sum) < 6.1035156e-5f, false)) sum = to_float_odd(fma_to_odd(x, y, z));
+    return f32_to_f16(sum);
+}
+
 }  // namespace emulator
 
 inline u32 fma_bf16x2(u32 a, u32 b, u32 c) {
-    auto half = [&](int shift) {
-        auto wide = [shift](u32 pair) { return bf16_to_f32(u16(pair >> shift)); };
-        return f32_to_bf16(emulator::to_float_odd(emulator::fma_to_odd(wide(a), wide(b), wide(c))));
-    };
-    return half(0) | u32(half(16)) << 16;
+    return emulator::fma_bf16(u16(a), u16(b), u16(c)) | u32(emulator::fma_bf16(u16(a >> 16), u16(b >> 16), u16(c >> 16))) << 16;
 }
 inline u32 fma_f16x2(u32 a, u32 b, u32 c) {
-    auto half = [&](int shift) {
-        auto wide = [shift](u32 pair) { return f16_to_f32(u16(pair >> shift)); };
-        return f32_to_f16(emulator::to_float_odd(emulator::fma_to_odd(wide(a), wide(b), wide(c))));
-    };
-    return half(0) | u32(half(16)) << 16;
+    return emulator::fma_f16(u16(a), u16(b), u16(c)) | u32(emulator::fma_f16(u16(a >> 16), u16(b >> 16), u16(c >> 16))) << 16;
 }
 
-inline u32 byte_permute(u32 a, u32 b, u32 selector) {
+// Written out, since selectors are constants: then little is left of it.
+__forceinline__ u32 byte_permute(u32 a, u32 b, u32 selector) {
     u64 bytes = u64(b) << 32 | a;
-    u32 picked = 0;
-    for (int i = 0; i < 4; i++) {
-        u32 select = selector >> (4 * i);
+    auto pick = [&](u32 select) {
         u32 byte = u32(bytes >> (8 * (select & 7))) & 0xff;
-        if (select & 8) byte = byte & 0x80 ? 0xff : 0;
-        picked |= byte << (8 * i);
-    }
-    return picked;
+        return select & 8 ? (byte & 0x80 ? 0xff : 0) : byte;
+    };
+    return pick(selector) | pick(selector >> 4) << 8 | pick(selector >> 8) << 16 | pick(selector >> 12) << 24;
 }
 inline u32 __byte_perm(u32 a, u32 b, u32 selector) { return byte_permute(a, b, selector & 0x7777); }
 

@@ -40,6 +40,7 @@ void multiply(Warp* warp, bool f16) {
         for (int k_half = 0; k_half < 2; k_half++) {
             widen(warp->a[2 * k_half + half], f16, a);
             for (int k = 0; k < 8; k++) {
+#pragma GCC unroll 8  // keeps d in registers
                 for (int row = 0; row < 8; row++) {
                     Row broadcast = a[8 * row + k] - Row{};
                     d[row] = __builtin_ia32_vfmaddps256(broadcast, b[8 * k_half + k], d[row]);

@@ -109,11 +109,14 @@ fn halves_convert_and_multiply() {
             third = pack_bf16(1.0f / 3, 1), square = fma_bf16x2(third, third, 0);
             out[6] = bf16_to_f32(u16(fma_bf16x2(third, third, square ^ 0x8000)));
             out[7] = bf16_to_f32(u16(square >> 16));
+            // Among the smallest halves: as a float, the sum lies halfway between 513 and 514, in truth it is less.
+            u32 nearly = fma_f16x2(pack_f16(1025 * 0x1p-22f, 0), pack_f16(1023 * 0x1p-23f, 0), pack_f16(513 * 0x1p-24f, 0));
+            out[8] = f16_to_f32(u16(nearly)) * 0x1p24f;
         }"#;
     let x = 1.000_976_6_f32 + 0.000_488_28; // halfway between two f16
-    let found = Gpu::open().map(source, "halves", shape(1, 1), &[x], 8);
+    let found = Gpu::open().map(source, "halves", shape(1, 1), &[x], 9);
     let (f16_error, bf16_error) = (0.333_251_95_f32.powi(2) - 0.111_083_984, 0.333_984_38_f32.powi(2) - 0.111_328_125);
-    assert_eq!(found, [1.001_953_1, 1.0, 2.003_906_2, 2.0, f16_error, 1.0, bf16_error, 1.0]);
+    assert_eq!(found, [1.001_953_1, 1.0, 2.003_906_2, 2.0, f16_error, 1.0, bf16_error, 1.0, 513.0]);
 }
 
 #[test]
@@ -221,4 +224,48 @@ fn prelude_and_its_twin_declare_the_same() {
     assert!(prelude.len() > 15, "{prelude:?}");
     let missing: Vec<_> = prelude.difference(&twin).collect();
     assert!(missing.is_empty(), "{missing:?}");
+}
+
+/// `n / 2^48` as the nearest number of `digits` significant bits, and a last bit of at least `2^smallest`.
+fn round(n: i128, digits: u32, smallest: i32) -> f64 {
+    let magnitude = n.unsigned_abs();
+    let n_bits = i128::BITS - magnitude.leading_zeros();
+    let drop = n_bits.saturating_sub(digits).max((smallest + 48) as u32);
+    let (kept, rest, half) = (magnitude >> drop, magnitude & ((1 << drop) - 1), 1 << (drop - 1));
+    let rounded = kept + u128::from(rest > half || (rest == half && kept % 2 == 1));
+    rounded as f64 * f64::from(drop as i32 - 48).exp2() * (n.signum() as f64)
+}
+
+/// Paired sums of products round once: against exact integers, for halves that are multiples of 2^-24 below 2^16.
+#[test]
+fn paired_products_round_once() {
+    let source = r#"
+        extern "C" __global__ void pairs(const float* in, float* out) {
+            unsigned i = blockIdx.x * blockDim.x + threadIdx.x;
+            const float* of = in + 3 * i;
+            u32 f16 = fma_f16x2(pack_f16(of[0], 1), pack_f16(of[1], 1), pack_f16(of[2], 1));
+            u32 bf16 = fma_bf16x2(pack_bf16(1, of[0]), pack_bf16(1, of[1]), pack_bf16(1, of[2]));
+            out[2 * i] = f16_to_f32(u16(f16));
+            out[2 * i + 1] = bf16_to_f32(u16(bf16 >> 16));
+        }"#;
+    let n = 64 * 256;
+    let mut state = 1_u64;
+    let mut random = |below: u64| {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (state >> 33) % below
+    };
+    // Eight significant bits are exact in both formats.
+    let mut half = || {
+        let sign = if random(2) == 0 { 1.0 } else { -1.0 };
+        sign * random(256) as f32 * (random(25) as f32 - 24.0).exp2()
+    };
+    let input: Vec<f32> = (0..3 * n).map(|_| half()).collect();
+    let found = Gpu::open().map(source, "pairs", shape(64, 256), &input, 2 * n);
+    for (of, found) in input.chunks(3).zip(found.chunks(2)) {
+        let units = |x: f32, scale: f64| (f64::from(x) * scale) as i128;
+        let exact = units(of[0], 24_f64.exp2()) * units(of[1], 24_f64.exp2()) + units(of[2], 48_f64.exp2());
+        let f16 = round(exact, 11, -24);
+        let expected = [if f16.abs() < 65520.0 { f16 } else { f64::INFINITY.copysign(f16) }, round(exact, 8, -47)];
+        assert_eq!([f64::from(found[0]), f64::from(found[1])], expected, "{of:?}");
+    }
 }

@@ -1,6 +1,7 @@
 //! Streams, events, pinned memory and graphs.
 
 use std::ffi::c_void;
+use std::process::Command;
 use std::sync::mpsc::{Receiver, Sender};
 
 use cudarc::driver::sys::{CUevent_flags, CUgraphInstantiate_flags, CUresult, CUstreamCaptureMode};
@@ -18,6 +19,33 @@ fn devices_describe_themselves() {
     assert_eq!(context.name().unwrap(), "CPU emulator of CUDA");
     assert_eq!(context.compute_capability().unwrap(), (9, 0));
     assert_eq!(CudaContext::new(8).unwrap_err(), DriverError(CUresult::CUDA_ERROR_INVALID_DEVICE));
+}
+
+/// Whoever opens the libraries by one of their names, in this process or in a child with the folder in its search path, has
+/// the emulator's, whatever else is installed.
+#[test]
+fn names_reach_the_emulator() {
+    let folder = lockstep_cuda_emulator::build().unwrap();
+    if std::env::var_os("LD_LIBRARY_PATH").is_none_or(|path| *path != *folder) {
+        let mut child = Command::new(std::env::current_exe().unwrap());
+        child.args(["--exact", "driver::names_reach_the_emulator"]).env("LD_LIBRARY_PATH", &folder);
+        assert!(child.status().unwrap().success());
+        lockstep_cuda_emulator::load_into_this_process().unwrap();
+    }
+    let open = |name: &str| {
+        // SAFETY: these libraries do nothing when they are opened.
+        let library = unsafe { libloading::Library::new(name) }.unwrap();
+        let symbol = if name.contains("cuda") { "cuDeviceGetName" } else { "nvrtcVersion" };
+        // SAFETY: the symbol is not called.
+        unsafe { *library.get::<*const c_void>(symbol).unwrap() }
+    };
+    assert_eq!(open("libcuda.so"), open("libcuda.so.1"));
+    assert_eq!(open("libnvrtc.so"), open("libnvrtc.so.13"));
+    let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+    for library in ["libcuda.so.1", "libnvrtc.so.13"] {
+        let mut mapped = maps.lines().filter(|line| line.ends_with(library));
+        assert!(mapped.all(|line| line.contains(folder.to_str().unwrap())), "{maps}");
+    }
 }
 
 /// Holds the stream until the sender is used.
