@@ -12,29 +12,36 @@ Stream& Context::default_stream() {
 }
 
 CUresult Context::synchronize() {
-    std::set<Stream*> streams;
+    std::set<std::shared_ptr<Queue>> queues;
     {
         std::lock_guard lock(mutex_);
-        streams = streams_;
+        queues = queues_;
     }
-    for (Stream* stream : streams) stream->synchronize();
+    for (const auto& queue : queues) queue->wait_until_empty();
     return error;
+}
+
+// === impl Queue ===
+
+void Queue::wait_until_empty() {
+    std::unique_lock lock(mutex);
+    changed.wait(lock, [&] { return operations.empty(); });
 }
 
 // === impl Stream ===
 
 Stream::Stream(Context& the_context) : context(the_context) {
     std::lock_guard lock(context.mutex_);
-    context.streams_.insert(this);
+    context.queues_.insert(queue_);
     std::thread(run, queue_, std::ref(context)).detach();
 }
 
 Stream::~Stream() {
+    queue_->wait_until_empty();
     {
         std::lock_guard lock(context.mutex_);
-        context.streams_.erase(this);
+        context.queues_.erase(queue_);
     }
-    synchronize();
     std::lock_guard lock(queue_->mutex);
     queue_->closed = true;
     queue_->changed.notify_all();
@@ -72,8 +79,7 @@ void Stream::submit_all(const std::vector<Operation>& operations) {
 }
 
 CUresult Stream::synchronize() {
-    std::unique_lock lock(queue_->mutex);
-    queue_->changed.wait(lock, [&] { return queue_->operations.empty(); });
+    queue_->wait_until_empty();
     return context.error;
 }
 

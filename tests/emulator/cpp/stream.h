@@ -20,6 +20,17 @@ class Stream;
 // A unit of work in a stream. A result that is no success spoils the context.
 using Operation = std::function<CUresult()>;
 
+// What a stream has yet to run. Shared with the stream's OS thread, and with whoever waits for all streams of a context:
+// both may be about it for a moment after the stream has been destroyed.
+struct Queue {
+    std::mutex mutex;
+    std::condition_variable changed;
+    std::deque<Operation> operations;  // the first one is running
+    bool closed = false;
+
+    void wait_until_empty();
+};
+
 // The primary context of a device.
 struct Context {
     explicit Context(int the_device) : device(the_device) {}
@@ -34,7 +45,7 @@ struct Context {
   private:
     friend class Stream;
     std::mutex mutex_;
-    std::set<Stream*> streams_;
+    std::set<std::shared_ptr<Queue>> queues_;  // of all streams
     std::once_flag once_;
     Stream* default_stream_;
 };
@@ -64,14 +75,6 @@ class Stream {
     Context& context;
 
   private:
-    // Owned by the OS thread, too, which outlives the stream by a moment.
-    struct Queue {
-        std::mutex mutex;
-        std::condition_variable changed;
-        std::deque<Operation> operations;  // the first one is running
-        bool closed = false;
-    };
-
     static void run(std::shared_ptr<Queue> queue, Context& context);
 
     std::shared_ptr<Queue> queue_ = std::make_shared<Queue>();
