@@ -18,13 +18,14 @@ namespace {
 constexpr size_t PAGE_BYTES = 4096;
 constexpr size_t STACK_BYTES = 64 << 10;  // of a fibre; the lowest page is a guard
 constexpr size_t SHARED_BYTES_MAX = 256 << 10;
-constexpr size_t SHARED_ALIGNMENT = 128;   // as the prelude promises
-constexpr unsigned char POISON = 0xff;     // a NaN in every float format
+constexpr size_t SHARED_ALIGNMENT = 128;  // as the prelude promises
+constexpr unsigned char POISON = 0xff;    // a NaN in every float format
 
 // === Fibres ===
 
-// Saves what the ABI makes callees keep, and goes on where `load` was saved. A fresh stack leads to `emulator_start_fiber`,
-// with the thread in r15 (`self`), the kernel in r12, its parameters in r13, and in r14 who takes over at the end.
+// Saves what the ABI makes callees keep, and goes on where `load` was saved. A fresh stack leads to
+// `emulator_start_fiber`, with the thread in r15 (`self`), the kernel in r12, its parameters in r13, and in r14 who
+// takes over at the end.
 extern "C" void emulator_switch(void** save, void* load);
 extern "C" void emulator_start_fiber();
 asm(R"(

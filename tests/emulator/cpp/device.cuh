@@ -1,7 +1,8 @@
 // The twin of worker/kernels/cuda/device.cuh, and of what NVRTC has built in: CUDA C++ for a CPU.
 //
 // A CUDA thread is a fibre; `self` says which one. Everything a warp or a block does together is a meeting of fibres.
-// Faults that a GPU may forgive are made to show: copies arrive as late as they may, lanes that nobody named read garbage.
+// Faults that a GPU may forgive are made to show: copies arrive as late as they may, lanes that nobody named read
+// garbage.
 #pragma once
 
 #include "machine.h"
@@ -36,13 +37,27 @@ constexpr int warpSize = emulator::LANES;
 
 // ---- Vector types ----
 
-struct __align__(8) uint2 { unsigned x, y; };
-struct uint3 { unsigned x, y, z; };
-struct __align__(16) uint4 { unsigned x, y, z, w; };
-struct __align__(8) int2 { int x, y; };
-struct __align__(16) int4 { int x, y, z, w; };
-struct __align__(8) float2 { float x, y; };
-struct __align__(16) float4 { float x, y, z, w; };
+struct __align__(8) uint2 {
+    unsigned x, y;
+};
+struct uint3 {
+    unsigned x, y, z;
+};
+struct __align__(16) uint4 {
+    unsigned x, y, z, w;
+};
+struct __align__(8) int2 {
+    int x, y;
+};
+struct __align__(16) int4 {
+    int x, y, z, w;
+};
+struct __align__(8) float2 {
+    float x, y;
+};
+struct __align__(16) float4 {
+    float x, y, z, w;
+};
 inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 inline int2 make_int2(int x, int y) { return {x, y}; }
@@ -136,13 +151,16 @@ inline float max(float x, float y) { return fmaxf(x, y); }
 
 // ---- Atomic operations: blocks run on several OS threads ----
 
+namespace emulator {
 template <class T, class Choose>
-inline T emulator_atomic_choose(T* at, T x, Choose choose) {
+inline T atomic_choose(T* at, T x, Choose choose) {
     T old = __atomic_load_n(at, __ATOMIC_RELAXED);
     while (!__atomic_compare_exchange_n(at, &old, choose(old, x), true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
     }
     return old;
 }
+}  // namespace emulator
+
 inline int atomicAdd(int* at, int x) { return __atomic_fetch_add(at, x, __ATOMIC_RELAXED); }
 inline unsigned atomicAdd(unsigned* at, unsigned x) { return __atomic_fetch_add(at, x, __ATOMIC_RELAXED); }
 inline u64 atomicAdd(u64* at, u64 x) { return __atomic_fetch_add(at, x, __ATOMIC_RELAXED); }
@@ -152,11 +170,11 @@ inline int atomicExch(int* at, int x) { return __atomic_exchange_n(at, x, __ATOM
 inline unsigned atomicExch(unsigned* at, unsigned x) { return __atomic_exchange_n(at, x, __ATOMIC_RELAXED); }
 template <class T>
 inline T atomicMax(T* at, T x) {
-    return emulator_atomic_choose(at, x, [](T old, T x) { return max(old, x); });
+    return emulator::atomic_choose(at, x, [](T old, T x) { return max(old, x); });
 }
 template <class T>
 inline T atomicMin(T* at, T x) {
-    return emulator_atomic_choose(at, x, [](T old, T x) { return min(old, x); });
+    return emulator::atomic_choose(at, x, [](T old, T x) { return min(old, x); });
 }
 template <class T>
 inline T atomicCAS(T* at, T expected, T desired) {
@@ -174,7 +192,8 @@ inline void __syncwarp(unsigned mask = emulator::ALL_LANES) { emulator::runtime-
 
 namespace emulator {
 
-// Each lane gets the value that lane `source` brought. A source that is not part of the meeting gives garbage, as on a GPU.
+// Each lane gets the value that lane `source` brought. A source that is not part of the meeting gives garbage, as on a
+// GPU.
 template <class T>
 inline T shuffle(const char* operation, unsigned mask, T value, unsigned source) {
     static_assert(sizeof(T) <= 8, "shuffles move at most 8 bytes");
@@ -204,7 +223,9 @@ inline T reduce(const char* operation, unsigned mask, T value, Combine combine) 
     warp->input[self->lane] = u64(value);
     if (runtime->meet(self, operation, mask)) {
         T sum = T(warp->input[__builtin_ctz(mask)]);
-        for (unsigned rest = mask & (mask - 1); rest; rest &= rest - 1) sum = combine(sum, T(warp->input[__builtin_ctz(rest)]));
+        for (unsigned rest = mask & (mask - 1); rest; rest &= rest - 1) {
+            sum = combine(sum, T(warp->input[__builtin_ctz(rest)]));
+        }
         for (unsigned lane = 0; lane < LANES; lane++) {
             if (mask >> lane & 1) warp->output[lane] = u64(sum);
         }
@@ -302,10 +323,12 @@ inline u16 fma_f16(u16 a, u16 b, u16 c) {
 }  // namespace emulator
 
 inline u32 fma_bf16x2(u32 a, u32 b, u32 c) {
-    return emulator::fma_bf16(u16(a), u16(b), u16(c)) | u32(emulator::fma_bf16(u16(a >> 16), u16(b >> 16), u16(c >> 16))) << 16;
+    u16 low = emulator::fma_bf16(u16(a), u16(b), u16(c));
+    return low | u32(emulator::fma_bf16(u16(a >> 16), u16(b >> 16), u16(c >> 16))) << 16;
 }
 inline u32 fma_f16x2(u32 a, u32 b, u32 c) {
-    return emulator::fma_f16(u16(a), u16(b), u16(c)) | u32(emulator::fma_f16(u16(a >> 16), u16(b >> 16), u16(c >> 16))) << 16;
+    u16 low = emulator::fma_f16(u16(a), u16(b), u16(c));
+    return low | u32(emulator::fma_f16(u16(a >> 16), u16(b >> 16), u16(c >> 16))) << 16;
 }
 
 // Written out, since selectors are constants: then little is left of it.
@@ -321,19 +344,23 @@ inline u32 __byte_perm(u32 a, u32 b, u32 selector) { return byte_permute(a, b, s
 
 inline float exp2_fast(float x) { return exp2f(x); }
 
-inline void emulator_mma(const char* operation, bool f16, float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
-    emulator::Warp* warp = self->warp;
+namespace emulator {
+inline void mma(const char* operation, bool f16, float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+    Warp* warp = self->warp;
     unsigned lane = self->lane;
     for (int i = 0; i < 4; i++) warp->a[i][lane] = a[i];
     warp->b[0][lane] = b0;
     warp->b[1][lane] = b1;
     for (int i = 0; i < 4; i++) warp->d[i / 2][2 * lane + i % 2] = d[i];
-    if (emulator::runtime->meet(self, operation, emulator::ALL_LANES)) emulator::runtime->multiply(warp, f16);
+    if (runtime->meet(self, operation, ALL_LANES)) runtime->multiply(warp, f16);
     for (int i = 0; i < 4; i++) d[i] = warp->d[i / 2][2 * lane + i % 2];
 }
-inline void mma_bf16(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) { emulator_mma("mma_bf16", false, d, a, b0, b1); }
-inline void mma_f16(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) { emulator_mma("mma_f16", true, d, a, b0, b1); }
+}  // namespace emulator
 
+inline void mma_bf16(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+    emulator::mma("mma_bf16", false, d, a, b0, b1);
+}
+inline void mma_f16(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) { emulator::mma("mma_f16", true, d, a, b0, b1); }
 inline void mma_bf16_fresh(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
     for (float& element : d) element = 0;
     mma_bf16(d, a, b0, b1);
@@ -346,8 +373,9 @@ inline uint2 load_once(const uint2* global) { return *global; }
 
 // Copies are made when the thread waits for them: whoever forgets to wait reads what was there before.
 inline void copy_async_16(void* shared, const void* global) {
-    if ((u64(shared) | u64(global)) % 16 != 0) emulator::runtime->fail(self, "copy_async_16 of an address that is not 16-byte aligned");
-    if (self->n_copies == emulator::PENDING_COPIES_MAX) emulator::runtime->fail(self, "more copies under way than the emulator keeps");
+    const auto& fail = emulator::runtime->fail;
+    if ((u64(shared) | u64(global)) % 16 != 0) fail(self, "copy_async_16 of an address that is not 16-byte aligned");
+    if (self->n_copies == emulator::PENDING_COPIES_MAX) fail(self, "more copies under way than the emulator keeps");
     self->copies[self->n_copies++] = {shared, global, self->n_copy_groups};
 }
 inline void copy_async_commit() { self->n_copy_groups++; }

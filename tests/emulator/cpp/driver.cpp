@@ -100,9 +100,7 @@ API CUresult cuDriverGetVersion(int* version) {
 API CUresult cuGetErrorName(CUresult result, const char** name) {
     switch (result) {
 #define X(constant, value, text) \
-    case constant:               \
-        *name = #constant;       \
-        return CUDA_SUCCESS;
+    case constant: *name = #constant; return CUDA_SUCCESS;
         CUDA_RESULTS(X)
 #undef X
     }
@@ -113,9 +111,7 @@ API CUresult cuGetErrorName(CUresult result, const char** name) {
 API CUresult cuGetErrorString(CUresult result, const char** text) {
     switch (result) {
 #define X(constant, value, description) \
-    case constant:                      \
-        *text = description;            \
-        return CUDA_SUCCESS;
+    case constant: *text = description; return CUDA_SUCCESS;
         CUDA_RESULTS(X)
 #undef X
     }
@@ -425,14 +421,16 @@ API CUresult cuOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* n_blocks,
 }
 API CUresult cuOccupancyMaxActiveBlocksPerMultiprocessor(int* n_blocks, Function* function, int block_threads,
                                                          size_t dynamic_shared_bytes) {
-    return cuOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(n_blocks, function, block_threads, dynamic_shared_bytes, 0);
+    return cuOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(n_blocks, function, block_threads, dynamic_shared_bytes,
+                                                                0);
 }
 
 // === Launches ===
 
 static CUresult check_launch(const Function& function, Dim3 grid, Dim3 block, size_t dynamic_shared_bytes) {
     bool empty = !grid.x || !grid.y || !grid.z || !block.x || !block.y || !block.z;
-    bool wide = grid.x > 0x7fffffff || grid.y > 65535 || grid.z > 65535 || block.x > 1024 || block.y > 1024 || block.z > 64;
+    bool wide =
+        grid.x > 0x7fffffff || grid.y > 65535 || grid.z > 65535 || block.x > 1024 || block.y > 1024 || block.z > 64;
     if (empty || wide || block.x * block.y * block.z > THREADS_MAX) return CUDA_ERROR_INVALID_VALUE;
     if (dynamic_shared_bytes > function.dynamic_shared_bytes_max) return CUDA_ERROR_INVALID_VALUE;
     if (block.x * block.y * block.z > function.kernel->max_threads) return CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES;

@@ -6,12 +6,12 @@
 namespace emulator {
 
 struct Environment {
-    int n_devices;                  // LOCKSTEP_EMULATOR_DEVICES, 8
-    int architecture;               // LOCKSTEP_EMULATOR_ARCH, 90: compute capability 9.0
-    size_t memory_bytes;            // LOCKSTEP_EMULATOR_MEMORY, 8 GiB: of each device; an allocation beyond it fails
-    unsigned n_threads;             // LOCKSTEP_EMULATOR_THREADS, 2: OS threads that run blocks
-    unsigned long long seed;        // LOCKSTEP_EMULATOR_SEED, 1: of the order of blocks, warps and lanes
-    unsigned long long fail_launch;  // LOCKSTEP_EMULATOR_FAIL_LAUNCH, 0: this launch of the process fails, from 1; 0: none
+    int n_devices;                   // LOCKSTEP_EMULATOR_DEVICES, 8
+    int architecture;                // LOCKSTEP_EMULATOR_ARCH, 90: compute capability 9.0
+    size_t memory_bytes;             // LOCKSTEP_EMULATOR_MEMORY, 8 GiB: of each device; an allocation beyond it fails
+    unsigned n_threads;              // LOCKSTEP_EMULATOR_THREADS, 2: OS threads that run blocks
+    unsigned long long seed;         // LOCKSTEP_EMULATOR_SEED, 1: of the order of blocks, warps and lanes
+    unsigned long long fail_launch;  // LOCKSTEP_EMULATOR_FAIL_LAUNCH, 0: the launch, from 1 on, that fails; 0: none
 };
 
 const Environment& environment();

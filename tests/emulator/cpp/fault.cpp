@@ -19,13 +19,13 @@ constexpr size_t SIGNAL_STACK_BYTES = 256 << 10;
 thread_local const Block* watched = nullptr;
 struct sigaction previous_actions[NSIG];
 
-// " at FILE:LINE" of the kernel's source, if binutils are there to ask. Of the calls that were inlined into one another it
-// is the innermost that is not the prelude's.
+// " at FILE:LINE" of the kernel's source, if binutils are there to ask. Of the calls that were inlined into one another
+// it is the innermost that is not the prelude's.
 std::string source_line(const Launch& launch, const void* code) {
     Dl_info module;
     if (!dladdr(code, &module)) return "";
     char command[128];
-    snprintf(command, sizeof command, "addr2line -is -e /proc/%d/fd/%d 0x%zx 2>&1", getpid(), launch.image,
+    snprintf(command, sizeof command, "addr2line -is -e /proc/%d/fd/%d 0x%zx 2>/dev/null", getpid(), launch.image,
              static_cast<const char*>(code) - static_cast<const char*>(module.dli_fbase));
     FILE* lines = popen(command, "r");
     if (!lines) return "";
@@ -33,7 +33,7 @@ std::string source_line(const Launch& launch, const void* code) {
     for (char line[256]; found.empty() && fgets(line, sizeof line, lines);) {
         std::string text(line);
         bool of_prelude = text.rfind("device.cuh:", 0) == 0;
-        if (!of_prelude && text[0] != '?' && text.find(':') != text.npos) found = " at " + text.substr(0, text.find_first_of(" \n"));
+        if (!of_prelude && text[0] != '?') found = " at " + text.substr(0, text.find_first_of(" \n"));
     }
     pclose(lines);
     return found;
@@ -89,8 +89,8 @@ void abort_thread(const Block& block, const Thread& thread, const std::string& w
 }
 
 void abort_deadlock(const Block& block) {
-    fprintf(stderr, "emulator: kernel %s, block %s: threads wait for one another (seed %llu)\n", block.launch->kernel->name,
-            describe(block.index).c_str(), environment().seed);
+    fprintf(stderr, "emulator: kernel %s, block %s: threads wait for one another (seed %llu)\n",
+            block.launch->kernel->name, describe(block.index).c_str(), environment().seed);
     for (unsigned first = 0, next; first < block.n_threads; first = next) {
         auto [what, code] = group(block, first);
         for (next = first + 1; next < block.n_threads && group(block, next) == group(block, first);) next++;

@@ -38,10 +38,10 @@ struct Warp {
     unsigned long long input[LANES], output[LANES];
     unsigned source_lane[LANES];
 
-    // Operands of a matrix product. In the fragment order of the PTX ISA lane 4 r + c / 2 holds the neighbours c and c + 1
-    // of row r, so that each array is a plain 8 x 8 matrix: a[0] is the upper left quarter of A, a[1] the lower left, a[2]
-    // the upper right, a[3] the lower right; b[0] and b[1] are the upper and lower half of B, transposed; d[0] and d[1] the
-    // upper and lower half of D.
+    // Operands of a matrix product. In the fragment order of the PTX ISA lane 4 r + c / 2 holds the neighbours c and c
+    // + 1 of row r, so that each array is a plain 8 x 8 matrix: a[0] is the upper left quarter of A, a[1] the lower
+    // left, a[2] the upper right, a[3] the lower right; b[0] and b[1] are the upper and lower half of B, transposed;
+    // d[0] and d[1] the upper and lower half of D.
     alignas(32) unsigned a[4][LANES];
     alignas(32) unsigned b[2][LANES];
     alignas(32) float d[2][2 * LANES];
@@ -49,8 +49,8 @@ struct Warp {
 
 // What kernels ask of the driver.
 struct Runtime {
-    // Waits for all lanes in `mask` to come to the same operation. True for the last of them, which must write the outputs
-    // before it does anything else.
+    // Waits for all lanes in `mask` to come to the same operation. True for the last of them, which must write the
+    // outputs before it does anything else.
     bool (*meet)(Thread* self, const char* operation, unsigned mask);
     // Waits for all threads of the block.
     void (*barrier)(Thread* self);

@@ -20,7 +20,8 @@ size_t round_up(size_t bytes, size_t unit) { return (bytes + unit - 1) / unit * 
 void* Memory::allocate(Place place, int device, size_t bytes) {
     size_t usable = round_up(bytes, PAGE_BYTES);
     size_t mapping_bytes = usable + PAGE_BYTES;
-    void* mapping = mmap(nullptr, mapping_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void* mapping =
+        mmap(nullptr, mapping_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (mapping == MAP_FAILED) return nullptr;
     unsigned char* guard = static_cast<unsigned char*>(mapping) + usable;
     mprotect(guard, PAGE_BYTES, PROT_NONE);

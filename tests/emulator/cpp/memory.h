@@ -11,7 +11,8 @@ namespace emulator {
 enum class Place { Device, PinnedHost };
 
 // All allocations of the process. What is not written holds 0xFF bytes, NaNs in every format. The page after an
-// allocation cannot be touched, and the up to 255 bytes before it, which alignment asks for, are looked at when it is freed.
+// allocation cannot be touched, and the up to 255 bytes before it, which alignment asks for, are looked at when it is
+// freed.
 class Memory {
   public:
     // Null when the system has no more.

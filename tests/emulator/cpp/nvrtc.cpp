@@ -17,6 +17,7 @@
 #include <iterator>
 #include <sstream>
 #include <string>
+#include <system_error>
 #include <vector>
 
 #define API extern "C" __attribute__((visibility("default")))
@@ -28,14 +29,14 @@ namespace {
 namespace fs = std::filesystem;
 
 // Names and values are NVIDIA's.
-#define NVRTC_RESULTS(X)                    \
-    X(NVRTC_SUCCESS, 0)                     \
-    X(NVRTC_ERROR_OUT_OF_MEMORY, 1)         \
+#define NVRTC_RESULTS(X)                       \
+    X(NVRTC_SUCCESS, 0)                        \
+    X(NVRTC_ERROR_OUT_OF_MEMORY, 1)            \
     X(NVRTC_ERROR_PROGRAM_CREATION_FAILURE, 2) \
-    X(NVRTC_ERROR_INVALID_INPUT, 3)         \
-    X(NVRTC_ERROR_INVALID_PROGRAM, 4)       \
-    X(NVRTC_ERROR_INVALID_OPTION, 5)        \
-    X(NVRTC_ERROR_COMPILATION, 6)           \
+    X(NVRTC_ERROR_INVALID_INPUT, 3)            \
+    X(NVRTC_ERROR_INVALID_PROGRAM, 4)          \
+    X(NVRTC_ERROR_INVALID_OPTION, 5)           \
+    X(NVRTC_ERROR_COMPILATION, 6)              \
     X(NVRTC_ERROR_INTERNAL_ERROR, 11)
 
 enum nvrtcResult : int {
@@ -70,12 +71,33 @@ constexpr const char* THREADS_MAX = "1024";
 
 // What NVRTC knows and code for a CPU has no use for; an entry that ends in '=' takes any value.
 constexpr std::array IGNORED_OPTIONS = {
-    "--std=", "-std=", "--fmad=", "--use_fast_math", "--ftz=", "--prec-div=", "--prec-sqrt=", "--maxrregcount=",
-    "--generate-line-info", "-lineinfo", "--device-debug", "--extra-device-vectorization", "--default-device",
-    "-default-device", "--device-as-default-execution-space", "--ptxas-options=", "--restrict", "--dopt=",
-    "--disable-warnings", "-w", "--minimal", "--split-compile=", "--device-int128", "--no-cache",
+    "--std=",
+    "-std=",
+    "--fmad=",
+    "--use_fast_math",
+    "--ftz=",
+    "--prec-div=",
+    "--prec-sqrt=",
+    "--maxrregcount=",
+    "--generate-line-info",
+    "-lineinfo",
+    "--device-debug",
+    "--extra-device-vectorization",
+    "--default-device",
+    "-default-device",
+    "--device-as-default-execution-space",
+    "--ptxas-options=",
+    "--restrict",
+    "--dopt=",
+    "--disable-warnings",
+    "-w",
+    "--minimal",
+    "--split-compile=",
+    "--device-int128",
+    "--no-cache",
 };
-constexpr std::array ARCHITECTURES = {"75", "80", "86", "87", "88", "89", "90", "90a", "100", "100a", "103", "120", "121"};
+constexpr std::array ARCHITECTURES = {"75",  "80",  "86",   "87",  "88",  "89", "90",
+                                      "90a", "100", "100a", "103", "120", "121"};
 
 bool starts_with(const std::string& text, const std::string& start) { return text.rfind(start, 0) == 0; }
 
@@ -132,7 +154,7 @@ void write_file(const fs::path& path, const std::string& text) {
 struct Workplace {
     Workplace() {
         std::string pattern = fs::temp_directory_path() / "emulated-nvrtc-XXXXXX";
-        if (!mkdtemp(pattern.data())) throw fs::filesystem_error("mkdtemp", pattern, std::error_code(errno, std::generic_category()));
+        if (!mkdtemp(pattern.data())) throw std::system_error(errno, std::generic_category(), pattern);
         path = pattern;
     }
     ~Workplace() {
@@ -190,8 +212,8 @@ size_t skip_arguments(const std::string& text, size_t open, std::string& first) 
     return at;
 }
 
-// Finds the entry points in preprocessed source, and blanks out the words that g++ does not know: `__global__`, then `void`
-// and `__launch_bounds__(...)` in either order, then the name.
+// Finds the entry points in preprocessed source, and blanks out the words that g++ does not know: `__global__`, then
+// `void` and `__launch_bounds__(...)` in either order, then the name.
 std::vector<EntryPoint> take_entry_points(std::string& source) {
     const std::string global = "__global__", bounds = "__launch_bounds__";
     std::vector<EntryPoint> found;
@@ -221,7 +243,8 @@ std::string module_table(const std::vector<EntryPoint>& entry_points, const std:
     std::ostringstream text;
     text << "\n# 1 \"emulator\"\nstatic const emulator::Kernel emulator_kernels[] = {\n";
     for (const auto& [name, max_threads] : entry_points) {
-        text << "    emulator::describe<decltype(" << name << "), " << name << ">(\"" << name << "\", " << max_threads << "),\n";
+        text << "    emulator::describe<decltype(" << name << "), " << name << ">";
+        text << "(\"" << name << "\", " << max_threads << "),\n";
     }
     text << "    {}};\n"
          << "extern \"C\" const emulator::Module emulator_module = {\"" << EMULATOR_VERSION << "\", \"" << architecture
@@ -281,8 +304,7 @@ nvrtcResult copy_out(const std::string& from, char* to) {
 API const char* nvrtcGetErrorString(nvrtcResult result) {
     switch (result) {
 #define X(name, value) \
-    case name:         \
-        return #name;
+    case name: return #name;
         NVRTC_RESULTS(X)
 #undef X
     }
@@ -292,7 +314,8 @@ API const char* nvrtcGetErrorString(nvrtcResult result) {
 // The minor version tells one emulator from another, so that what was compiled by one is not looked for by another.
 API nvrtcResult nvrtcVersion(int* major, int* minor) {
     *major = 13;
-    *minor = 1000 + static_cast<int>(strtoul(std::string(EMULATOR_VERSION).substr(0, 7).c_str(), nullptr, 16) % 1'000'000);
+    *minor =
+        1000 + static_cast<int>(strtoul(std::string(EMULATOR_VERSION).substr(0, 7).c_str(), nullptr, 16) % 1'000'000);
     return NVRTC_SUCCESS;
 }
 

@@ -20,8 +20,8 @@ class Stream;
 // A unit of work in a stream. A result that is no success spoils the context.
 using Operation = std::function<CUresult()>;
 
-// What a stream has yet to run. Shared with the stream's OS thread, and with whoever waits for all streams of a context:
-// both may be about it for a moment after the stream has been destroyed.
+// What a stream has yet to run. Shared with the stream's OS thread, and with whoever waits for all streams of a
+// context: both may be about it for a moment after the stream has been destroyed.
 struct Queue {
     std::mutex mutex;
     std::condition_variable changed;

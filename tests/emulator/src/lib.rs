@@ -12,7 +12,8 @@
 //! (`LOCKSTEP_EMULATOR_SEED`); memory holds NaNs until it is written; what threads wait for in vain, memory that nobody
 //! allocated and barriers that some threads never reach end the process with a message. `cpp/environment.h` lists the
 //! settings. What it does not emulate: time, the order of a tensor core's sums, blocks that wait for one another.
-//!
+#![cfg(all(target_os = "linux", target_arch = "x86_64"))]
+
 use std::collections::hash_map::DefaultHasher;
 use std::hash::{Hash, Hasher};
 use std::io;
