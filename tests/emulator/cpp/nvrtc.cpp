@@ -285,6 +285,8 @@ nvrtcResult compile(Program& program, const Options& options) {
         "-ftrivial-auto-var-init=pattern",
         // A GPU faults on what is misaligned, too; the others it only gets wrong.
         "-fsanitize=alignment,bounds,shift-exponent", "-fsanitize-undefined-trap-on-error",
+        // Locals that a fibre's stack cannot hold meet its guard page.
+        "-fstack-clash-protection",
         // Two variants of one source have functions of the same names: each calls its own.
         "-fno-gnu-unique", "-Wl,-Bsymbolic",
         // Reports of faults name the line.

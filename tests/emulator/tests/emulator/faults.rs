@@ -162,6 +162,21 @@ fn shared_array_has_bounds() {
     assert_aborted(child, &["kernel wide", "out of bounds at test.cu:4"]);
 }
 
+/// Not even where the first access is far beyond the stack's guard page.
+#[test]
+fn locals_larger_than_a_stack_abort() {
+    let child = in_child("locals_larger_than_a_stack_abort", &[], || {
+        let source = r#"
+            extern "C" __global__ void large(const float* in, float* out) {
+                float local[50000];
+                local[int(in[0])] = 1;
+                out[0] = local[int(in[1])];
+            }"#;
+        Gpu::open().map(source, "large", shape(1, 64), &[0.0; 2], 1);
+    });
+    assert_aborted(child, &["kernel large", "no such memory", "at test.cu:2"]);
+}
+
 #[test]
 fn compiler_log_names_the_line() {
     let failure = compile("extern \"C\" __global__ void broken() {\n    int x = 1;\n    y = x;\n}\n").unwrap_err();
