@@ -26,6 +26,8 @@ size_t image_bytes(const void* image) {
     return header->e_shoff + size_t(header->e_shentsize) * header->e_shnum;
 }
 
+// The file stays open as long as the module: dlopen takes a name that it has seen for what it has loaded by it, and the
+// number of a closed file is given out again.
 bool open_image(LoadedModule& loaded, const void* image, size_t bytes) {
     loaded.image = memfd_create("emulated kernels", MFD_CLOEXEC);
     if (loaded.image < 0 || write(loaded.image, image, bytes) != static_cast<ssize_t>(bytes)) return false;
