@@ -13,6 +13,9 @@
 //! - [`Kernel`]: an entry point of a program that a device has loaded, and its launches; [`Graph`]: many of them as one.
 //! - [`Event`]: how far a device is.
 //! - `collective`: what a group of ranks needs of a device and its buffers.
+//! - [`Gpu`]: the ops, all of them its methods, on [`GpuMatrix`] (packed as `packing` says), [`GpuTensor`], [`GpuInput`],
+//!   [`GpuTerms`] and [`GpuKvCache`]; `pool`: the memory that steps use in turn; `step`: how a step lies on
+//!   the device, its queries cut into tiles; [`Recording`]: a step that is queued again as one.
 
 mod architecture;
 mod cache;
@@ -21,13 +24,19 @@ mod compiler;
 mod device;
 mod error;
 mod event;
+mod gpu;
 mod graph;
 mod host;
 mod kernels;
 mod library;
+mod matrix;
 mod memory;
+mod packing;
+mod pool;
 mod program;
+mod recording;
 mod resources;
+mod step;
 
 pub use architecture::Architecture;
 pub use cache::KernelCache;
@@ -35,9 +44,13 @@ pub use compiler::{Compiled, CompilerVersion, MachineCode, compile, compiler_ver
 pub use device::{Device, DeviceInfo, DeviceLimits, devices, driver_version, unavailable};
 pub use error::CudaError;
 pub use event::Event;
+pub use gpu::{Gpu, GpuHeads, GpuInput, GpuKvCache, GpuStep, GpuTensor, GpuTerms, MAX_WEIGHTS};
 pub use graph::Graph;
 pub use host::HostBuffer;
 pub use kernels::{Arg, Kernel};
+pub use matrix::{GpuMatrix, RowParallelSum};
 pub use memory::{Buffer, MemoryInfo};
 pub use program::{Program, Source, Variant, variants};
+pub use recording::Recording;
 pub use resources::Resources;
+pub use step::{RowChoice, StepRows, StepShape};

@@ -227,13 +227,13 @@ impl PackedMatrix {
 }
 
 /// Threads to pack `source` with: while weights are loaded, nothing else in the process wants the processor.
-fn packing_threads(source: &EncodedRows<'_>) -> usize {
+pub(crate) fn packing_threads(source: &EncodedRows<'_>) -> usize {
     let n_bytes = source.n_rows() * source.row(0).len();
     thread::available_parallelism().map_or(1, usize::from).min(n_bytes / BYTES_PER_PACKING_THREAD).max(1)
 }
 
 /// Calls `run` once for each of `items`, on `n_threads` threads.
-fn share<T: Send>(n_threads: usize, items: impl Iterator<Item = T> + Send, run: impl Fn(T) + Sync) {
+pub(crate) fn share<T: Send>(n_threads: usize, items: impl Iterator<Item = T> + Send, run: impl Fn(T) + Sync) {
     let items = Mutex::new(items);
     // A thread that panics does so between items, and the scope passes it on.
     let next = || items.lock().unwrap_or_else(PoisonError::into_inner).next();

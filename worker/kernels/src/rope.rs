@@ -82,6 +82,21 @@ impl RopeTable {
         self.head_dim
     }
 
+    /// Dimensions of a head that are turned.
+    pub(crate) fn rope_dim(&self) -> usize {
+        self.rope_dim
+    }
+
+    /// Which dimensions turn together.
+    pub(crate) fn style(&self) -> RopeStyle {
+        self.style
+    }
+
+    /// `[max_position, rope_dim / 2]` of (cosine, sine).
+    pub(crate) fn turns(&self) -> &[[f32; 2]] {
+        &self.turns
+    }
+
     /// Positions the table covers.
     pub fn max_position(&self) -> usize {
         self.turns.len() / (self.rope_dim / 2)

@@ -10,7 +10,7 @@ use cudarc::nvrtc::{
     sys::{self, nvrtcProgram},
 };
 
-use super::{Architecture, CudaError, Program, library::Library, program::HEADER};
+use super::{Architecture, CudaError, Program, library::Library, program::HEADERS};
 
 /// Has the assembler say what each entry point takes. It changes nothing else, so no digest contains it.
 const VERBOSE: &str = "--ptxas-options=-v";
@@ -69,7 +69,8 @@ pub fn compile(program: &Program, architecture: Architecture) -> Result<Compiled
     let log = handle.log()?;
     match compiled {
         Ok(()) => Ok(Compiled { code: MachineCode { cubin: handle.cubin()?, compiler }, log }),
-        Err(NvrtcError(sys::nvrtcResult::NVRTC_ERROR_COMPILATION)) => {
+        // An architecture that this compiler does not know is an option that is wrong.
+        Err(NvrtcError(sys::nvrtcResult::NVRTC_ERROR_COMPILATION | sys::nvrtcResult::NVRTC_ERROR_INVALID_OPTION)) => {
             Err(CudaError::Compile { program: program.clone(), architecture, log })
         }
         Err(error) => Err(CudaError::Compiler { op: "nvrtcCompileProgram", error }),
@@ -79,25 +80,31 @@ pub fn compile(program: &Program, architecture: Architecture) -> Result<Compiled
 /// A program in the compiler's hands, and the strings that it may refer to.
 struct Handle {
     program: nvrtcProgram,
-    _strings: [CString; 4],
+    _strings: Vec<CString>,
 }
 
 impl Handle {
     fn new(program: &Program) -> Result<Self, CudaError> {
         let name = format!("{}.cu", program.source.name());
-        let strings = [program.source.text(), &name, HEADER.1, HEADER.0]
-            .map(|text| CString::new(text).expect("sources are our own and have no NUL"));
-        let [source, name, header, header_name] = &strings;
+        let headers = HEADERS.iter().flat_map(|(name, text)| [*name, *text]);
+        let strings: Vec<CString> = [program.source.text(), &name]
+            .into_iter()
+            .chain(headers)
+            .map(|text| CString::new(text).expect("sources are our own and have no NUL"))
+            .collect();
+        let pointers =
+            |first: usize| strings.iter().skip(first).step_by(2).map(|text| text.as_ptr()).collect::<Vec<_>>();
+        let (header_names, headers) = (pointers(2), pointers(3));
         let mut handle = ptr::null_mut();
-        // SAFETY: all strings end in NUL and live as long as the program; there is one header with one name.
+        // SAFETY: all strings end in NUL and live as long as the program; there is a name for each header.
         let result = unsafe {
             sys::nvrtcCreateProgram(
                 &raw mut handle,
-                source.as_ptr(),
-                name.as_ptr(),
-                1,
-                [header.as_ptr()].as_ptr(),
-                [header_name.as_ptr()].as_ptr(),
+                strings[0].as_ptr(),
+                strings[1].as_ptr(),
+                HEADERS.len() as i32,
+                headers.as_ptr(),
+                header_names.as_ptr(),
             )
         };
         result.result().map_err(CudaError::compiler("nvrtcCreateProgram"))?;

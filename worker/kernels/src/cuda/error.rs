@@ -53,6 +53,40 @@ pub enum CudaError {
         /// What was given.
         text: String,
     },
+    /// Attention of a shape that kernels cannot have.
+    #[error("{n_heads} query heads and {n_kv_heads} KV heads of {head_dim}: a GPU needs heads of a multiple of 16")]
+    Heads {
+        /// Query heads.
+        n_heads: usize,
+        /// KV heads.
+        n_kv_heads: usize,
+        /// Width of a head.
+        head_dim: usize,
+    },
+    /// A cache of a shape that kernels cannot have.
+    #[error(
+        "KV cache of {n_layers} layers, {n_blocks} blocks of {block_size}: none may be 0, blocks are multiples of 16"
+    )]
+    KvCache {
+        /// Layers.
+        n_layers: usize,
+        /// Blocks.
+        n_blocks: usize,
+        /// Positions of a block.
+        block_size: usize,
+    },
+    /// A step that points to what is not there: a bug of the caller.
+    #[error("a step points to slots, blocks, positions or rows that are not there")]
+    Step,
+    /// The device has not done what it was given.
+    #[error("the GPU has not done a step within {timeout:?}")]
+    Stuck {
+        /// How long was waited.
+        timeout: std::time::Duration,
+    },
+    /// Weights that cannot be packed.
+    #[error(transparent)]
+    Weights(#[from] crate::KernelError),
     /// The driver reported an error. After some of them, such as a wild pointer in a kernel, nothing works any more in
     /// this process.
     #[error("{op}: {}", describe(.error))]

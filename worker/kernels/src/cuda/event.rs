@@ -1,6 +1,9 @@
 //! Events: marks in a device's stream that tell a thread how far it is, without making it wait.
 
-use std::fmt;
+use std::{
+    fmt, thread,
+    time::{Duration, Instant},
+};
 
 use cudarc::driver::{
     result::{self, DriverError},
@@ -41,6 +44,21 @@ impl Event {
         self.device.bind()?;
         // SAFETY: event and stream live.
         unsafe { result::event::record(self.event, self.device.stream()) }.map_err(CudaError::driver("cuEventRecord"))
+    }
+
+    /// Waits until the work before the last mark is done, if there is one.
+    ///
+    /// # Errors
+    /// A kernel failed, or it takes longer than `timeout`.
+    pub fn wait(&self, timeout: Duration) -> Result<(), CudaError> {
+        let start = Instant::now();
+        while !self.is_done()? {
+            if start.elapsed() > timeout {
+                return Err(CudaError::Stuck { timeout });
+            }
+            thread::yield_now();
+        }
+        Ok(())
     }
 
     /// Whether the work before the last mark is done; true if there is no mark.

@@ -34,7 +34,7 @@ pub struct Kernel {
 
 /// An argument of a launch. Its kind must be that of the kernel's parameter.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub enum Arg {
+pub enum Arg<'a> {
     /// A pointer into device memory; see [`Buffer::at`].
     Ptr(u64),
     /// `unsigned`.
@@ -45,6 +45,8 @@ pub enum Arg {
     F32(f32),
     /// `unsigned long long`.
     U64(u64),
+    /// A struct by value; see [`Arg::of`].
+    Struct(&'a [u8]),
 }
 
 /// The programs that a device has loaded. The device's context must be that of the thread for every call.
@@ -86,7 +88,13 @@ impl Kernel {
     /// `args` must be as many as the kernel has parameters, and each of its parameter's type. Pointers must lead to as
     /// much memory as the kernel will touch; it must stay allocated until the kernel has run, and other streams must
     /// leave it alone meanwhile.
-    pub unsafe fn launch(&self, grid: [u32; 3], block: u32, shared_bytes: u32, args: &[Arg]) -> Result<(), CudaError> {
+    pub unsafe fn launch(
+        &self,
+        grid: [u32; 3],
+        block: u32,
+        shared_bytes: u32,
+        args: &[Arg<'_>],
+    ) -> Result<(), CudaError> {
         if args.len() > MAX_ARGS {
             return Err(CudaError::Arguments { n_args: args.len(), limit: MAX_ARGS });
         }
@@ -111,7 +119,12 @@ impl fmt::Debug for Kernel {
 
 // === impl Arg ===
 
-impl Arg {
+impl<'a> Arg<'a> {
+    /// A struct that the kernel takes by value, laid out as it has it.
+    pub fn of<T: Pod>(value: &'a T) -> Self {
+        Self::Struct(bytemuck::bytes_of(value))
+    }
+
     /// Where the value lies. The driver only reads there.
     fn value(&self) -> *mut c_void {
         match self {
@@ -119,11 +132,12 @@ impl Arg {
             Self::U32(value) => ptr::from_ref(value).cast_mut().cast(),
             Self::I32(value) => ptr::from_ref(value).cast_mut().cast(),
             Self::F32(value) => ptr::from_ref(value).cast_mut().cast(),
+            Self::Struct(bytes) => bytes.as_ptr().cast_mut().cast(),
         }
     }
 }
 
-impl<T: Pod> From<&Buffer<T>> for Arg {
+impl<T: Pod> From<&Buffer<T>> for Arg<'_> {
     fn from(buffer: &Buffer<T>) -> Self {
         Self::Ptr(buffer.pointer())
     }
@@ -186,8 +200,20 @@ impl Kernels {
         Ok(function)
     }
 
+    /// Loads the code that the cache has, or, where there is none or the driver refuses it, compiles it.
     fn load(&self, program: &Program) -> Result<CUmodule, CudaError> {
-        let MachineCode { cubin, compiler } = self.code(program)?;
+        if let Some(code) = self.cache.load(program, self.architecture, self.driver.0) {
+            match self.load_code(program, code) {
+                Ok(module) => return Ok(module),
+                Err(error) => warn!("{error}; it is compiled anew"),
+            }
+        }
+        let code = self.compile(program)?;
+        self.load_code(program, code)
+    }
+
+    fn load_code(&self, program: &Program, code: MachineCode) -> Result<CUmodule, CudaError> {
+        let MachineCode { cubin, compiler } = code;
         // SAFETY: the code is a compiler's, whole by its checksum, and the driver has read it when it returns.
         unsafe { result::module::load_data(cubin.as_ptr().cast()) }.map_err(|error| CudaError::Load {
             program: program.clone(),
@@ -197,10 +223,7 @@ impl Kernels {
         })
     }
 
-    fn code(&self, program: &Program) -> Result<MachineCode, CudaError> {
-        if let Some(code) = self.cache.load(program, self.architecture, self.driver.0) {
-            return Ok(code);
-        }
+    fn compile(&self, program: &Program) -> Result<MachineCode, CudaError> {
         let code = compile(program, self.architecture)?.code;
         if let Err(error) = self.cache.store(program, self.architecture, &code)
             && !self.complained.swap(true, Ordering::Relaxed)

@@ -4,14 +4,26 @@ use std::fmt;
 
 use sha2::{Digest, Sha256};
 
-use super::Architecture;
+use super::{Architecture, gpu::ROW_TILES, packing::Form};
 
-/// The header of every source, under the name that they include it by.
-pub(super) const HEADER: (&str, &str) = ("device.cuh", include_str!("../../cuda/device.cuh"));
+/// The headers of all sources, under the names that they include them by.
+pub(super) const HEADERS: [(&str, &str); 3] = [
+    ("device.cuh", include_str!("../../cuda/device.cuh")),
+    ("input.cuh", include_str!("../../cuda/input.cuh")),
+    ("kv_cache.cuh", include_str!("../../cuda/kv_cache.cuh")),
+];
 
 /// A file of `worker/kernels/cuda`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Source {
+    /// Attention over the paged cache.
+    Attention,
+    /// What is done row by row.
+    Elementwise,
+    /// Writing keys and values.
+    KvCache,
+    /// Products with weights.
+    Matmul,
     /// The smallest kernel, for tests.
     Probe,
 }
@@ -36,15 +48,53 @@ pub struct Variant {
     pub hot: bool,
 }
 
-/// Every program that is used, in the order of their sources.
+/// Attention of the models in sight: width of a head, and query heads that share a KV head.
+const HEADS: [(i64, i64); 6] = [(64, 3), (64, 4), (64, 8), (128, 1), (128, 4), (128, 8)];
+
+/// Programs that models in sight use, in the order of their sources. Others, of other heads, are compiled when a model
+/// wants them.
 pub fn variants() -> Vec<Variant> {
-    vec![Variant { program: Program::new(Source::Probe, &[("FACTOR", 1)]), entries: &["axpy"], hot: true }]
+    let mut variants = vec![
+        Variant { program: Program::new(Source::Probe, &[("FACTOR", 1)]), entries: &["axpy"], hot: true },
+        Variant {
+            program: Program::new(Source::Elementwise, &[]),
+            entries: &["rms_norm", "silu_mul", "select_rows"],
+            hot: true,
+        },
+    ];
+    for kv_bits in [16, 8] {
+        for head_dim in [64, 128] {
+            let program = Program::new(Source::KvCache, &[("HEAD_DIM", head_dim), ("KV_BITS", kv_bits)]);
+            variants.push(Variant { program, entries: &["write_kv"], hot: true });
+        }
+        for (head_dim, group_size) in HEADS {
+            let defines = [("HEAD_DIM", head_dim), ("KV_BITS", kv_bits), ("GROUP_SIZE", group_size)];
+            variants.push(Variant {
+                program: Program::new(Source::Attention, &defines),
+                entries: &["attend_splits", "attend_rows", "merge_splits"],
+                hot: true,
+            });
+        }
+    }
+    for form in Form::all() {
+        for row_tiles in ROW_TILES {
+            for gated in [false, true] {
+                let program = form.program(row_tiles, gated);
+                variants.push(Variant { program, entries: &["matmul"], hot: true });
+            }
+        }
+    }
+    variants
 }
 
 impl Source {
     /// The file's name without its extension.
     pub fn name(self) -> &'static str {
         match self {
+            Self::Attention => "attention",
+            Self::Elementwise => "elementwise",
+            Self::KvCache => "kv_cache",
+            Self::Matmul => "matmul",
             Self::Probe => "probe",
         }
     }
@@ -52,6 +102,10 @@ impl Source {
     /// What the file says.
     pub(super) fn text(self) -> &'static str {
         match self {
+            Self::Attention => include_str!("../../cuda/attention.cu"),
+            Self::Elementwise => include_str!("../../cuda/elementwise.cu"),
+            Self::KvCache => include_str!("../../cuda/kv_cache.cu"),
+            Self::Matmul => include_str!("../../cuda/matmul.cu"),
             Self::Probe => include_str!("../../cuda/probe.cu"),
         }
     }
@@ -80,8 +134,9 @@ impl Program {
     pub(super) fn stem(&self, architecture: Architecture) -> String {
         let mut digest = Sha256::new();
         let options = self.options(architecture);
-        let parts = [HEADER.0, HEADER.1, self.source.name(), self.source.text()];
-        for part in parts.into_iter().chain(options.iter().map(String::as_str)) {
+        let headers = HEADERS.iter().flat_map(|(name, text)| [*name, *text]);
+        let parts = [self.source.name(), self.source.text()];
+        for part in parts.into_iter().chain(headers).chain(options.iter().map(String::as_str)) {
             // Its length first, so that no two lists of parts read the same.
             digest.update((part.len() as u64).to_le_bytes());
             digest.update(part);

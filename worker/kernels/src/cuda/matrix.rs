@@ -1,0 +1,183 @@
+//! A matrix on the device: one linear layer's shard, packed, with the order of its sums.
+
+use std::{ops::Range, sync::Arc};
+
+use bytemuck::{Pod, Zeroable};
+
+use super::{
+    Buffer, CudaError, Device,
+    packing::{Form, Packed, Segment, TILE},
+};
+use crate::{EncodedRows, KernelError, SumOrder, SumTree, segments::SegmentPlan};
+
+/// K-segments that a weight that is summed whole is cut into: as many warps share the work on its outputs.
+const MAX_SEGMENTS_OF_A_WHOLE: usize = 8;
+/// Tiles of inputs below which a segment is not worth a warp.
+const MIN_TILES_OF_A_SEGMENT: usize = 2;
+
+/// The weights of one linear layer's shard, `[n_out, n_in]`, on the device.
+#[derive(Debug)]
+pub struct GpuMatrix {
+    n_out: usize,
+    n_in: usize,
+    form: Form,
+    n_planes: usize,
+    n_segments: usize,
+    n_scales: usize,
+    codes: Buffer<u32>,
+    scales: Buffer<u16>,
+    minimums: Buffer<u16>,
+    sub_scales: Buffer<i8>,
+    sub_minimums: Buffer<i8>,
+    segments: Buffer<Segment>,
+    order: Option<GpuSumOrder>,
+}
+
+/// The order in which the planes of all ranks are added, on the device.
+#[derive(Clone, Debug)]
+pub(super) struct GpuSumOrder {
+    pub(super) order: SumOrder,
+    pub(super) merges: Arc<Buffer<u8>>,
+}
+
+/// A matrix as `matmul.cu` takes it.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, Pod, Zeroable)]
+pub(super) struct MatrixArg {
+    codes: u64,
+    scales: u64,
+    minimums: u64,
+    sub_scales: u64,
+    sub_minimums: u64,
+    segments: u64,
+    n_segments: u32,
+    n_out: u32,
+    in_tiles: u32,
+    n_scales: u32,
+    groups_per_scale: u32,
+    padding: u32,
+}
+
+/// How a row-parallel weight's products are summed.
+#[derive(Clone, Copy, Debug)]
+pub struct RowParallelSum<'a> {
+    /// Ends of this rank's K-segments, in its own columns; multiples of 32.
+    pub segment_ends: &'a [usize],
+    /// Its subtrees, as ranges of its own segments: a plane each.
+    pub subtrees: &'a [Range<usize>],
+    /// How the planes of all ranks are added.
+    pub order: &'a SumOrder,
+}
+
+// === impl GpuMatrix ===
+
+impl GpuMatrix {
+    /// Packs `source` and brings it to the device. Without a `sum` its products are summed whole.
+    ///
+    /// # Errors
+    /// No rows, columns that are no multiple of 32, segments that do not cover them; or not enough device memory.
+    pub(super) fn new(
+        device: &Device,
+        source: &EncodedRows<'_>,
+        sum: Option<RowParallelSum<'_>>,
+    ) -> Result<Self, CudaError> {
+        let plan = match sum {
+            Some(sum) => SegmentPlan::new(sum.segment_ends, sum.subtrees, source.n_cols(), TILE)?,
+            None => whole(source.n_cols())?,
+        };
+        let packed = Packed::new(source, &plan)?;
+        let order = sum.map(|sum| GpuSumOrder::new(device, sum.order)).transpose()?;
+        Ok(Self {
+            n_out: packed.n_out,
+            n_in: packed.n_in,
+            form: packed.form,
+            n_planes: packed.n_planes,
+            n_segments: packed.segments.len(),
+            n_scales: packed.n_scales,
+            codes: device.upload_new(&packed.codes)?,
+            scales: device.upload_new(&packed.scales)?,
+            minimums: device.upload_new(&packed.minimums)?,
+            sub_scales: device.upload_new(&packed.sub_scales)?,
+            sub_minimums: device.upload_new(&packed.sub_minimums)?,
+            segments: device.upload_new(&packed.segments)?,
+            order,
+        })
+    }
+
+    /// Outputs.
+    pub fn n_out(&self) -> usize {
+        self.n_out
+    }
+
+    /// Inputs.
+    pub fn n_in(&self) -> usize {
+        self.n_in
+    }
+
+    /// Planes of a product: one for each subtree of this rank.
+    pub fn n_planes(&self) -> usize {
+        self.n_planes
+    }
+
+    /// Bytes of device memory that it takes.
+    pub fn size_bytes(&self) -> usize {
+        4 * self.codes.len()
+            + 2 * (self.scales.len() + self.minimums.len())
+            + self.sub_scales.len()
+            + self.sub_minimums.len()
+    }
+
+    pub(super) fn form(&self) -> Form {
+        self.form
+    }
+
+    pub(super) fn n_segments(&self) -> usize {
+        self.n_segments
+    }
+
+    pub(super) fn out_tiles(&self) -> usize {
+        self.n_out.div_ceil(TILE)
+    }
+
+    pub(super) fn order(&self) -> Option<&GpuSumOrder> {
+        self.order.as_ref()
+    }
+
+    /// Whether one launch can multiply by this and `other`.
+    pub(super) fn is_like(&self, other: &Self) -> bool {
+        (self.form, self.n_in, self.n_segments) == (other.form, other.n_in, other.n_segments)
+    }
+
+    pub(super) fn arg(&self) -> MatrixArg {
+        MatrixArg {
+            codes: self.codes.pointer(),
+            scales: self.scales.pointer(),
+            minimums: self.minimums.pointer(),
+            sub_scales: self.sub_scales.pointer(),
+            sub_minimums: self.sub_minimums.pointer(),
+            segments: self.segments.pointer(),
+            n_segments: self.n_segments as u32,
+            n_out: self.n_out as u32,
+            in_tiles: (self.n_in / TILE) as u32,
+            n_scales: self.n_scales as u32,
+            groups_per_scale: (self.n_in / self.form.group_len()).checked_div(self.n_scales).unwrap_or(0) as u32,
+            padding: 0,
+        }
+    }
+}
+
+/// The segments of a weight that is summed whole. They depend on its columns alone, which are the same on every rank.
+fn whole(n_in: usize) -> Result<SegmentPlan, KernelError> {
+    let n_tiles = n_in / TILE;
+    let n_segments = (n_tiles / MIN_TILES_OF_A_SEGMENT).clamp(1, MAX_SEGMENTS_OF_A_WHOLE);
+    let ends: Vec<usize> = (1..=n_segments).map(|i| n_tiles * i / n_segments * TILE).collect();
+    SegmentPlan::new(&ends, &SumTree::new(n_segments).subtrees(0..n_segments), n_in, TILE)
+}
+
+// === impl GpuSumOrder ===
+
+impl GpuSumOrder {
+    fn new(device: &Device, order: &SumOrder) -> Result<Self, CudaError> {
+        Ok(Self { merges: Arc::new(device.upload_new(order.merges())?), order: order.clone() })
+    }
+}

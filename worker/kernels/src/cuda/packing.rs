@@ -1,0 +1,381 @@
+//! Packing: weights in the order in which the lanes of a warp multiply them (`cuda/matmul.cu`).
+//!
+//! A *tile* is 32 outputs and 32 inputs. Lane `4 g + t` of a warp holds, for both halves `m` of the outputs and both
+//! `step`s of 16 inputs, what the tensor cores want of it: outputs `16 m + g` and `16 m + g + 8` at four neighbouring
+//! inputs, which begin at `8 t + 4 step` where 32 inputs share a scale, and at `16 step + 4 t` where 16 do. (Any order
+//! of inputs will do if weights and inputs have the same, and so a lane reads its inputs in one load.) As operand
+//! registers: `a0` is output `g` at the first two inputs, `a1` output `g + 8` there, `a2` and `a3` the same at the others.
+//!
+//! | bits | encodings | a lane's bytes of a tile |
+//! |---|---|---|
+//! | 4 | all of 2 to 4 bits | 16: a word for each half and step; nibble `i + 4 j` is value `j` of `a_i` |
+//! | 6 | 5 and 6 bits | 32: a byte for each value, in the order of registers |
+//! | 8 | Q8_0, I8_32 | likewise |
+//! | 16 | F32, F16, BF16, rounded to BF16 | 64: the registers |
+//!
+//! Scales and minimums lie apart, those of outputs `g`, `g + 8`, `g + 16` and `g + 24` side by side. Outputs that fill up
+//! the last tile are 0.
+
+use bytemuck::{Pod, Zeroable};
+use half::bf16;
+use lockstep_checkpoint::Encoding;
+
+use super::{Program, Source};
+use crate::{
+    EncodedRows, KernelError, dequantize,
+    packed::{packing_threads, share},
+    quant::{self, Block, Format},
+    segments::SegmentPlan,
+};
+
+/// Outputs, and inputs, of a tile.
+pub(super) const TILE: usize = 32;
+
+/// What a variant of `matmul.cu` is compiled for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) struct Form {
+    /// As the module's table says.
+    bits: usize,
+    /// Inputs that share a scale: 16 or 32.
+    group_len: usize,
+    two_level: bool,
+    has_minimum: bool,
+    codebook: Option<&'static [u8; 16]>,
+    offset: u8,
+}
+
+/// One K-segment as `matmul.cu` reads it.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+pub(super) struct Segment {
+    /// Of its inputs, in tiles.
+    pub(super) end: u32,
+    /// Pending sums to add once it is summed.
+    pub(super) n_merges: u16,
+    /// Whether its plane ends with it.
+    pub(super) is_last: u16,
+}
+
+/// A matrix in the order of the device, still on the host.
+#[derive(Debug)]
+pub(super) struct Packed {
+    pub(super) form: Form,
+    pub(super) n_out: usize,
+    pub(super) n_in: usize,
+    /// `[out tiles, in tiles, lanes, words of a lane]`; vectors of four words go lane by lane.
+    pub(super) codes: Vec<u32>,
+    /// f16 bits: `[out tiles, scales of an output, 8, 4]`.
+    pub(super) scales: Vec<u16>,
+    /// As `scales`; empty without minimums.
+    pub(super) minimums: Vec<u16>,
+    /// `[out tiles, groups, 8, 4]`; empty with one level.
+    pub(super) sub_scales: Vec<i8>,
+    /// As `sub_scales`.
+    pub(super) sub_minimums: Vec<i8>,
+    /// Scales of an output.
+    pub(super) n_scales: usize,
+    pub(super) segments: Vec<Segment>,
+    pub(super) n_planes: usize,
+}
+
+/// One out tile's part of each array of [`Packed`].
+struct TileRow<'a> {
+    codes: &'a mut [u32],
+    scales: &'a mut [u16],
+    minimums: &'a mut [u16],
+    sub_scales: &'a mut [i8],
+    sub_minimums: &'a mut [i8],
+}
+
+// === impl Form ===
+
+impl Form {
+    fn of(encoding: Encoding) -> Self {
+        match Format::of(encoding) {
+            None => Self { bits: 16, group_len: TILE, two_level: false, has_minimum: false, codebook: None, offset: 0 },
+            Some(Format { group_len, bits, codebook, offset, has_minimum, two_level }) => {
+                let bits = if bits == 5 { 6 } else { bits };
+                Self { bits, group_len, two_level, has_minimum, codebook, offset }
+            }
+        }
+    }
+
+    /// Every form that an encoding has.
+    pub(super) fn all() -> Vec<Self> {
+        let mut forms: Vec<Self> = Vec::new();
+        for form in Encoding::ALL.map(Self::of) {
+            // What a codebook says is an argument.
+            let form = Self { codebook: form.codebook.map(|_| &[0; 16]), ..form };
+            if !forms.contains(&form) {
+                forms.push(form);
+            }
+        }
+        forms
+    }
+
+    /// The program that multiplies up to `8 * row_tiles` rows by such weights.
+    pub(super) fn program(self, row_tiles: usize, gated: bool) -> Program {
+        let flag = |value: bool| i64::from(value);
+        let defines = [
+            ("BITS", self.bits as i64),
+            ("GROUP", self.group_len as i64),
+            ("TWO_LEVEL", flag(self.two_level)),
+            ("MINIMUM", flag(self.has_minimum)),
+            ("CODEBOOK", flag(self.codebook.is_some())),
+            ("OFFSET", i64::from(self.offset)),
+            ("ROW_TILES", row_tiles as i64),
+            ("GATED", flag(gated)),
+        ];
+        Program::new(Source::Matmul, &defines)
+    }
+
+    /// What codes stand for, as the kernel takes it.
+    pub(super) fn codebook_words(self) -> [u32; 4] {
+        self.codebook.map_or([0; 4], |bytes| bytemuck::pod_read_unaligned(bytes))
+    }
+
+    pub(super) fn group_len(self) -> usize {
+        self.group_len
+    }
+
+    /// The first of four neighbouring inputs that lane `t` of four has in `step`.
+    fn input(self, t: usize, step: usize) -> usize {
+        if self.group_len == TILE { 8 * t + 4 * step } else { 16 * step + 4 * t }
+    }
+
+    fn words_per_lane(self) -> usize {
+        match self.bits {
+            4 => 4,
+            16 => 16,
+            _ => 8,
+        }
+    }
+}
+
+// === impl Packed ===
+
+impl Packed {
+    /// Packs `source` for products that are summed by K-segments; the arguments are those of
+    /// [`PackedMatrix::pack`](crate::PackedMatrix::pack), whose segments end on multiples of 32 here for every encoding.
+    ///
+    /// # Errors
+    /// As there; or columns that are no multiple of 32.
+    pub(super) fn new(source: &EncodedRows<'_>, plan: &SegmentPlan) -> Result<Self, KernelError> {
+        let (encoding, n_out, n_in) = (source.encoding(), source.n_rows(), source.n_cols());
+        if n_out == 0 || n_in == 0 || !n_in.is_multiple_of(TILE) {
+            return Err(KernelError::Shape { encoding, n_rows: n_out, n_cols: n_in });
+        }
+        let form = Form::of(encoding);
+        let (out_tiles, in_tiles, n_groups) = (n_out.div_ceil(TILE), n_in / TILE, n_in / form.group_len);
+        let n_scales = match (form.bits, form.two_level) {
+            (16, _) => 0,
+            (_, false) => n_groups,
+            (_, true) => n_in / encoding.block_len(),
+        };
+        let n_sub_scales = if form.two_level { n_groups } else { 0 };
+        let with_minimum = |n: usize| if form.has_minimum { n } else { 0 };
+        let per_tile = |n: usize| out_tiles * n * TILE;
+        let mut packed = Self {
+            form,
+            n_out,
+            n_in,
+            codes: vec![0; out_tiles * in_tiles * TILE * form.words_per_lane()],
+            scales: vec![0; per_tile(n_scales)],
+            minimums: vec![0; per_tile(with_minimum(n_scales))],
+            sub_scales: vec![0; per_tile(n_sub_scales)],
+            sub_minimums: vec![0; per_tile(with_minimum(n_sub_scales))],
+            n_scales,
+            segments: segments(plan),
+            n_planes: plan.n_partials(),
+        };
+        let rows = packed.tile_rows(out_tiles);
+        share(packing_threads(source), rows.into_iter().enumerate(), |(tile, mut row)| match Format::of(encoding) {
+            Some(_) => row.pack_blocks(source, form, tile * TILE),
+            None => row.pack_floats(source, form, tile * TILE),
+        });
+        Ok(packed)
+    }
+
+    fn tile_rows(&mut self, out_tiles: usize) -> Vec<TileRow<'_>> {
+        let mut codes = split(&mut self.codes, out_tiles);
+        let (mut scales, mut minimums) = (split(&mut self.scales, out_tiles), split(&mut self.minimums, out_tiles));
+        let (mut sub_scales, mut sub_minimums) =
+            (split(&mut self.sub_scales, out_tiles), split(&mut self.sub_minimums, out_tiles));
+        let next = || TileRow {
+            codes: codes.next().unwrap_or_default(),
+            scales: scales.next().unwrap_or_default(),
+            minimums: minimums.next().unwrap_or_default(),
+            sub_scales: sub_scales.next().unwrap_or_default(),
+            sub_minimums: sub_minimums.next().unwrap_or_default(),
+        };
+        std::iter::repeat_with(next).take(out_tiles).collect()
+    }
+}
+
+/// Parts of equal length; none of an empty array.
+fn split<T>(values: &mut [T], n: usize) -> impl Iterator<Item = &mut [T]> {
+    let len = (values.len() / n).max(1);
+    values.chunks_exact_mut(len)
+}
+
+fn segments(plan: &SegmentPlan) -> Vec<Segment> {
+    let of_subtree = |subtree: &[crate::segments::Segment]| {
+        let last = subtree.len() - 1;
+        let segment = |(i, segment): (usize, &crate::segments::Segment)| Segment {
+            end: (segment.cols.end / TILE) as u32,
+            n_merges: u16::from(segment.n_merges),
+            is_last: u16::from(i == last),
+        };
+        subtree.iter().enumerate().map(segment).collect::<Vec<_>>()
+    };
+    plan.subtrees().flat_map(of_subtree).collect()
+}
+
+// === impl TileRow ===
+
+impl TileRow<'_> {
+    /// Packs the outputs from `first` on, as many as there are.
+    fn pack_blocks(&mut self, source: &EncodedRows<'_>, form: Form, first: usize) {
+        let encoding = source.encoding();
+        let (block_len, decode) = (encoding.block_len(), quant::decoder(encoding));
+        let groups_per_block = block_len / form.group_len;
+        let mut block = Block::default();
+        for (output, row_idx) in (first..source.n_rows()).take(TILE).enumerate() {
+            let place = output % 8 * 4 + output / 8;
+            for (block_idx, bytes) in source.row(row_idx).chunks_exact(encoding.block_bytes()).enumerate() {
+                decode(bytes, &mut block);
+                let scales_per_block = if form.two_level { 1 } else { groups_per_block };
+                for i in block_idx * scales_per_block..(block_idx + 1) * scales_per_block {
+                    self.scales[i * TILE + place] = block.scale.to_bits();
+                    if form.has_minimum {
+                        self.minimums[i * TILE + place] = block.minimum.to_bits();
+                    }
+                }
+                if form.two_level {
+                    for i in 0..groups_per_block {
+                        let at = (block_idx * groups_per_block + i) * TILE + place;
+                        self.sub_scales[at] = block.sub_scales[i];
+                        if form.has_minimum {
+                            self.sub_minimums[at] = block.sub_minimums[i];
+                        }
+                    }
+                }
+                for (i, codes) in block.codes[..block_len].chunks_exact(TILE).enumerate() {
+                    self.put(form, block_idx * block_len / TILE + i, output, |input| u32::from(codes[input]));
+                }
+            }
+        }
+    }
+
+    fn pack_floats(&mut self, source: &EncodedRows<'_>, form: Form, first: usize) {
+        let mut values = vec![0.0; source.n_cols()];
+        for (output, row_idx) in (first..source.n_rows()).take(TILE).enumerate() {
+            dequantize(source.encoding(), source.row(row_idx), &mut values);
+            for (in_tile, values) in values.chunks_exact(TILE).enumerate() {
+                let bits = |input: usize| u32::from(bf16::from_f32(values[input]).to_bits());
+                self.put(form, in_tile, output, bits);
+            }
+        }
+    }
+
+    /// Puts the 32 values of one output and in tile in their places.
+    fn put(&mut self, form: Form, in_tile: usize, output: usize, value: impl Fn(usize) -> u32) {
+        let words = form.words_per_lane();
+        let tile = &mut self.codes[in_tile * TILE * words..][..TILE * words];
+        let (m, in_half) = (output / 16, output % 16);
+        let (g, upper) = (in_half % 8, in_half / 8);
+        for t in 0..4 {
+            let lane = 4 * g + t;
+            for step in 0..2 {
+                let input = form.input(t, step);
+                for i in 0..4 {
+                    // Registers 0 and 1 have the first two inputs, 2 and 3 the others.
+                    let (register, j) = (upper + i / 2 * 2, i % 2);
+                    let (word, shift) = match form.bits {
+                        4 => (2 * m + step, 4 * register + 16 * j),
+                        16 => (8 * m + 4 * step + register, 16 * j),
+                        _ => (4 * m + 2 * step + register / 2, 16 * (register % 2) + 8 * j),
+                    };
+                    // Vectors of four words go lane by lane.
+                    tile[(word / 4 * TILE + lane) * 4 + word % 4] |= value(input + i) << shift;
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What the kernel makes of a packed matrix, element by element: steps, scale and minimum as `matmul.cu` finds them.
+    fn unpack(packed: &Packed, output: usize, input: usize, groups_per_scale: usize) -> f32 {
+        let form = packed.form;
+        let (out_tile, in_tile, in_tiles) = (output / TILE, input / TILE, packed.n_in / TILE);
+        let (o, k, words) = (output % TILE, input % TILE, form.words_per_lane());
+        let (m, g, upper) = (o / 16, o % 8, o % 16 / 8);
+        let (t, step, i) = if form.group_len == TILE { (k / 8, k % 8 / 4, k % 4) } else { (k % 16 / 4, k / 16, k % 4) };
+        let (register, j, lane) = (upper + i / 2 * 2, i % 2, 4 * g + t);
+        let word = |word: usize| {
+            packed.codes[((out_tile * in_tiles + in_tile) * TILE * words) + (word / 4 * 32 + lane) * 4 + word % 4]
+        };
+        let code = match form.bits {
+            4 => word(2 * m + step) >> (4 * register + 16 * j) & 15,
+            16 => word(8 * m + 4 * step + register) >> (16 * j) & 0xffff,
+            _ => word(4 * m + 2 * step + register / 2) >> (16 * (register % 2) + 8 * j) & 0xff,
+        };
+        if form.bits == 16 {
+            return bf16::from_bits(code as u16).to_f32();
+        }
+        let code = form.codebook.map_or(code as i32, |codebook| i32::from(codebook[code as usize]));
+        let steps = (code - i32::from(form.offset)) as f32;
+        let group = input / form.group_len;
+        let place = g * 4 + o / 8;
+        let value = |values: &[u16], subs: &[i8]| {
+            let at = (out_tile * packed.n_scales + if form.two_level { group / groups_per_scale } else { group })
+                * TILE
+                + place;
+            let value = half::f16::from_bits(values[at]).to_f32();
+            let n_groups = packed.n_in / form.group_len;
+            if form.two_level { value * f32::from(subs[(out_tile * n_groups + group) * TILE + place]) } else { value }
+        };
+        let scale = value(&packed.scales, &packed.sub_scales);
+        if form.has_minimum {
+            scale.mul_add(steps, value(&packed.minimums, &packed.sub_minimums))
+        } else {
+            scale * steps
+        }
+    }
+
+    #[test]
+    fn a_packed_matrix_holds_what_the_file_does() {
+        for encoding in Encoding::ALL {
+            let (n_out, n_in) = (70, 512);
+            let n_bytes = n_out * encoding.row_bytes(n_in).unwrap();
+            // Bytes below 0x40 keep every float and scale finite.
+            let bytes: Vec<u8> =
+                (0..n_bytes as u32).map(|i| (i.wrapping_mul(0x9E37_79B1) >> 24) as u8 & 0x3f).collect();
+            let source = EncodedRows::new(encoding, &bytes, n_out, n_in).unwrap();
+            let plan = SegmentPlan::new(&[n_in], std::slice::from_ref(&(0..1)), n_in, TILE).unwrap();
+            let packed = Packed::new(&source, &plan).unwrap();
+            let groups_per_scale = encoding.block_len() / packed.form.group_len.min(encoding.block_len());
+            for output in 0..n_out {
+                let mut expected = vec![0.0; n_in];
+                dequantize(encoding, source.row(output), &mut expected);
+                for (input, expected) in expected.iter().enumerate() {
+                    let expected = if packed.form.bits == 16 { bf16::from_f32(*expected).to_f32() } else { *expected };
+                    let found = unpack(&packed, output, input, groups_per_scale);
+                    assert_eq!(found, expected, "{encoding}, output {output}, input {input}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn segments_keep_the_order_of_their_trees() {
+        let plan = SegmentPlan::new(&[32, 96, 160, 192], &[0..3, 3..4], 192, TILE).unwrap();
+        let found = segments(&plan);
+        let expected = [(1, 0, 0), (3, 1, 0), (5, 1, 1), (6, 0, 1)];
+        assert_eq!(found.iter().map(|s| (s.end, s.n_merges, s.is_last)).collect::<Vec<_>>(), expected);
+    }
+}

@@ -1,0 +1,44 @@
+//! The kernels for GPUs, against f64 arithmetic and against themselves: rows alone and among others, prompts in chunks,
+//! layers over ranks. They run on a GPU where `LOCKSTEP_TEST_GPU` names one (0 is the first), else on an emulator.
+
+mod attention;
+mod elementwise;
+mod products;
+#[path = "../conformance/random.rs"]
+mod random;
+
+use std::{env, path::Path};
+
+use lockstep_kernels::{
+    RopeStyle, RopeTable,
+    cuda::{Device, Gpu, GpuHeads, KernelCache},
+};
+
+/// The device that all tests of this process share.
+fn device() -> Device {
+    let cache = KernelCache::new(Some(Path::new(env!("CARGO_TARGET_TMPDIR")).join("kernels")));
+    let ordinal = match env::var("LOCKSTEP_TEST_GPU") {
+        Ok(ordinal) => ordinal.parse().expect("LOCKSTEP_TEST_GPU is a device's number"),
+        Err(_) => {
+            lockstep_cuda_emulator::load_into_this_process().expect("the emulator builds");
+            0
+        }
+    };
+    Device::open(ordinal, cache).expect("a device")
+}
+
+/// A GPU for attention of one small shape.
+fn gpu() -> Gpu {
+    let rope = RopeTable::new(64, 64, 10_000.0, None, 100, RopeStyle::Adjacent).expect("a small table");
+    Gpu::new(device(), GpuHeads { n_heads: 2, n_kv_heads: 1, head_dim: 64 }, &rope).expect("a GPU")
+}
+
+/// Asserts that two results have the same bits, and says where they first differ.
+#[track_caller]
+fn assert_same_bits(actual: &[f32], expected: &[f32], what: &dyn std::fmt::Display) {
+    assert_eq!(actual.len(), expected.len(), "{what}: lengths");
+    let difference = actual.iter().zip(expected).position(|(a, b)| a.to_bits() != b.to_bits());
+    if let Some(i) = difference {
+        panic!("{what}: element {i} of {} is {:e}, should be {:e}", actual.len(), actual[i], expected[i]);
+    }
+}
