@@ -61,9 +61,6 @@ pub enum DeviceError {
     /// There is a driver, and nothing behind it.
     #[error("the NVIDIA driver sees no GPU")]
     NoGpu,
-    /// There is a GPU, but no backend for it.
-    #[error("this version of Lockstep does not compute on GPUs yet")]
-    NotBuilt,
 }
 
 // === impl DeviceSettings ===
@@ -99,7 +96,7 @@ impl DeviceSettings {
         let ordinal = self.gpu.or(self.rank.checked_rem(n_devices)).ok_or(DeviceError::NoGpu)?;
         let device = cuda::Device::open(ordinal, KernelCache::new(self.kernel_cache.clone()))?;
         device.check_kernels()?;
-        Err(DeviceError::NotBuilt)
+        Ok(Device::Cuda(device))
     }
 }
 

@@ -69,3 +69,35 @@ fn print(architecture: Architecture, variant: &Variant, compiled: &Compiled) -> 
     }
     Ok(n_over)
 }
+
+#[cfg(test)]
+mod tests {
+    use lockstep_kernels::cuda::{CompilerVersion, MachineCode, Program, Source};
+
+    use super::*;
+
+    /// How many of a program's kernels are over, by a log that says this of its only one.
+    fn n_over(hot: bool, log: &str) -> Result<usize> {
+        let variant = Variant { program: Program::new(Source::Probe, &[]), entries: &["axpy"], hot };
+        let code = MachineCode { cubin: vec![0; 2048], compiler: CompilerVersion { major: 13, minor: 0 } };
+        print("sm_80".parse()?, &variant, &Compiled { code, log: log.into() })
+    }
+
+    #[test]
+    fn a_hot_kernel_is_over_if_registers_do_not_suffice() {
+        let log = |bytes: [u32; 3]| {
+            let [stack, stores, loads] = bytes;
+            format!(
+                "ptxas info    : Compiling entry function 'axpy' for 'sm_80'\n\
+                 ptxas         .     {stack} bytes stack frame, {stores} bytes spill stores, {loads} bytes spill loads\n\
+                 ptxas info    : Used 10 registers, used 1 barriers"
+            )
+        };
+        assert_eq!(n_over(true, &log([0, 0, 0])).unwrap(), 0);
+        for bytes in [[8, 0, 0], [0, 4, 0], [0, 0, 4]] {
+            assert_eq!(n_over(true, &log(bytes)).unwrap(), 1, "{bytes:?}");
+            assert_eq!(n_over(false, &log(bytes)).unwrap(), 0, "{bytes:?}");
+        }
+        assert!(n_over(true, "").unwrap_err().to_string().contains("says nothing of axpy"));
+    }
+}

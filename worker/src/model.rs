@@ -77,6 +77,9 @@ pub enum OpError {
     /// From our kernels.
     #[error(transparent)]
     Kernel(#[from] lockstep_kernels::KernelError),
+    /// From a GPU.
+    #[error(transparent)]
+    Cuda(#[from] lockstep_kernels::cuda::CudaError),
     /// From candle.
     #[error("candle: {0}")]
     Candle(#[from] candle_core::Error),
@@ -99,4 +102,10 @@ pub enum StepError {
         /// What does not fit.
         why: String,
     },
+}
+
+impl From<lockstep_kernels::cuda::CudaError> for StepError {
+    fn from(error: lockstep_kernels::cuda::CudaError) -> Self {
+        Self::Op(error.into())
+    }
 }

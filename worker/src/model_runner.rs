@@ -4,10 +4,10 @@
 use std::collections::HashMap;
 
 use lockstep_collectives::Collective;
-use lockstep_kernels::{AttentionRow, Cpu, KvEncoding};
+use lockstep_kernels::{AttentionRow, Cpu, KvEncoding, cuda};
 
 use crate::{
-    device::{Device, DeviceError},
+    device::Device,
     model::{
         LoadError, OpError, StepError,
         batch::Batch,
@@ -16,6 +16,7 @@ use crate::{
         ops::{
             AttentionShape, Backend, KvShape,
             cpu::CpuBackend,
+            cuda::CudaBackend,
             profiled::{Profile, Profiled},
             reference::ReferenceBackend,
         },
@@ -46,10 +47,10 @@ pub struct RunnerSettings {
 /// See [`Source::load`].
 pub fn build(source: &Source, settings: &RunnerSettings) -> Result<Box<dyn RunStep>, LoadError> {
     let shape = source.attention_shape(settings.context_length)?;
-    match settings.device {
+    match &settings.device {
         Device::Cpu => build_on(cpu(settings, shape)?, source, settings),
         Device::Reference => build_on(reference(shape), source, settings),
-        Device::Cuda(_) => Err(DeviceError::NotBuilt.into()),
+        Device::Cuda(device) => build_on(gpu(device, &shape)?, source, settings),
     }
 }
 
@@ -63,10 +64,10 @@ pub fn build_profiled(
     profile: Profile,
 ) -> Result<Box<dyn RunStep>, LoadError> {
     let shape = source.attention_shape(settings.context_length)?;
-    match settings.device {
+    match &settings.device {
         Device::Cpu => build_on(Profiled::new(cpu(settings, shape)?, profile), source, settings),
         Device::Reference => build_on(Profiled::new(reference(shape), profile), source, settings),
-        Device::Cuda(_) => Err(DeviceError::NotBuilt.into()),
+        Device::Cuda(device) => build_on(Profiled::new(gpu(device, &shape)?, profile), source, settings),
     }
 }
 
@@ -87,6 +88,11 @@ fn cpu(settings: &RunnerSettings, shape: AttentionShape) -> Result<CpuBackend, L
 
 fn reference(shape: AttentionShape) -> ReferenceBackend {
     ReferenceBackend::new(candle_core::Device::Cpu, shape)
+}
+
+fn gpu(device: &cuda::Device, shape: &AttentionShape) -> Result<CudaBackend, LoadError> {
+    CudaBackend::new(device.clone(), shape)
+        .map_err(|source| LoadError::Tensor { tensor: "rotary table".into(), source })
 }
 
 fn no_cache(source: OpError) -> LoadError {

@@ -1,9 +1,8 @@
 //! Attention: grouped queries over the paged cache.
 
-use lockstep_kernels::AttentionRow;
-
 use super::{
     StepError,
+    batch::Rows,
     linear::{ColumnParallel, RowParallel},
     llama::Step,
     ops::Backend,
@@ -31,15 +30,15 @@ impl<B: Backend> Attention<B> {
         Ok(q)
     }
 
-    /// Mixes the values that `rows` attend to: the terms of all ranks of `[rows.len(), hidden_dim]`.
+    /// Mixes the values that `rows` attend to: the terms of all ranks of `[n_rows, hidden_dim]`.
     pub(super) fn mix(
         &self,
         step: &mut Step<'_, B>,
         layer: usize,
-        q: B::Tensor, // [rows.len(), n_heads/world * head_dim]
-        rows: &[AttentionRow],
+        q: B::Tensor, // [n_rows, n_heads/world * head_dim]
+        rows: Rows,
     ) -> Result<B::Terms, StepError> {
-        let mixed = step.ops.attention(q, step.kv, layer, rows, &step.batch.block_tables)?;
+        let mixed = step.ops.attention(q, step.kv, layer, step.batch, rows)?;
         self.o.forward(step.ops, step.collective, &mixed)
     }
 }

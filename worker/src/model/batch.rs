@@ -21,9 +21,26 @@ pub struct Batch {
     pub logits_attention: Vec<AttentionRow>,
 }
 
+/// Some of a step's rows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Rows {
+    /// All of them.
+    All,
+    /// Those that need logits.
+    Logits,
+}
+
 impl Batch {
     /// Rows in the step.
     pub fn n_rows(&self) -> usize {
         self.token_ids.len()
+    }
+
+    /// What each of `rows` attends to.
+    pub fn attention(&self, rows: Rows) -> &[AttentionRow] {
+        match rows {
+            Rows::All => &self.attention,
+            Rows::Logits => &self.logits_attention,
+        }
     }
 }

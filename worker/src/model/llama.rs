@@ -6,8 +6,13 @@ use lockstep_checkpoint::Checkpoint;
 use lockstep_collectives::Collective;
 
 use super::{
-    OpError, StepError, attention::Attention, batch::Batch, config::ModelConfig, linear::ColumnParallel, mlp::Mlp,
-    ops::Backend,
+    OpError, StepError,
+    attention::Attention,
+    batch::{Batch, Rows},
+    config::ModelConfig,
+    linear::ColumnParallel,
+    mlp::Mlp,
+    ops::{Backend, StepRun},
 };
 
 /// One rank's shard of a model.
@@ -67,32 +72,46 @@ impl<B: Backend> Llama<B> {
         batch: &Batch,
         room: &mut LogitsRoom,
     ) -> Result<(), StepError> {
-        let step = &mut Step { ops, collective, kv, batch };
+        let embedded = self.embedding.rows(&batch.token_ids)?; // [n_rows, hidden_dim]
+        let run = StepRun { collective: &mut *collective, kv, batch, logits: &mut room.logits };
+        ops.run_step(embedded, self.config.hidden_dim, run, |ops, run, x| self.layers(ops, run, x))?;
+        if batch.logits_rows.is_empty() {
+            room.logits.clear();
+            return Ok(());
+        }
+        self.gather_logits(collective, batch.logits_rows.len(), room)
+    }
+
+    /// From embedded tokens to this rank's part of the logits, `[n_logits_rows, vocab_size/world]`.
+    fn layers(
+        &self,
+        ops: &mut B,
+        run: &mut StepRun<'_, B::Kv>,
+        mut x: B::Tensor, // [n_rows, hidden_dim]
+    ) -> Result<(), StepError> {
+        let StepRun { collective, kv, batch, logits } = run;
+        let step = &mut Step { ops, collective: &mut **collective, kv, batch };
         let eps = self.config.rms_eps;
-        let embedded = self.embedding.rows(&batch.token_ids)?;
-        let mut x = step.ops.upload(embedded, self.config.hidden_dim)?; // [n_rows, hidden_dim]
         let mut terms = None;
         for (i, layer) in self.layers.iter().enumerate() {
             let normed = step.ops.rms_norm(&mut x, terms.take(), &layer.attention_norm, eps)?;
             let mut q = layer.attention.project(step, i, &normed)?;
-            let mut rows = &batch.attention;
+            let mut rows = Rows::All;
             if i + 1 == self.layers.len() && batch.logits_rows.len() < batch.n_rows() {
                 // Of the other rows nothing is needed any more.
                 if batch.logits_rows.is_empty() {
-                    room.logits.clear();
                     return Ok(());
                 }
-                q = step.ops.select_rows(q, &batch.logits_rows)?;
-                x = step.ops.select_rows(x, &batch.logits_rows)?; // [n_logits_rows, hidden_dim]
-                rows = &batch.logits_attention;
+                q = step.ops.logits_rows(q, batch)?;
+                x = step.ops.logits_rows(x, batch)?; // [n_logits_rows, hidden_dim]
+                rows = Rows::Logits;
             }
             let attended = layer.attention.mix(step, i, q, rows)?;
             let normed = step.ops.rms_norm(&mut x, Some(attended), &layer.mlp_norm, eps)?;
             terms = Some(layer.mlp.forward(step, &normed)?);
         }
         let normed = step.ops.rms_norm(&mut x, terms, &self.norm, eps)?;
-        step.ops.logits(&self.output.weight, &normed, &mut room.logits)?; // [n_logits_rows, vocab_size/world]
-        self.gather_logits(step.collective, batch.logits_rows.len(), room)
+        Ok(step.ops.logits(&self.output.weight, &normed, logits)?)
     }
 
     /// Brings every rank's columns together on rank 0: `[n_rows, vocab_size]`.

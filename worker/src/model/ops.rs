@@ -5,6 +5,7 @@
 //! on row `i` of the operands alone (and, in attention, on the cached keys and values of its own sequence).
 
 pub mod cpu;
+pub mod cuda;
 pub mod profiled;
 mod recycled;
 pub mod reference;
@@ -12,9 +13,13 @@ pub mod reference;
 use std::fmt::Debug;
 
 use lockstep_collectives::Collective;
-use lockstep_kernels::{AttentionRow, EncodedRows, KvEncoding, RopeStyle};
+use lockstep_kernels::{EncodedRows, KvEncoding, RopeStyle};
 
-use super::{OpError, StepError, batch::Batch, shard::Reduction};
+use super::{
+    OpError, StepError,
+    batch::{Batch, Rows},
+    shard::Reduction,
+};
 
 /// The shape of the attention that one rank computes.
 #[derive(Clone, Debug)]
@@ -57,6 +62,19 @@ pub struct KvShape {
     pub encoding: KvEncoding,
 }
 
+/// What a step works on beside weights and activations.
+#[derive(Debug)]
+pub struct StepRun<'a, Kv> {
+    /// Other ranks.
+    pub collective: &'a mut dyn Collective,
+    /// Keys and values.
+    pub kv: &'a mut Kv,
+    /// The rows.
+    pub batch: &'a Batch,
+    /// What [`Backend::logits`] writes.
+    pub logits: &'a mut Vec<f32>,
+}
+
 /// A device and how it computes. See the module for what every method keeps to.
 pub trait Backend: Debug + Send {
     /// Activations, `[n_rows, width]`, or norm weights, `[1, width]`.
@@ -84,6 +102,30 @@ pub trait Backend: Debug + Send {
     /// Bytes of device memory that a loaded weight takes.
     fn matrix_bytes(&self, matrix: &Self::Matrix) -> usize;
 
+    /// A step begins: all that follows, up to its logits, is of this batch.
+    fn begin(&mut self, _kv: &Self::Kv, _batch: &Batch) -> Result<(), OpError> {
+        Ok(())
+    }
+    /// Runs a step from its embedded tokens, `[n_rows, width]`, to its logits, which `forward` computes from their tensor. A
+    /// backend may record what `forward` does, and do it again for another step without asking; or ask twice.
+    fn run_step(
+        &mut self,
+        embedded: Vec<f32>,
+        width: usize,
+        mut run: StepRun<'_, Self::Kv>,
+        forward: impl Fn(&mut Self, &mut StepRun<'_, Self::Kv>, Self::Tensor) -> Result<(), StepError>,
+    ) -> Result<(), StepError>
+    where
+        Self: Sized,
+    {
+        self.begin(run.kv, run.batch)?;
+        let x = self.upload(embedded, width)?;
+        forward(self, &mut run, x)
+    }
+    /// Waits until the device has done what it was asked for.
+    fn wait(&mut self) -> Result<(), OpError> {
+        Ok(())
+    }
     /// Brings values `[n_rows, width]` to the device.
     fn upload(&mut self, values: Vec<f32>, width: usize) -> Result<Self::Tensor, OpError>;
     /// `x += terms`, if there are any; then `x * weight / sqrt(mean(x^2) + eps)`, row by row.
@@ -123,15 +165,15 @@ pub trait Backend: Debug + Send {
         v: &Self::Tensor,
     ) -> Result<(), OpError>;
     /// Rotates queries by their positions; then causal attention over each row's own sequence. `q` and the result are
-    /// `[rows.len(), n_heads * head_dim]`.
+    /// `[n_rows, n_heads * head_dim]`, of `rows`.
     fn attention(
         &mut self,
         q: Self::Tensor,
         kv: &Self::Kv,
         layer: usize,
-        rows: &[AttentionRow],
-        block_tables: &[Vec<u32>],
+        batch: &Batch,
+        rows: Rows,
     ) -> Result<Self::Input, OpError>;
-    /// The given rows of `x`.
-    fn select_rows(&mut self, x: Self::Tensor, rows: &[u32]) -> Result<Self::Tensor, OpError>;
+    /// Of all rows of the batch, those that need logits.
+    fn logits_rows(&mut self, x: Self::Tensor, batch: &Batch) -> Result<Self::Tensor, OpError>;
 }

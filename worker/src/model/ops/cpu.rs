@@ -2,15 +2,19 @@
 
 use lockstep_collectives::Collective;
 use lockstep_kernels::{
-    Activations, AttentionBatch, AttentionRow, Cpu, EncodedRows, Forms, KvCache, NewTokens, PackedMatrix, Product,
-    RopeTable, SumOrder, Terms,
+    Activations, AttentionBatch, Cpu, EncodedRows, Forms, KvCache, NewTokens, PackedMatrix, Product, RopeTable,
+    SumOrder, Terms,
 };
 
 use super::{
     AttentionShape, Backend, KvShape, RopeSpec,
     recycled::{Home, Recycled},
 };
-use crate::model::{OpError, StepError, batch::Batch, shard::Reduction};
+use crate::model::{
+    OpError, StepError,
+    batch::{Batch, Rows},
+    shard::Reduction,
+};
 
 /// Kernels on a pool of threads, and the memory that steps use in turn.
 #[derive(Debug)]
@@ -194,18 +198,25 @@ impl Backend for CpuBackend {
         mut q: CpuTensor,
         kv: &KvCache,
         layer: usize,
-        rows: &[AttentionRow],
-        block_tables: &[Vec<u32>],
+        batch: &Batch,
+        rows: Rows,
     ) -> Result<Recycled<Activations>, OpError> {
         let (mut mixed, mut out) = (self.tensor(q.n_rows(), q.width), self.input());
-        let n_heads = self.shape.n_heads;
-        let batch = AttentionBatch { cache: kv, layer, rows, tables: block_tables, n_heads, rope: &self.rope };
+        let batch = AttentionBatch {
+            cache: kv,
+            layer,
+            rows: batch.attention(rows),
+            tables: &batch.block_tables,
+            n_heads: self.shape.n_heads,
+            rope: &self.rope,
+        };
         self.cpu.attention(&mut q.values, &batch, &mut mixed.values);
         self.cpu.quantize(&mixed.values, mixed.width, &mut out);
         Ok(out)
     }
 
-    fn select_rows(&mut self, x: CpuTensor, rows: &[u32]) -> Result<CpuTensor, OpError> {
+    fn logits_rows(&mut self, x: CpuTensor, batch: &Batch) -> Result<CpuTensor, OpError> {
+        let rows = &batch.logits_rows;
         let mut selected = self.tensor(rows.len(), x.width);
         for (&row, out) in rows.iter().zip(selected.values.chunks_exact_mut(x.width)) {
             out.copy_from_slice(&x.values[row as usize * x.width..][..x.width]);

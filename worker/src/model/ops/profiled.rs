@@ -6,10 +6,14 @@ use std::{
 };
 
 use lockstep_collectives::{Collective, Timed};
-use lockstep_kernels::{AttentionRow, EncodedRows};
+use lockstep_kernels::EncodedRows;
 
 use super::{Backend, KvShape};
-use crate::model::{OpError, StepError, batch::Batch, shard::Reduction};
+use crate::model::{
+    OpError, StepError,
+    batch::{Batch, Rows},
+    shard::Reduction,
+};
 
 /// What all calls of one kind came to. Products of different shapes are different kinds.
 #[derive(Clone, Debug)]
@@ -83,21 +87,24 @@ impl<B: Backend> Profiled<B> {
         Self { ops, profile, n_rows: 0 }
     }
 
-    fn other<T>(&mut self, name: &'static str, run: impl FnOnce(&mut B) -> T) -> T {
+    fn other<T>(&mut self, name: &'static str, run: impl FnOnce(&mut B) -> Result<T, OpError>) -> Result<T, OpError> {
         let start = Instant::now();
-        let result = run(&mut self.ops);
+        let result = run(&mut self.ops)?;
+        self.ops.wait()?;
         self.profile.add_other(name, start.elapsed());
-        result
+        Ok(result)
     }
 
-    fn product<T, const N: usize>(
+    fn product<T, E: From<OpError>, const N: usize>(
         &mut self,
         name: &'static str,
         weights: [&ProfiledMatrix<B::Matrix>; N],
-        run: impl FnOnce(&mut B, [&B::Matrix; N]) -> (T, Duration),
-    ) -> T {
+        run: impl FnOnce(&mut B, [&B::Matrix; N]) -> (Result<T, E>, Duration),
+    ) -> Result<T, E> {
         let start = Instant::now();
         let (result, elsewhere) = run(&mut self.ops, weights.map(|weight| &weight.matrix));
+        let result = result?;
+        self.ops.wait()?;
         let time = start.elapsed() - elsewhere;
         let n_out = weights.iter().map(|weight| weight.shape[0]).sum();
         let n_in = weights.first().map_or(0, |weight| weight.shape[1]);
@@ -109,7 +116,7 @@ impl<B: Backend> Profiled<B> {
             bytes: weights.iter().map(|weight| self.ops.matrix_bytes(&weight.matrix)).sum(),
             n_products: self.n_rows * n_out * n_in,
         });
-        result
+        Ok(result)
     }
 }
 
@@ -141,6 +148,10 @@ impl<B: Backend> Backend for Profiled<B> {
 
     fn matrix_bytes(&self, matrix: &Self::Matrix) -> usize {
         self.ops.matrix_bytes(&matrix.matrix)
+    }
+
+    fn begin(&mut self, kv: &B::Kv, batch: &Batch) -> Result<(), OpError> {
+        self.other("begin", |ops| ops.begin(kv, batch))
     }
 
     fn upload(&mut self, values: Vec<f32>, width: usize) -> Result<B::Tensor, OpError> {
@@ -204,14 +215,14 @@ impl<B: Backend> Backend for Profiled<B> {
         q: B::Tensor,
         kv: &B::Kv,
         layer: usize,
-        rows: &[AttentionRow],
-        block_tables: &[Vec<u32>],
+        batch: &Batch,
+        rows: Rows,
     ) -> Result<B::Input, OpError> {
-        self.other("attention", |ops| ops.attention(q, kv, layer, rows, block_tables))
+        self.other("attention", |ops| ops.attention(q, kv, layer, batch, rows))
     }
 
-    fn select_rows(&mut self, x: B::Tensor, rows: &[u32]) -> Result<B::Tensor, OpError> {
-        self.n_rows = rows.len();
-        self.other("select_rows", |ops| ops.select_rows(x, rows))
+    fn logits_rows(&mut self, x: B::Tensor, batch: &Batch) -> Result<B::Tensor, OpError> {
+        self.n_rows = batch.logits_rows.len();
+        self.other("logits_rows", |ops| ops.logits_rows(x, batch))
     }
 }

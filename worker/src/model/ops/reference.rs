@@ -5,10 +5,14 @@
 
 use candle_core::{D, Device, Tensor};
 use lockstep_collectives::Collective;
-use lockstep_kernels::{AttentionRow, EncodedRows, KvCache, KvEncoding, RopeStyle, dequantize};
+use lockstep_kernels::{EncodedRows, KvCache, KvEncoding, RopeStyle, dequantize};
 
 use super::{AttentionShape, Backend, KvShape, cpu::gather};
-use crate::model::{OpError, StepError, batch::Batch, shard::Reduction};
+use crate::model::{
+    OpError, StepError,
+    batch::{Batch, Rows},
+    shard::Reduction,
+};
 
 /// Candle on one device.
 #[derive(Debug)]
@@ -243,21 +247,23 @@ impl Backend for ReferenceBackend {
         q: Tensor,
         kv: &ReferenceKv,
         layer: usize,
-        rows: &[AttentionRow],
-        block_tables: &[Vec<u32>],
+        batch: &Batch,
+        rows: Rows,
     ) -> Result<Tensor, OpError> {
         let AttentionShape { n_heads, head_dim, .. } = self.shape;
+        let rows = batch.attention(rows);
         let positions: Vec<u32> = rows.iter().map(|row| row.position).collect();
         let q = self.rope(&q, n_heads, &positions)?;
         let rows = rows.iter().enumerate().map(|(i, row)| {
             let q = q.narrow(0, i, 1)?.reshape((n_heads, 1, head_dim))?;
-            let table = &block_tables[row.table];
+            let table = &batch.block_tables[row.table];
             Ok(self.attend(&q, kv, layer, table, row.position)?.reshape((1, n_heads * head_dim))?)
         });
         Ok(Tensor::cat(&rows.collect::<Result<Vec<_>, OpError>>()?, 0)?)
     }
 
-    fn select_rows(&mut self, x: Tensor, rows: &[u32]) -> Result<Tensor, OpError> {
+    fn logits_rows(&mut self, x: Tensor, batch: &Batch) -> Result<Tensor, OpError> {
+        let rows = &batch.logits_rows[..];
         Ok(x.index_select(&Tensor::from_slice(rows, rows.len(), &self.device)?, 0)?)
     }
 }
