@@ -65,6 +65,20 @@ fn a_gpu_that_is_asked_for_and_not_there_is_an_error() -> Result<()> {
 }
 
 #[test]
+fn a_gpu_without_room_for_keys_and_values_is_an_error_before_anything_is_loaded() -> Result<()> {
+    let model = demo_model().display().to_string();
+    let serve = ["--model.path", &model, "--listen", "127.0.0.1:0", "--engine.device", "cuda"];
+    let nothing = [&serve[..], &["--engine.gpu-memory-fraction", "0.001"]].concat();
+    let parts = ["no room for keys and values", "engine.gpu_memory_fraction = 0.001"];
+    check_refused(&worker(&emulator::build()?, &nothing)?, 1, &parts);
+    let drafting = [&serve[..], &["--model.draft-path", &model]].concat();
+    check_refused(&worker(&emulator::build()?, &drafting)?, 1, &["model.draft_path", "engine.kv_cache_tokens"]);
+    let too_much = [&serve[..], &["--engine.gpu-memory-fraction", "1.5"]].concat();
+    check_refused(&worker(Path::new(""), &too_much)?, 64, &["engine.gpu_memory_fraction", "at most 1"]);
+    Ok(())
+}
+
+#[test]
 fn a_device_that_does_not_exist_is_refused_by_name() -> Result<()> {
     for (key, value) in [("--engine.device", "tpu"), ("--engine.gpu", "first"), ("--engine.backend", "cpu")] {
         let output = worker(Path::new(""), &["--model.path", "m.gguf", key, value])?;

@@ -172,8 +172,7 @@ impl StandIn {
         std::thread::spawn(move || -> Result<()> {
             let checkpoint = Arc::new(Checkpoint::open(&demo_model())?);
             let source = Source::open(Arc::clone(&checkpoint), 1, 2)?;
-            let settings =
-                EngineSettings { threads: 1, ..EngineSettings::default() }.runner(source.config(), Device::Cpu);
+            let settings = EngineSettings { threads: 1, ..EngineSettings::default() }.runner(&source, Device::Cpu)?;
             let mut runner = model_runner::build(&source, &settings)?;
             let digest: String = checkpoint.digest().iter().map(|byte| format!("{byte:02x}")).collect();
             let config = GroupConfig { rank: 1, world_size: 2, leader: Some(leader), ..GroupConfig::default() };

@@ -16,7 +16,8 @@ use serde::{Deserialize, Serialize};
 use crate::{
     device::{Device, DeviceChoice, DeviceSettings},
     group::{self, GroupConfig},
-    model::config::ModelConfig,
+    kv_room,
+    model::{LoadError, load::Source},
     model_runner::RunnerSettings,
     scheduler::{SchedulerConfig, speculation::Speculation},
 };
@@ -67,8 +68,10 @@ pub struct EngineSettings {
     pub kernel_cache: Option<PathBuf>,
     /// Threads that compute; 0: one for each core.
     pub threads: usize,
-    /// Tokens whose keys and values fit into the cache.
+    /// Tokens whose keys and values fit into the cache; 0: see [`kv_room`].
     pub kv_cache_tokens: usize,
+    /// Part of a GPU's memory that weights and cache may take.
+    pub gpu_memory_fraction: f64,
     /// How keys and values are stored.
     pub kv_cache_encoding: KvEncoding,
     /// Positions in a block.
@@ -128,8 +131,15 @@ pub const KEYS: &[Key] = &[
     },
     Key {
         path: "engine.kv_cache_tokens",
-        help: "Tokens whose keys and values fit into the cache, over all sequences. Default: 32768. More take memory \
-               (see `lockstep inspect`) once they are used; fewer make sequences wait or be computed again.",
+        help: "Tokens whose keys and values fit into the cache, over all sequences; 0 is 32768 on a CPU, and on a GPU what \
+               engine.gpu_memory_fraction leaves beside the weights. Default: 0. More take memory (see `lockstep \
+               inspect`), on a CPU once they are used; fewer make sequences wait or be computed again.",
+    },
+    Key {
+        path: "engine.gpu_memory_fraction",
+        help: "Part of a GPU's memory that weights and cache take, over 0 and up to 1, where engine.kv_cache_tokens = 0. \
+               Default: 0.9. The rest is for the driver, NCCL and what steps compute on their way: too little of it ends \
+               in an error. Ranks that share a GPU must share this, too.",
     },
     Key {
         path: "engine.kv_cache_encoding",
@@ -203,7 +213,8 @@ impl Default for EngineSettings {
             gpu: None,
             kernel_cache: None,
             threads: 0,
-            kv_cache_tokens: 32_768,
+            kv_cache_tokens: 0,
+            gpu_memory_fraction: 0.9,
             kv_cache_encoding: KvEncoding::F16,
             block_size: 16,
             context_length: 0,
@@ -227,7 +238,6 @@ impl Settings for WorkerConfig {
         }
         let engine = &self.engine;
         for (key, value) in [
-            ("engine.kv_cache_tokens", engine.kv_cache_tokens),
             ("engine.block_size", engine.block_size),
             ("engine.max_step_tokens", engine.max_step_tokens),
             ("engine.max_prefill_chunk", engine.max_prefill_chunk),
@@ -237,6 +247,14 @@ impl Settings for WorkerConfig {
             if !(1..=1 << 30).contains(&value) {
                 return Err(ConfigError::invalid(key, value, "must be in 1..=1073741824"));
             }
+        }
+        if engine.kv_cache_tokens > 1 << 30 {
+            let rule = "must be in 0..=1073741824";
+            return Err(ConfigError::invalid("engine.kv_cache_tokens", engine.kv_cache_tokens, rule));
+        }
+        if !(engine.gpu_memory_fraction > 0.0 && engine.gpu_memory_fraction <= 1.0) {
+            let rule = "must be over 0 and at most 1";
+            return Err(ConfigError::invalid("engine.gpu_memory_fraction", engine.gpu_memory_fraction, rule));
         }
         if engine.max_step_tokens < engine.max_running {
             let rule = format!("must be at least engine.max_running = {}", engine.max_running);
@@ -293,16 +311,26 @@ impl EngineSettings {
         if self.threads == 0 { cores } else { self.threads }
     }
 
-    /// How the runner of `model` is built on this rank.
-    pub fn runner(&self, model: &ModelConfig, device: Device) -> RunnerSettings {
-        RunnerSettings {
+    /// How the runner of `source`'s rank is built.
+    ///
+    /// # Errors
+    /// The device has no room for keys and values.
+    pub fn runner(&self, source: &Source, device: Device) -> Result<RunnerSettings, LoadError> {
+        let (encoding, block_size) = (self.kv_cache_encoding, self.block_size);
+        let n_blocks = match self.kv_cache_tokens {
+            // What fits, and no more.
+            0 => kv_room::tokens(source, &device, encoding, self.gpu_memory_fraction, block_size)? / block_size,
+            tokens => tokens.div_ceil(block_size),
+        };
+        let trained = source.config().context_length;
+        Ok(RunnerSettings {
             device,
             threads: self.n_threads(),
-            n_blocks: self.kv_cache_tokens.div_ceil(self.block_size),
-            block_size: self.block_size,
-            kv_encoding: self.kv_cache_encoding,
-            context_length: if self.context_length == 0 { model.context_length } else { self.context_length },
-        }
+            n_blocks,
+            block_size,
+            kv_encoding: encoding,
+            context_length: if self.context_length == 0 { trained } else { self.context_length },
+        })
     }
 
     /// How rank 0 schedules.

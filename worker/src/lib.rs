@@ -5,7 +5,7 @@
 //! In the order in which a request meets them:
 //!
 //! * [`config`]: what an operator can choose; [`serve`]: how a rank is put together; [`service`], [`request`], [`status`]: what the gateway calls.
-//! * [`engine`]: the step loop; [`scheduler`] decides what a step computes, over the blocks of [`kv`].
+//! * [`engine`]: the step loop; [`scheduler`] decides what a step computes, over the blocks of [`kv`], of which [`kv_room`] says how many fit.
 //! * [`device`]: what computes. [`model_runner`]: a step plan to logits, through the layers of [`model`]; [`sampler`]: logits to token ids.
 //! * [`group`]: how ranks find each other, attest, and notice death.
 //! * [`bench`], [`inspect`], [`make_model`], [`kernels`], [`doctor`]: the other things that the program does; [`local_group`]: ranks as threads.
@@ -21,6 +21,7 @@ pub mod group;
 pub mod inspect;
 pub mod kernels;
 pub mod kv;
+pub mod kv_room;
 pub mod local_group;
 pub mod make_model;
 pub mod model;

@@ -61,6 +61,19 @@ pub enum LoadError {
     /// The device cannot be used.
     #[error(transparent)]
     Device(#[from] DeviceError),
+    /// The weights fill the device.
+    #[error(
+        "no room for keys and values: weights take {weights_mib} MiB of a GPU of {memory_mib} MiB, of which \
+         engine.gpu_memory_fraction = {fraction} may be used"
+    )]
+    NoKvRoom {
+        /// The device's memory.
+        memory_mib: usize,
+        /// The part of it that may be used.
+        fraction: f64,
+        /// The weights of the rank that has most.
+        weights_mib: usize,
+    },
     /// A kernel refused a weight.
     #[error("tensor {tensor}: {source}")]
     Tensor {

@@ -22,6 +22,7 @@ use tracing::info;
 use crate::{
     VERSION,
     config::WorkerConfig,
+    device::Device,
     engine::{
         draft_model::DraftModel,
         follower::Follower,
@@ -123,7 +124,8 @@ fn load(config: &WorkerConfig) -> Result<Shard> {
     let source = Source::open(checkpoint, rank, world_size).with_context(|| path.display().to_string())?;
     let draft_source = open_draft_model(config, &source)?;
     let device = config.engine.device(rank).open().context("engine.device = cuda")?;
-    let settings = config.engine.runner(source.config(), device);
+    check_draft_room(config, &device)?;
+    let settings = config.engine.runner(&source, device).with_context(|| path.display().to_string())?;
     let runner = model_runner::build(&source, &settings).with_context(|| path.display().to_string())?;
     let digest = hex(&digest.join().map_err(|_| anyhow!("the digest panicked"))?);
     let vocab_size = source.config().vocab_size;
@@ -141,6 +143,15 @@ fn load(config: &WorkerConfig) -> Result<Shard> {
         },
         settings,
     })
+}
+
+/// How much a draft model leaves, rank 0 alone could reckon, and all ranks must know.
+fn check_draft_room(config: &WorkerConfig, device: &Device) -> Result<()> {
+    let is_reckoned = matches!(device, Device::Cuda(_)) && config.engine.kv_cache_tokens == 0;
+    if config.draft_path().is_some() && is_reckoned {
+        bail!("model.draft_path on a GPU needs a number for engine.kv_cache_tokens, the same on every rank");
+    }
+    Ok(())
 }
 
 /// The model that drafts for `target`, whole, where one is wanted.
@@ -272,7 +283,6 @@ mod tests {
     use lockstep_kernels::KvEncoding;
 
     use super::*;
-    use crate::device::Device;
 
     #[test]
     fn a_model_is_what_decides_its_logits() {

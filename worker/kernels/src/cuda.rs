@@ -50,6 +50,7 @@ pub use host::HostBuffer;
 pub use kernels::{Arg, Kernel};
 pub use matrix::{GpuMatrix, RowParallelSum};
 pub use memory::{Buffer, MemoryInfo};
+pub use packing::bits_per_weight;
 pub use program::{Program, Source, Variant, variants};
 pub use recording::Recording;
 pub use resources::Resources;

@@ -152,6 +152,19 @@ impl Form {
     }
 }
 
+/// Bits of device memory that a weight takes, its part of scales and minimums included.
+pub fn bits_per_weight(encoding: Encoding) -> f64 {
+    let form = Form::of(encoding);
+    // A lane has as many weights of a tile as a word has bits.
+    let code = form.words_per_lane() as f64;
+    let scale = match (form.bits, form.two_level) {
+        (16, _) => 0.0,
+        (_, false) => 16.0 / form.group_len as f64,
+        (_, true) => 16.0 / encoding.block_len() as f64 + 8.0 / form.group_len as f64,
+    };
+    code + if form.has_minimum { 2.0 * scale } else { scale }
+}
+
 // === impl Packed ===
 
 impl Packed {
@@ -368,6 +381,22 @@ mod tests {
                     assert_eq!(found, expected, "{encoding}, output {output}, input {input}");
                 }
             }
+        }
+    }
+
+    #[test]
+    fn a_weight_takes_the_bits_it_says() {
+        for encoding in Encoding::ALL {
+            let (n_out, n_in) = (64, 512);
+            let bytes = vec![0; n_out * encoding.row_bytes(n_in).unwrap()];
+            let source = EncodedRows::new(encoding, &bytes, n_out, n_in).unwrap();
+            let plan = SegmentPlan::new(&[n_in], std::slice::from_ref(&(0..1)), n_in, TILE).unwrap();
+            let Packed { codes, scales, minimums, sub_scales, sub_minimums, .. } =
+                Packed::new(&source, &plan).unwrap();
+            let n_bits = 32 * codes.len()
+                + 16 * (scales.len() + minimums.len())
+                + 8 * (sub_scales.len() + sub_minimums.len());
+            assert_eq!(bits_per_weight(encoding) * (n_out * n_in) as f64, n_bits as f64, "{encoding}");
         }
     }
 
