@@ -342,6 +342,8 @@ __forceinline__ u32 byte_permute(u32 a, u32 b, u32 selector) {
 }
 inline u32 __byte_perm(u32 a, u32 b, u32 selector) { return byte_permute(a, b, selector & 0x7777); }
 
+inline u32 mask_or(u32 value, u32 mask, u32 ones) { return (value & mask) | ones; }
+
 inline float exp2_fast(float x) { return exp2f(x); }
 
 namespace emulator {

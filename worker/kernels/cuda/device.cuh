@@ -71,6 +71,13 @@ __device__ __forceinline__ u32 byte_permute(u32 a, u32 b, u32 selector) {
     return picked;
 }
 
+// value & mask | ones, in one instruction.
+__device__ __forceinline__ u32 mask_or(u32 value, u32 mask, u32 ones) {
+    u32 result;
+    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(result) : "r"(value), "r"(mask), "r"(ones));
+    return result;
+}
+
 // 2^x, to within 2 units in the last place; subnormals are zero.
 __device__ __forceinline__ float exp2_fast(float x) {
     float power;

@@ -40,7 +40,7 @@ pub(super) struct GpuSumOrder {
     pub(super) merges: Arc<Buffer<u8>>,
 }
 
-/// A matrix as `matmul.cu` takes it.
+/// A matrix as kernels take it (`cuda/product.cuh`).
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, Pod, Zeroable)]
 pub(super) struct MatrixArg {
@@ -54,7 +54,7 @@ pub(super) struct MatrixArg {
     n_out: u32,
     in_tiles: u32,
     n_scales: u32,
-    groups_per_scale: u32,
+    scale_shift: u32,
     padding: u32,
 }
 
@@ -160,7 +160,8 @@ impl GpuMatrix {
             n_out: self.n_out as u32,
             in_tiles: (self.n_in / TILE) as u32,
             n_scales: self.n_scales as u32,
-            groups_per_scale: (self.n_in / self.form.group_len()).checked_div(self.n_scales).unwrap_or(0) as u32,
+            // Blocks, and the groups that they are cut into, are powers of two.
+            scale_shift: (self.n_in / self.form.group_len()).checked_div(self.n_scales).map_or(0, usize::ilog2),
             padding: 0,
         }
     }

@@ -7,10 +7,11 @@ use sha2::{Digest, Sha256};
 use super::{Architecture, gpu::ROW_TILES, packing::Form};
 
 /// The headers of all sources, under the names that they include them by.
-pub(super) const HEADERS: [(&str, &str); 3] = [
+pub(super) const HEADERS: [(&str, &str); 4] = [
     ("device.cuh", include_str!("../../cuda/device.cuh")),
     ("input.cuh", include_str!("../../cuda/input.cuh")),
     ("kv_cache.cuh", include_str!("../../cuda/kv_cache.cuh")),
+    ("product.cuh", include_str!("../../cuda/product.cuh")),
 ];
 
 /// A file of `worker/kernels/cuda`.
