@@ -33,6 +33,7 @@ mod matrix;
 mod memory;
 mod packing;
 mod pool;
+mod product;
 mod program;
 mod recording;
 mod resources;

@@ -12,19 +12,15 @@ use super::{
     matrix::{GpuMatrix, GpuSumOrder, MatrixArg, RowParallelSum},
     packing::TILE,
     pool::{Piece, Pool, Target},
+    product::{ProductKernel, ProductLaunch},
     step::{Blocks, Heads, Layout, Part, RowChoice, StepData, StepRows, StepShape},
 };
 use crate::{EncodedRows, KvEncoding, RopeTable};
 
 /// Weights that one launch multiplies by.
 pub const MAX_WEIGHTS: usize = 3;
-/// Rows that a block of `matmul` computes, in eights.
-pub(super) const ROW_TILES: [usize; 4] = [1, 2, 4, 8];
-/// Threads of a block of `matmul`, and of `merge_splits`.
-const MATMUL_THREADS: u32 = 256;
+/// Threads of a block of `merge_splits`.
 const MERGE_THREADS: u32 = 256;
-/// Floats from one row of sums in the shared memory of `matmul` to the next.
-const SUMS_STRIDE: usize = 36;
 /// Threads of the kernels of `elementwise.cu`.
 const ROW_THREADS: u32 = 512;
 /// Warps of a block of `attention.cu`.
@@ -147,7 +143,7 @@ struct InputArg {
     padding: u32,
 }
 
-/// `Product` of `matmul.cu`.
+/// `Product` of `product.cuh`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, Pod, Zeroable)]
 struct ProductArg {
@@ -246,9 +242,7 @@ impl Gpu {
         sum: Option<RowParallelSum<'_>>,
     ) -> Result<GpuMatrix, CudaError> {
         let matrix = GpuMatrix::new(&self.device, source, sum)?;
-        for row_tiles in ROW_TILES {
-            self.matmul_kernel(&matrix, row_tiles, false)?;
-        }
+        self.compile_products(&matrix, false)?;
         Ok(matrix)
     }
 
@@ -259,9 +253,8 @@ impl Gpu {
     pub fn load_gated(&self, [gate, up]: [&EncodedRows<'_>; 2]) -> Result<[GpuMatrix; 2], CudaError> {
         let (gate, up) = (GpuMatrix::new(&self.device, gate, None)?, GpuMatrix::new(&self.device, up, None)?);
         let gated = gate.is_like(&up);
-        for row_tiles in ROW_TILES {
-            self.matmul_kernel(&gate, row_tiles, gated)?;
-            self.matmul_kernel(&up, row_tiles, gated)?;
+        for weights in [&gate, &up] {
+            self.compile_products(weights, gated)?;
         }
         Ok([gate, up])
     }
@@ -547,7 +540,7 @@ impl Gpu {
         if gate.is_like(up) {
             let mut product = ProductArg { gated: out_arg, ..product(&[gate, up], x, &[]) };
             product.end_tile = [gate.out_tiles() as u32; MAX_WEIGHTS];
-            self.launch_matmul(&product, gate, x, gate.out_tiles(), true)?;
+            self.launch_product(&product, gate, x, gate.out_tiles(), true)?;
             return Ok(out);
         }
         let [gate, up] = self.matmul([gate, up], x)?;
@@ -684,11 +677,11 @@ impl Gpu {
     /// Products with up to [`MAX_WEIGHTS`] weights that are alike.
     fn multiply(&self, weights: &[&GpuMatrix], x: &GpuInput, out: &[u64]) -> Result<(), CudaError> {
         let out_tiles = weights.iter().map(|weight| weight.out_tiles()).sum();
-        self.launch_matmul(&product(weights, x, out), weights[0], x, out_tiles, false)
+        self.launch_product(&product(weights, x, out), weights[0], x, out_tiles, false)
     }
 
     /// `weights` stands for all weights of the product, which are alike.
-    fn launch_matmul(
+    fn launch_product(
         &self,
         product: &ProductArg,
         weights: &GpuMatrix,
@@ -700,23 +693,19 @@ impl Gpu {
         if x.n_rows == 0 {
             return Ok(());
         }
-        let shared = |row_tiles: usize| {
-            let tiles = if gated { 2 } else { 1 };
-            tiles * weights.n_segments() * 8 * row_tiles * SUMS_STRIDE * size_of::<f32>()
-        };
-        // What the codebook takes beside it.
-        let room = (self.device.info().limits.shared_bytes_per_block as usize).saturating_sub(1024);
-        let fits = |row_tiles: &&usize| shared(**row_tiles) <= room;
-        let enough = ROW_TILES.iter().filter(fits).find(|row_tiles| 8 * **row_tiles >= x.n_rows);
-        let row_tiles = *enough.or(ROW_TILES.iter().rfind(|row_tiles| fits(row_tiles))).unwrap_or(&1);
-        let grid = [x.n_rows.div_ceil(8 * row_tiles) as u32, out_tiles as u32, 1];
-        let kernel = self.matmul_kernel(weights, row_tiles, gated)?;
+        let launch = ProductLaunch::new(&weights.shape(out_tiles, gated), x.n_rows, self.device.info().limits);
+        let kernel = self.product_kernel(launch.kernel, weights, gated)?;
         // SAFETY: the kernel's parameter; weights, inputs and outputs have the shapes that it names.
-        unsafe { kernel.launch(grid, MATMUL_THREADS, shared(row_tiles) as u32, &[Arg::of(product)]) }
+        unsafe { kernel.launch(launch.grid, launch.threads, launch.shared_bytes, &[Arg::of(product)]) }
     }
 
-    fn matmul_kernel(&self, weights: &GpuMatrix, row_tiles: usize, gated: bool) -> Result<Kernel, CudaError> {
-        self.device.kernel(&weights.form().program(row_tiles, gated), "matmul")
+    /// Compiles what products with such weights may need, while there is no work yet.
+    fn compile_products(&self, weights: &GpuMatrix, gated: bool) -> Result<(), CudaError> {
+        ProductKernel::ALL.into_iter().try_for_each(|kernel| self.product_kernel(kernel, weights, gated).map(|_| ()))
+    }
+
+    fn product_kernel(&self, kernel: ProductKernel, weights: &GpuMatrix, gated: bool) -> Result<Kernel, CudaError> {
+        self.device.kernel(&kernel.program(weights.form(), gated), kernel.entries()[0])
     }
 }
 

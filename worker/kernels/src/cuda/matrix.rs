@@ -7,6 +7,7 @@ use bytemuck::{Pod, Zeroable};
 use super::{
     Buffer, CudaError, Device,
     packing::{Form, Packed, Segment, TILE},
+    product::ProductShape,
 };
 use crate::{EncodedRows, KernelError, SumOrder, SumTree, segments::SegmentPlan};
 
@@ -23,6 +24,7 @@ pub struct GpuMatrix {
     form: Form,
     n_planes: usize,
     n_segments: usize,
+    max_pending: usize,
     n_scales: usize,
     codes: Buffer<u32>,
     scales: Buffer<u16>,
@@ -93,6 +95,7 @@ impl GpuMatrix {
             form: packed.form,
             n_planes: packed.n_planes,
             n_segments: packed.segments.len(),
+            max_pending: max_pending(&packed.segments),
             n_scales: packed.n_scales,
             codes: device.upload_new(&packed.codes)?,
             scales: device.upload_new(&packed.scales)?,
@@ -131,10 +134,6 @@ impl GpuMatrix {
         self.form
     }
 
-    pub(super) fn n_segments(&self) -> usize {
-        self.n_segments
-    }
-
     pub(super) fn out_tiles(&self) -> usize {
         self.n_out.div_ceil(TILE)
     }
@@ -146,6 +145,12 @@ impl GpuMatrix {
     /// Whether one launch can multiply by this and `other`.
     pub(super) fn is_like(&self, other: &Self) -> bool {
         (self.form, self.n_in, self.n_segments) == (other.form, other.n_in, other.n_segments)
+    }
+
+    /// The shape of a product with this and others that are like it, which have so many out tiles together.
+    pub(super) fn shape(&self, out_tiles: usize, gated: bool) -> ProductShape {
+        let Self { form, n_segments, max_pending, .. } = *self;
+        ProductShape { form, n_segments, max_pending, out_tiles, gated }
     }
 
     pub(super) fn arg(&self) -> MatrixArg {
@@ -173,6 +178,17 @@ fn whole(n_in: usize) -> Result<SegmentPlan, KernelError> {
     let n_segments = (n_tiles / MIN_TILES_OF_A_SEGMENT).clamp(1, MAX_SEGMENTS_OF_A_WHOLE);
     let ends: Vec<usize> = (1..=n_segments).map(|i| n_tiles * i / n_segments * TILE).collect();
     SegmentPlan::new(&ends, &SumTree::new(n_segments).subtrees(0..n_segments), n_in, TILE)
+}
+
+/// Sums of segments that wait for others at once, at most.
+fn max_pending(segments: &[Segment]) -> usize {
+    let (mut n_pending, mut max) = (0, 0);
+    for segment in segments {
+        n_pending -= usize::from(segment.n_merges);
+        n_pending += usize::from(segment.is_last == 0);
+        max = max.max(n_pending);
+    }
+    max
 }
 
 // === impl GpuSumOrder ===

@@ -1,4 +1,4 @@
-//! Packing: weights in the order in which the lanes of a warp multiply them (`cuda/matmul.cu`).
+//! Packing: weights in the order in which the lanes of a warp multiply them (`cuda/product.cuh`).
 //!
 //! A *tile* is 32 outputs and 32 inputs. Lane `4 g + t` of a warp holds, for both halves `m` of the outputs and both
 //! `step`s of 16 inputs, what the tensor cores want of it: outputs `16 m + g` and `16 m + g + 8` at four neighbouring
@@ -20,7 +20,6 @@ use bytemuck::{Pod, Zeroable};
 use half::bf16;
 use lockstep_checkpoint::Encoding;
 
-use super::{Program, Source};
 use crate::{
     EncodedRows, KernelError, dequantize,
     packed::{packing_threads, share},
@@ -31,7 +30,7 @@ use crate::{
 /// Outputs, and inputs, of a tile.
 pub(super) const TILE: usize = 32;
 
-/// What a variant of `matmul.cu` is compiled for.
+/// What a kernel of products is compiled for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Form {
     /// As the module's table says.
@@ -44,7 +43,7 @@ pub(super) struct Form {
     offset: u8,
 }
 
-/// One K-segment as `matmul.cu` reads it.
+/// One K-segment as kernels read it (`cuda/product.cuh`).
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
 pub(super) struct Segment {
@@ -113,20 +112,16 @@ impl Form {
         forms
     }
 
-    /// The program that multiplies up to `8 * row_tiles` rows by such weights.
-    pub(super) fn program(self, row_tiles: usize, gated: bool) -> Program {
-        let flag = |value: bool| i64::from(value);
-        let defines = [
+    /// The macros that tell a kernel (`cuda/product.cuh`).
+    pub(super) fn defines(self) -> [(&'static str, i64); 6] {
+        [
             ("BITS", self.bits as i64),
             ("GROUP", self.group_len as i64),
-            ("TWO_LEVEL", flag(self.two_level)),
-            ("MINIMUM", flag(self.has_minimum)),
-            ("CODEBOOK", flag(self.codebook.is_some())),
+            ("TWO_LEVEL", i64::from(self.two_level)),
+            ("MINIMUM", i64::from(self.has_minimum)),
+            ("CODEBOOK", i64::from(self.codebook.is_some())),
             ("OFFSET", i64::from(self.offset)),
-            ("ROW_TILES", row_tiles as i64),
-            ("GATED", flag(gated)),
-        ];
-        Program::new(Source::Matmul, &defines)
+        ]
     }
 
     /// What codes stand for, as the kernel takes it.
@@ -136,6 +131,10 @@ impl Form {
 
     pub(super) fn group_len(self) -> usize {
         self.group_len
+    }
+
+    pub(super) fn has_minimum(self) -> bool {
+        self.has_minimum
     }
 
     /// The first of four neighbouring inputs that lane `t` of four has in `step`.
@@ -321,7 +320,7 @@ impl TileRow<'_> {
 mod tests {
     use super::*;
 
-    /// What the kernel makes of a packed matrix, element by element: steps, scale and minimum as `matmul.cu` finds them.
+    /// What the kernel makes of a packed matrix, element by element: steps, scale and minimum as kernels find them.
     fn unpack(packed: &Packed, output: usize, input: usize, groups_per_scale: usize) -> f32 {
         let form = packed.form;
         let (out_tile, in_tile, in_tiles) = (output / TILE, input / TILE, packed.n_in / TILE);

@@ -4,7 +4,7 @@ use std::fmt;
 
 use sha2::{Digest, Sha256};
 
-use super::{Architecture, gpu::ROW_TILES, packing::Form};
+use super::{Architecture, packing::Form, product::ProductKernel};
 
 /// The headers of all sources, under the names that they include them by.
 pub(super) const HEADERS: [(&str, &str); 4] = [
@@ -23,8 +23,10 @@ pub enum Source {
     Elementwise,
     /// Writing keys and values.
     KvCache,
-    /// Products with weights.
+    /// Products of few rows with weights.
     Matmul,
+    /// Products of many rows with weights.
+    MatmulRows,
     /// The smallest kernel, for tests.
     Probe,
 }
@@ -78,10 +80,10 @@ pub fn variants() -> Vec<Variant> {
         }
     }
     for form in Form::all() {
-        for row_tiles in ROW_TILES {
+        for kernel in ProductKernel::ALL {
             for gated in [false, true] {
-                let program = form.program(row_tiles, gated);
-                variants.push(Variant { program, entries: &["matmul"], hot: true });
+                let program = kernel.program(form, gated);
+                variants.push(Variant { program, entries: kernel.entries(), hot: true });
             }
         }
     }
@@ -96,6 +98,7 @@ impl Source {
             Self::Elementwise => "elementwise",
             Self::KvCache => "kv_cache",
             Self::Matmul => "matmul",
+            Self::MatmulRows => "matmul_rows",
             Self::Probe => "probe",
         }
     }
@@ -107,6 +110,7 @@ impl Source {
             Self::Elementwise => include_str!("../../cuda/elementwise.cu"),
             Self::KvCache => include_str!("../../cuda/kv_cache.cu"),
             Self::Matmul => include_str!("../../cuda/matmul.cu"),
+            Self::MatmulRows => include_str!("../../cuda/matmul_rows.cu"),
             Self::Probe => include_str!("../../cuda/probe.cu"),
         }
     }
