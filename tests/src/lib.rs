@@ -4,11 +4,13 @@
 //!
 //! * [`cluster`]: starts the real programs as child processes on free ports.
 //! * [`ranks`]: ranks of one model as threads of the test, for what needs no servers.
+//! * [`lockstep`]: the lockstep rule as a check, whatever the device.
 //! * [`tiny_model`]: writes small random models in every shape and encoding.
 //! * [`oracle`]: a Llama in `f64`, the standard for logits.
 #![forbid(unsafe_code)]
 
 pub mod cluster;
+pub mod lockstep;
 pub mod oracle;
 pub mod ranks;
 pub mod tiny_model;

@@ -1,34 +1,23 @@
 //! The lockstep rule, bit for bit: the logits at a position depend on the model and on the tokens before it, and on
-//! nothing else. Every test computes the same prompt under two conditions and compares every bit.
+//! nothing else. Every test computes the same prompt under two conditions and compares every bit. Here on the CPU;
+//! `cuda.rs` does so on a GPU.
 
-use std::{
-    path::{Path, PathBuf},
-    time::Instant,
-};
+use std::{path::PathBuf, time::Instant};
 
 use lockstep_checkpoint::Encoding;
 use lockstep_kernels::KvEncoding;
 use lockstep_tests::{
     cluster::demo_model,
-    ranks::{BLOCK_SIZE, Ranks, argmax},
+    lockstep::{Condition, Continuation, PLAIN, WHOLE, check, check_text, load, prompt, scheduler},
+    ranks::Ranks,
     tiny_model::{Container, TinyModel},
 };
 use lockstep_worker::{
     device::Device,
-    scheduler::{
-        NewSequence, Sampled, Scheduler, SchedulerConfig,
-        plan::{LogitsRows, SeqId, SequenceStep},
-        speculation::Speculation,
-    },
+    scheduler::{NewSequence, Sampled, speculation::Speculation},
 };
-use rand::{RngExt, SeedableRng};
-use rand_chacha::ChaCha8Rng;
 
-/// Decides prompts.
-const SEED: u64 = 20_261_123;
-
-/// Room for sixteen requests.
-const N_TOKENS: usize = 16 * 256;
+const CPU: Device = Device::Cpu;
 
 /// "The lighthouse was built in 1874 by a company of masons from the next town. It stands on a small rock, two miles from
 /// the shore." as the demo model's tokens.
@@ -36,129 +25,6 @@ const SENTENCE: [u32; 34] = [
     504, 33059, 436, 2837, 281, 216, 33, 40, 39, 36, 411, 253, 2727, 282, 283, 3130, 429, 260, 1867, 3102, 30, 657,
     6443, 335, 253, 1165, 4022, 28, 827, 4158, 429, 260, 10393, 30,
 ];
-
-/// More than any prompt has.
-const WHOLE: usize = 1_024;
-
-/// Under which conditions a prompt is computed.
-#[derive(Clone, Copy, Debug)]
-struct Condition {
-    kv_encoding: KvEncoding,
-    world_size: usize,
-    threads: usize,
-    chunk: usize,
-    /// Other requests that run beside it.
-    others: usize,
-    /// Tokens that the first of them generates, and up to 8 fewer the others. At least 9.
-    others_generate: u32,
-    /// Whether the same prompt has run before, so that its prefix is cached.
-    cached: bool,
-    speculation: Speculation,
-    /// Blocks of keys and values. With few of them, the youngest sequence is preempted: the prompt's.
-    n_blocks: usize,
-}
-
-/// Alone, whole, on one rank and one thread, a token in a step.
-const PLAIN: Condition = Condition {
-    kv_encoding: KvEncoding::F16,
-    world_size: 1,
-    threads: 1,
-    chunk: WHOLE,
-    others: 0,
-    others_generate: 9,
-    cached: false,
-    speculation: Speculation::Off,
-    n_blocks: N_TOKENS / BLOCK_SIZE,
-};
-
-/// How a prompt went on.
-#[derive(Debug, Default)]
-struct Continuation {
-    /// The logits of every row that its tokens were chosen from.
-    logits: Vec<Vec<f32>>,
-    /// Tokens that were drafted.
-    n_accepted: usize,
-    /// How often it gave its blocks up.
-    n_preempted: usize,
-}
-
-/// Ranks of a model and how they are loaded.
-fn load(model: &Path, condition: Condition) -> Ranks {
-    let Condition { kv_encoding, world_size, threads, .. } = condition;
-    Ranks::load(model, &Device::Cpu, kv_encoding, world_size, threads, N_TOKENS).expect("the model loads")
-}
-
-/// A scheduler for the ranks.
-fn scheduler(condition: Condition, max_prompt_logits_rows: usize) -> Scheduler {
-    Scheduler::new(SchedulerConfig {
-        max_step_tokens: condition.chunk.max(32),
-        max_prefill_chunk: condition.chunk,
-        max_prompt_logits_rows,
-        max_running: 32,
-        max_waiting: 32,
-        n_blocks: condition.n_blocks as u32,
-        block_size: BLOCK_SIZE as u32,
-        context_length: WHOLE as u32,
-        speculation: condition.speculation,
-    })
-    .expect("a scheduler")
-}
-
-/// How `prompt` goes on for `n_tokens` tokens, greedily.
-fn go_on(ranks: &mut Ranks, condition: Condition, prompt: &[u32], n_tokens: u32, seed: u64) -> Continuation {
-    let mut scheduler = scheduler(condition, WHOLE);
-    ranks.group.reset();
-    let now = Instant::now();
-    let mut rng = ChaCha8Rng::seed_from_u64(seed);
-    let add = |scheduler: &mut Scheduler, prompt: Vec<u32>, max_new_tokens: u32| {
-        let new = NewSequence { prompt, max_new_tokens, ..NewSequence::default() };
-        scheduler.add(new, now).expect("room")
-    };
-    if condition.cached {
-        let before = add(&mut scheduler, prompt.to_vec(), n_tokens);
-        run(ranks, &mut scheduler, before);
-    }
-    for other in 0..condition.others {
-        let length = rng.random_range(1..100);
-        let ids = (0..length).map(|_| rng.random_range(0..ranks.vocab_size as u32)).collect();
-        add(&mut scheduler, ids, condition.others_generate - other as u32 % 9);
-    }
-    let target = add(&mut scheduler, prompt.to_vec(), n_tokens);
-    let found = run(ranks, &mut scheduler, target);
-    assert_eq!(found.logits.len(), n_tokens as usize);
-    found
-}
-
-/// Runs until nothing is left; how `target` went on.
-fn run(ranks: &mut Ranks, scheduler: &mut Scheduler, target: SeqId) -> Continuation {
-    let mut found = Continuation::default();
-    let mut has_ended = false;
-    while let Some(plan) = scheduler.schedule(Instant::now()).plan {
-        found.n_preempted += usize::from(!has_ended && plan.released.contains(&target));
-        let logits = ranks.group.run(&plan).expect("the step runs");
-        let mut rows = logits.chunks_exact(ranks.vocab_size);
-        let mut sampled = Vec::new();
-        for step in plan.sequences.iter().filter(|step| step.logits != LogitsRows::None) {
-            let rows: Vec<&[f32]> = rows.by_ref().take(step.n_logits_rows()).collect();
-            let tokens = verify(step, &rows);
-            if step.id == target {
-                found.n_accepted += tokens.len() - 1;
-                found.logits.extend(rows[..tokens.len()].iter().map(|row| row.to_vec()));
-            }
-            sampled.push(Sampled { id: step.id, tokens, stop: false });
-        }
-        has_ended |= scheduler.commit(&sampled).iter().any(|(id, _)| *id == target);
-    }
-    found
-}
-
-/// The likeliest tokens after a decoding sequence's first row and after each draft that is the likeliest token.
-fn verify(step: &SequenceStep, rows: &[&[f32]]) -> Vec<u32> {
-    let drafts = &step.token_ids[step.token_ids.len() - (rows.len() - 1)..];
-    let likeliest: Vec<u32> = rows.iter().map(|row| argmax(row)).collect();
-    let n_accepted = drafts.iter().zip(&likeliest).take_while(|(draft, token)| draft == token).count();
-    likeliest[..=n_accepted].to_vec()
-}
 
 /// The logits of every position of two prompts that are computed side by side, at most so many rows of them in a step.
 fn prompt_logits(ranks: &mut Ranks, prompts: [&[u32]; 2], max_prompt_logits_rows: usize) -> [Vec<f32>; 2] {
@@ -185,58 +51,15 @@ fn prompt_logits(ranks: &mut Ranks, prompts: [&[u32]; 2], max_prompt_logits_rows
     found
 }
 
-fn prompt(n_tokens: usize, vocab_size: u32, seed: u64) -> Vec<u32> {
-    let mut rng = ChaCha8Rng::seed_from_u64(seed);
-    (0..n_tokens).map(|_| rng.random_range(0..vocab_size)).collect()
-}
-
-/// Computes the same random prompt plainly and under `conditions`, whose keys and values are stored alike, and compares
-/// every bit.
-fn check(model: &Path, n_prompt: usize, conditions: &[Condition]) {
-    check_text(model, |vocab_size| prompt(n_prompt, vocab_size, SEED), 8, conditions);
-}
-
-/// The same for any prompt. Returns how it went on under each of the conditions.
-fn check_text(
-    model: &Path,
-    prompt: impl Fn(u32) -> Vec<u32>,
-    n_tokens: u32,
-    conditions: &[Condition],
-) -> Vec<Continuation> {
-    println!("seed {SEED}");
-    let condition = Condition { kv_encoding: conditions[0].kv_encoding, ..PLAIN };
-    let mut plain = load(model, condition);
-    let prompt = prompt(plain.vocab_size as u32);
-    let wanted = go_on(&mut plain, condition, &prompt, n_tokens, SEED).logits;
-    assert!(wanted.iter().flatten().all(|logit| logit.is_finite()));
-    let mut all = Vec::new();
-    let mut ranks: Option<(usize, usize, Ranks)> = None;
-    for &condition in conditions {
-        let key = (condition.world_size, condition.threads);
-        let mut loaded = match ranks.take() {
-            Some((world_size, threads, loaded)) if (world_size, threads) == key => loaded,
-            _ => load(model, condition),
-        };
-        let got = go_on(&mut loaded, condition, &prompt, n_tokens, SEED);
-        for (step, (wanted, got)) in wanted.iter().zip(&got.logits).enumerate() {
-            let differ = wanted.iter().zip(got).filter(|(a, b)| a.to_bits() != b.to_bits()).count();
-            assert_eq!(differ, 0, "{differ} of {} logits differ at token {step} under {condition:?}", wanted.len());
-        }
-        ranks = Some((key.0, key.1, loaded));
-        all.push(got);
-    }
-    all
-}
-
 #[test]
 fn chunks_do_not_change_a_bit() {
     let chunked = [1, 7, 64, WHOLE].map(|chunk| Condition { chunk, ..PLAIN });
-    check(&demo_model(), 100, &chunked);
+    check(&demo_model(), &CPU, 100, &chunked);
 }
 
 #[test]
 fn where_a_prompts_logits_are_cut_does_not_change_a_bit() {
-    let mut ranks = load(&demo_model(), PLAIN);
+    let mut ranks = load(&demo_model(), &CPU, PLAIN);
     let vocab_size = ranks.vocab_size;
     let prompts = [prompt(50, vocab_size as u32, 1), prompt(20, vocab_size as u32, 2)];
     let prompts = [prompts[0].as_slice(), prompts[1].as_slice()];
@@ -252,24 +75,29 @@ fn where_a_prompts_logits_are_cut_does_not_change_a_bit() {
 #[test]
 fn a_batch_of_mixed_requests_does_not_change_a_bit() {
     let batches = [64, WHOLE].map(|chunk| Condition { others: 15, chunk, threads: 2, ..PLAIN });
-    check(&demo_model(), 100, &batches);
+    check(&demo_model(), &CPU, 100, &batches);
 }
 
 #[test]
 fn a_prefix_cache_hit_does_not_change_a_bit() {
-    check(&demo_model(), 100, &[Condition { cached: true, ..PLAIN }, Condition { cached: true, chunk: 7, ..PLAIN }]);
+    check(
+        &demo_model(),
+        &CPU,
+        100,
+        &[Condition { cached: true, ..PLAIN }, Condition { cached: true, chunk: 7, ..PLAIN }],
+    );
 }
 
 #[test]
 fn the_world_size_does_not_change_a_bit() {
     let worlds = [2, 3].map(|world_size| Condition { world_size, ..PLAIN });
-    check(&demo_model(), 100, &worlds);
+    check(&demo_model(), &CPU, 100, &worlds);
 }
 
 #[test]
 fn all_at_once_does_not_change_a_bit() {
     let all = [2, 3].map(|world_size| Condition { world_size, others: 15, cached: true, chunk: 7, ..PLAIN });
-    check(&demo_model(), 100, &all);
+    check(&demo_model(), &CPU, 100, &all);
 }
 
 #[test]
@@ -287,7 +115,7 @@ fn speculation_does_not_change_a_bit() {
         Condition { world_size: 2, n_blocks: 22, ..beside },
     ];
     // The model says it again once more.
-    let all = check_text(&demo_model(), |_| SENTENCE.repeat(4), 40, &conditions);
+    let all = check_text(&demo_model(), &CPU, |_| SENTENCE.repeat(4), 40, &conditions);
     for (condition, found) in conditions.iter().zip(&all) {
         let Continuation { n_accepted, n_preempted, .. } = found;
         println!("{n_accepted} drafts accepted, {n_preempted} times preempted: {condition:?}");
@@ -306,7 +134,7 @@ fn nothing_changes_a_bit_of_a_prompt_of_three_splits() {
         Condition { world_size: 2, cached: true, chunk: 100, ..PLAIN },
         Condition { world_size: 3, others: 15, chunk: 64, ..PLAIN },
     ];
-    check(&demo_model(), 600, &conditions);
+    check(&demo_model(), &CPU, 600, &conditions);
 }
 
 #[test]
@@ -318,7 +146,7 @@ fn nothing_changes_a_bit_of_keys_and_values_in_8_bits() {
         Condition { world_size: 2, others: 15, cached: true, chunk: 100, ..int8 },
         Condition { world_size: 3, ..int8 },
     ];
-    check(&demo_model(), 300, &conditions);
+    check(&demo_model(), &CPU, 300, &conditions);
 }
 
 /// A random model with eight KV heads, in a folder of its own.
@@ -344,7 +172,7 @@ fn the_world_size_does_not_change_a_bit_of_a_model_with_eight_kv_heads() {
     for encoding in [Encoding::Q4_0, Encoding::Q8_0, Encoding::F16, Encoding::Q5K, Encoding::Q6K, Encoding::IQ4_XS] {
         println!("{encoding}");
         let (_folder, path) = tiny(encoding, Container::Gguf);
-        check(&path, 40, &worlds);
+        check(&path, &CPU, 40, &worlds);
     }
 }
 
@@ -361,7 +189,7 @@ fn nothing_changes_a_bit_of_a_model_from_a_folder() {
     for encoding in [BF16, Q4_0, Q8_0, U4_32, U4_64, U4_128, I8_32, NF4, FP4] {
         println!("{encoding}");
         let (_folder, path) = tiny(encoding, Container::Folder);
-        check(&path, 40, &mixed);
+        check(&path, &CPU, 40, &mixed);
     }
 }
 
@@ -375,5 +203,5 @@ fn batch_chunks_cache_and_ranks_together_do_not_change_a_bit() {
         ..PLAIN
     });
     let (_folder, path) = tiny(Encoding::Q4_1, Container::Gguf);
-    check(&path, 40, &mixed);
+    check(&path, &CPU, 40, &mixed);
 }
