@@ -22,6 +22,8 @@ use std::time::Instant;
 use tokio::sync::mpsc;
 
 use crate::{
+    group::GroupError,
+    model::StepError,
     sampler::{SamplingParams, TokenLogprobs},
     scheduler::Refusal,
 };
@@ -139,6 +141,17 @@ pub enum EngineError {
     /// The deadline passed before the job started.
     #[error("the deadline passed before the request was started")]
     Expired,
+}
+
+/// Why an engine cannot go on in this process. Whoever supervises the process starts it anew.
+#[derive(Debug, thiserror::Error)]
+pub enum EngineFailure {
+    /// The leader refuses this rank for good.
+    #[error(transparent)]
+    Refused(#[from] GroupError),
+    /// See [`StepError::is_of_device`].
+    #[error("the GPU has failed and can be used by a new process only: {0}")]
+    Device(StepError),
 }
 
 /// How a job reaches its reader.

@@ -23,6 +23,7 @@ use std::path::PathBuf;
 
 use lockstep_checkpoint::CheckpointError;
 use lockstep_collectives::CollectiveError;
+use lockstep_kernels::cuda::CudaError;
 
 use crate::device::DeviceError;
 
@@ -98,7 +99,7 @@ pub enum OpError {
     Candle(#[from] candle_core::Error),
 }
 
-/// Why a step failed on this rank.
+/// Why a step failed on this rank. See [`StepError::is_of_device`].
 #[derive(Debug, thiserror::Error)]
 pub enum StepError {
     /// Other ranks did not do their part.
@@ -117,8 +118,18 @@ pub enum StepError {
     },
 }
 
-impl From<lockstep_kernels::cuda::CudaError> for StepError {
-    fn from(error: lockstep_kernels::cuda::CudaError) -> Self {
+// === impl StepError ===
+
+impl StepError {
+    /// Whether this rank's GPU reported it. After most of such errors a GPU does nothing more for the process, whatever it
+    /// is asked, and it does not say after which.
+    pub fn is_of_device(&self) -> bool {
+        matches!(self, Self::Op(OpError::Cuda(CudaError::Driver { .. } | CudaError::Stuck { .. })))
+    }
+}
+
+impl From<CudaError> for StepError {
+    fn from(error: CudaError) -> Self {
         Self::Op(error.into())
     }
 }

@@ -24,6 +24,7 @@ use crate::{
     config::WorkerConfig,
     device::Device,
     engine::{
+        EngineFailure,
         draft_model::DraftModel,
         follower::Follower,
         handle::{self, EngineHandle},
@@ -71,7 +72,7 @@ struct Switches {
 /// A running engine.
 struct Engine {
     routes: Routes,
-    thread: JoinHandle<Result<(), GroupError>>,
+    thread: JoinHandle<Result<(), EngineFailure>>,
     stop: StopHandle,
     /// Cancelled if the engine hangs.
     hung: CancellationToken,
@@ -82,7 +83,8 @@ struct Engine {
 /// Serves one rank until it is told to end.
 ///
 /// # Errors
-/// A port that is taken, a model that cannot be loaded, a leader that refuses this rank, or an engine that hangs.
+/// A port that is taken, a model that cannot be loaded, a leader that refuses this rank, a GPU that fails, or an engine
+/// that hangs.
 pub async fn serve(config: WorkerConfig) -> Result<()> {
     telemetry::init(&config.log)?;
     let shutdown = Shutdown::on_signals(config.exit_with_parent)?;
@@ -210,9 +212,12 @@ fn start_leader(config: &WorkerConfig, shard: Shard, metrics: Metrics, switches:
     let scheduler = Scheduler::new(config.engine.scheduler(&settings))?;
     let (handle, port) = handle::channel(Instant::now());
     let leader = Leader::new(group, runner, scheduler, metrics, port).with_draft_model(draft_model);
+    let ended = switches.shutdown.clone();
     let thread = std::thread::Builder::new().name("engine".into()).spawn(move || {
-        leader.run();
-        Ok(())
+        let result = leader.run();
+        // A rank that cannot compute has nothing left to do.
+        ended.start();
+        result
     })?;
     let stall_after = Duration::from_millis(config.engine.stall_after_ms);
     let watch = watch_readiness(handle.clone(), switches.readiness.clone(), stall_after);
@@ -238,11 +243,11 @@ fn start_follower(
     let group = FollowerGroup::new(config.group.clone(), shard.attestation, stream, &limits, &Handle::current())?;
     let (stop, leave, hung) = (group.stop_handle(), group.leave_handle(), group.hung());
     let follower = Follower::new(group, shard.runner, metrics, switches.readiness.clone());
-    let refused = switches.shutdown.clone();
+    let ended = switches.shutdown.clone();
     let thread = std::thread::Builder::new().name("engine".into()).spawn(move || {
         let result = follower.run();
-        // A rank that was refused has nothing left to do.
-        refused.start();
+        // A rank that was refused, or cannot compute, has nothing left to do.
+        ended.start();
         drop(work);
         result
     })?;

@@ -3,7 +3,7 @@
 use lockstep_proto::server::Readiness;
 use tracing::warn;
 
-use super::metrics::Metrics;
+use super::{EngineFailure, metrics::Metrics};
 use crate::{
     group::{Epoch, FollowerGroup, GroupError},
     model::{StepError, llama::LogitsRoom},
@@ -38,8 +38,8 @@ impl Follower {
     /// thread is the engine's own.
     ///
     /// # Errors
-    /// The leader's refusal.
-    pub fn run(mut self) -> Result<(), GroupError> {
+    /// The leader's refusal, or a GPU that has failed.
+    pub fn run(mut self) -> Result<(), EngineFailure> {
         loop {
             let end = match self.group.join() {
                 Ok(epoch) => {
@@ -47,10 +47,11 @@ impl Follower {
                     let Err(end) = self.follow(epoch);
                     end
                 }
-                Err(refusal @ GroupError::Refused { .. }) => return Err(refusal),
+                Err(refusal @ GroupError::Refused { .. }) => return Err(refusal.into()),
                 Err(error) => error.into(),
             };
             let end = match end {
+                EpochEnd::Step(failure) if failure.is_of_device() => return Err(EngineFailure::Device(failure)),
                 // A collective that was aborted does not know why; the group does.
                 EpochEnd::Step(_) => self.group.is_broken().map_or(end, EpochEnd::Group),
                 other => other,

@@ -12,7 +12,7 @@ use tokio::sync::oneshot;
 use tracing::{debug, info, warn};
 
 use super::{
-    EngineError,
+    EngineError, EngineFailure,
     draft_model::DraftModel,
     handle::{Command, EnginePort, EngineStatus, Submission},
     live::{LiveJobs, Reason},
@@ -59,6 +59,8 @@ enum EpochEnd {
     Group(#[from] GroupError),
     #[error(transparent)]
     Step(#[from] StepError),
+    #[error(transparent)]
+    Device(StepError),
 }
 
 impl Leader {
@@ -95,13 +97,17 @@ impl Leader {
     }
 
     /// Serves until it is stopped. Blocks: the thread is the engine's own.
-    pub fn run(mut self) {
+    ///
+    /// # Errors
+    /// A GPU that has failed.
+    pub fn run(mut self) -> Result<(), EngineFailure> {
         loop {
             let end = match self.group.form() {
                 Ok(epoch) => self.serve(epoch),
                 Err(failure) => EpochEnd::Group(failure),
             };
             let end = match end {
+                EpochEnd::Step(failure) if failure.is_of_device() => EpochEnd::Device(failure),
                 // A collective that was aborted does not know why; the group does.
                 EpochEnd::Step(_) => self.group.is_broken().map_or(end, EpochEnd::Group),
                 other => other,
@@ -114,11 +120,14 @@ impl Leader {
             self.publish();
             if matches!(end, EpochEnd::Stopped | EpochEnd::Group(GroupError::Stopped)) {
                 info!("the engine has stopped");
-                return;
+                return Ok(());
             }
             warn!(epoch = self.epoch, reason, "the epoch has ended");
+            if let EpochEnd::Device(failure) = end {
+                return Err(EngineFailure::Device(failure));
+            }
             if self.refuse_while_down(&reason).is_break() {
-                return;
+                return Ok(());
             }
         }
     }
