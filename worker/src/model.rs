@@ -76,7 +76,7 @@ pub enum LoadError {
         weights_mib: usize,
     },
     /// A kernel refused a weight.
-    #[error("tensor {tensor}: {source}")]
+    #[error("tensor {tensor}")]
     Tensor {
         /// Its name in the checkpoint.
         tensor: String,
