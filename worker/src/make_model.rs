@@ -32,6 +32,9 @@ pub struct MakeModel {
     /// How its weights are stored
     #[arg(long, default_value = "q4_0")]
     encoding: Mix,
+    /// Layers, if not as many as the real model has
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=1024))]
+    layers: Option<u32>,
     /// Replace OUT if it is there
     #[arg(long)]
     force: bool,
@@ -99,7 +102,8 @@ impl MakeModel {
     }
 
     fn write(&self, path: &Path) -> Result<()> {
-        let shape = self.shape.llama();
+        let real = self.shape.llama();
+        let shape = LlamaShape { n_layers: self.layers.map_or(real.n_layers, |layers| layers as usize), ..real };
         let mut header = GgufHeader::default();
         header.string("general.name", &format!("{} with random weights", self.shape.name()));
         header.u32("general.file_type", self.encoding.file_type());
@@ -268,7 +272,7 @@ mod tests {
     fn made(shape: Shape, encoding: Mix) -> (tempfile::TempDir, Arc<Checkpoint>) {
         let folder = tempfile::tempdir().unwrap();
         let out = folder.path().join("made.gguf");
-        MakeModel { shape, encoding, force: false, out: out.clone() }.run().unwrap();
+        MakeModel { shape, encoding, layers: None, force: false, out: out.clone() }.run().unwrap();
         assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1, "nothing else is left");
         let checkpoint = Arc::new(Checkpoint::open(&out).unwrap());
         (folder, checkpoint)
@@ -336,11 +340,15 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let out = folder.path().join("made.gguf");
         std::fs::write(&out, "mine").unwrap();
-        let make = |force| MakeModel { shape: Shape::Tiny, encoding: Mix::Q4_0, force, out: out.clone() }.run();
+        let make = |force| {
+            MakeModel { shape: Shape::Tiny, encoding: Mix::Q4_0, layers: Some(1), force, out: out.clone() }.run()
+        };
         let error = format!("{:#}", make(false).unwrap_err());
         assert_eq!(error, format!("{} is there already; --force replaces it", out.display()));
         assert_eq!(std::fs::read(&out).unwrap(), b"mine");
         make(true).unwrap();
-        Checkpoint::open(&out).unwrap();
+        let checkpoint = Checkpoint::open(&out).unwrap();
+        assert_eq!(checkpoint.metadata().u32("llama.block_count").unwrap(), 1, "one layer was asked for");
+        assert!(checkpoint.find("blk.0.attn_q.weight").is_some() && checkpoint.find("blk.1.attn_q.weight").is_none());
     }
 }
