@@ -2,8 +2,9 @@
 
 use std::{
     collections::VecDeque,
+    ffi::OsString,
     path::{Path, PathBuf},
-    process::Stdio,
+    process::{ExitStatus, Stdio},
     sync::{Arc, Mutex},
     time::{Duration, Instant},
 };
@@ -46,6 +47,8 @@ pub struct ClusterBuilder {
     transport: &'static str,
     device: &'static str,
     worker_args: Vec<String>,
+    /// Variable, value, and the rank that has it if not all do.
+    worker_env: Vec<(Option<usize>, &'static str, OsString)>,
     gateway_args: Vec<String>,
 }
 
@@ -81,6 +84,7 @@ impl Cluster {
             transport: "shm",
             device: "cpu",
             worker_args: Vec::new(),
+            worker_env: Vec::new(),
             gateway_args: Vec::new(),
         }
     }
@@ -182,6 +186,20 @@ impl ClusterBuilder {
         self
     }
 
+    /// An environment variable of every worker.
+    #[must_use]
+    pub fn worker_env(mut self, name: &'static str, value: impl Into<OsString>) -> Self {
+        self.worker_env.push((None, name, value.into()));
+        self
+    }
+
+    /// An environment variable of one rank of every group.
+    #[must_use]
+    pub fn rank_env(mut self, rank: usize, name: &'static str, value: impl Into<OsString>) -> Self {
+        self.worker_env.push((Some(rank), name, value.into()));
+        self
+    }
+
     /// A further flag for the gateway.
     #[must_use]
     pub fn gateway_arg(mut self, arg: impl Into<String>) -> Self {
@@ -236,7 +254,9 @@ impl ClusterBuilder {
             args.extend(["--group.leader".into(), format!("http://{leader}")]);
         }
         args.extend(self.worker_args.iter().cloned());
-        Process::start("lockstep-worker", &format!("worker-{group}.{rank}"), args).await
+        let is_its_own = |of: Option<usize>| of.is_none_or(|of| of == rank);
+        let env = self.worker_env.iter().filter(|(of, ..)| is_its_own(*of)).map(|(_, name, value)| (*name, value));
+        Process::start_in("lockstep-worker", &format!("worker-{group}.{rank}"), args, env).await
     }
 
     async fn start_gateway(&self, tokenizer: &Process, groups: &[Vec<Process>]) -> Result<Process> {
@@ -252,11 +272,22 @@ impl Process {
     ///
     /// # Errors
     /// A program that ends first; the error holds its log.
-    pub async fn start(program: &str, name: &str, mut args: Vec<String>) -> Result<Self> {
+    pub async fn start(program: &str, name: &str, args: Vec<String>) -> Result<Self> {
+        Self::start_in(program, name, args, std::iter::empty()).await
+    }
+
+    /// The same with further environment variables.
+    async fn start_in<'a>(
+        program: &str,
+        name: &str,
+        mut args: Vec<String>,
+        env: impl Iterator<Item = (&'static str, &'a OsString)>,
+    ) -> Result<Self> {
         args.extend(["--listen", "127.0.0.1:0", "--metrics-listen", "127.0.0.1:0"].map(str::to_owned));
         let path = binary(program)?;
         let mut child = Command::new(&path)
             .args(args)
+            .envs(env)
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
@@ -363,6 +394,15 @@ impl Process {
         self.ended().await
     }
 
+    /// Waits until it has ended, in whatever way.
+    ///
+    /// # Errors
+    /// If it does not end; the error holds its log.
+    pub async fn exit_status(&mut self) -> Result<ExitStatus> {
+        let ended = tokio::time::timeout(PATIENCE, self.child.wait()).await;
+        Ok(ended.with_context(|| format!("{} did not end: {}", self.name, self.log()))??)
+    }
+
     /// Asks it to end (SIGTERM).
     ///
     /// # Errors
@@ -379,9 +419,7 @@ impl Process {
     /// # Errors
     /// If it does not end, or with another status; the error holds its log.
     pub async fn ended(&mut self) -> Result<()> {
-        let status = tokio::time::timeout(PATIENCE, self.child.wait())
-            .await
-            .with_context(|| format!("{} did not end: {}", self.name, self.log()))??;
+        let status = self.exit_status().await?;
         ensure!(status.success(), "{} ended with {status}: {}", self.name, self.log());
         Ok(())
     }

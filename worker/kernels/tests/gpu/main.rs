@@ -7,7 +7,7 @@ mod products;
 #[path = "../conformance/random.rs"]
 mod random;
 
-use std::{env, path::Path};
+use std::env;
 
 use lockstep_kernels::{
     RopeStyle, RopeTable,
@@ -16,15 +16,17 @@ use lockstep_kernels::{
 
 /// The device that all tests of this process share.
 fn device() -> Device {
-    let cache = KernelCache::new(Some(Path::new(env!("CARGO_TARGET_TMPDIR")).join("kernels")));
-    let ordinal = match env::var("LOCKSTEP_TEST_GPU") {
-        Ok(ordinal) => ordinal.parse().expect("LOCKSTEP_TEST_GPU is a device's number"),
+    let (ordinal, cache) = match env::var("LOCKSTEP_TEST_GPU") {
+        Ok(ordinal) => {
+            (ordinal.parse().expect("LOCKSTEP_TEST_GPU is a device's number"), env::temp_dir().join("lockstep-test-kernels"))
+        }
         Err(_) => {
             lockstep_cuda_emulator::load_into_this_process().expect("the emulator builds");
-            0
+            // An emulator loads what its own compiler has made.
+            (0, lockstep_cuda_emulator::build().expect("it is built").join("kernels"))
         }
     };
-    Device::open(ordinal, cache).expect("a device")
+    Device::open(ordinal, KernelCache::new(Some(cache))).expect("a device")
 }
 
 /// A GPU for attention of one small shape.
