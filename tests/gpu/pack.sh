@@ -18,7 +18,7 @@ for line in sys.stdin:
 # As in target/release, since the tests look for the programs one folder up.
 rm -rf "$folder"
 mkdir -p "$folder/deps"
-for program in lockstep lockstep-worker lockstep-gateway lockstep-tokenizer-svc; do
+for program in lockstep-worker lockstep-gateway lockstep-tokenizer-svc; do
   strip -o "$folder/$program" "target/release/$program"
 done
 while read -r name executable; do

@@ -19,6 +19,7 @@ use tokio::{
     io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader},
     net::TcpStream,
     process::{Child, Command},
+    task::JoinHandle,
 };
 use tonic::transport::Channel;
 
@@ -72,6 +73,8 @@ pub struct Process {
     grpc: String,
     metrics: Option<String>,
     log: Arc<Mutex<VecDeque<String>>>,
+    /// Reads the log, until the program ends.
+    reader: JoinHandle<()>,
 }
 
 impl Cluster {
@@ -296,13 +299,16 @@ impl Process {
             .with_context(|| format!("cannot start {}", path.display()))?;
         let log = Arc::new(Mutex::new(VecDeque::new()));
         let stderr = child.stderr.take().context("no stderr")?;
-        tokio::spawn(keep_log(BufReader::new(stderr), Arc::clone(&log)));
+        let reader = tokio::spawn(keep_log(BufReader::new(stderr), Arc::clone(&log)));
         let stdout = BufReader::new(child.stdout.take().context("no stdout")?);
-        let mut process = Self { name: name.to_owned(), child, grpc: String::new(), metrics: None, log };
+        let mut process = Self { name: name.to_owned(), child, grpc: String::new(), metrics: None, log, reader };
         let mut lines = stdout.lines();
         loop {
             let line = tokio::time::timeout(PATIENCE, lines.next_line()).await??;
-            let Some(line) = line else { bail!("{name} ended before it listened: {}", process.log()) };
+            let Some(line) = line else {
+                process.finish_log().await;
+                bail!("{name} ended before it listened: {}", process.log())
+            };
             if let Some(rest) = line.strip_prefix(&format!("{program} listening ")) {
                 for part in rest.split_whitespace() {
                     match part.split_once('=') {
@@ -400,7 +406,17 @@ impl Process {
     /// If it does not end; the error holds its log.
     pub async fn exit_status(&mut self) -> Result<ExitStatus> {
         let ended = tokio::time::timeout(PATIENCE, self.child.wait()).await;
-        Ok(ended.with_context(|| format!("{} did not end: {}", self.name, self.log()))??)
+        let status = ended.with_context(|| format!("{} did not end: {}", self.name, self.log()))??;
+        self.finish_log().await;
+        Ok(status)
+    }
+
+    /// Waits for what a program that has ended has left in its log.
+    async fn finish_log(&mut self) {
+        if !self.reader.is_finished() {
+            // Where something holds the log open the end of it is missing, no more.
+            let _ = tokio::time::timeout(PATIENCE, &mut self.reader).await;
+        }
     }
 
     /// Asks it to end (SIGTERM).
