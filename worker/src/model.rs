@@ -93,7 +93,7 @@ pub enum OpError {
     Kernel(#[from] lockstep_kernels::KernelError),
     /// From a GPU.
     #[error(transparent)]
-    Cuda(#[from] lockstep_kernels::cuda::CudaError),
+    Cuda(#[from] CudaError),
     /// From candle.
     #[error("candle: {0}")]
     Candle(#[from] candle_core::Error),

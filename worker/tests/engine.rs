@@ -15,7 +15,7 @@ use futures_util::future::{BoxFuture, MaybeDone, maybe_done};
 use lockstep_collectives::Collective;
 use lockstep_worker::{
     engine::{
-        EngineError, Job,
+        EngineError, EngineFailure, Job,
         handle::{self, EngineHandle, EventStream},
         leader::Leader,
         metrics::Metrics,
@@ -52,7 +52,7 @@ struct Engine {
     handle: EngineHandle,
     plans: Receiver<StepPlan>,
     permits: Sender<()>,
-    thread: JoinHandle<()>,
+    thread: JoinHandle<Result<(), EngineFailure>>,
     runtime: Runtime,
 }
 
@@ -150,7 +150,7 @@ impl Engine {
         self.handle.stop();
         drop(self.permits);
         drop(self.plans);
-        self.thread.join().unwrap();
+        self.thread.join().unwrap().unwrap();
     }
 }
 

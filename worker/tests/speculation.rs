@@ -20,7 +20,7 @@ use lockstep_kernels::KvEncoding;
 use lockstep_worker::{
     device::Device,
     engine::{
-        Event, FinishReason, Job,
+        EngineFailure, Event, FinishReason, Job,
         draft_model::DraftModel,
         handle::{self, EngineHandle},
         leader::Leader,
@@ -113,7 +113,7 @@ struct Engine {
     n_came_back: Arc<AtomicU64>,
     /// Runs of the draft model.
     n_draft_runs: Arc<AtomicU64>,
-    thread: JoinHandle<()>,
+    thread: JoinHandle<Result<(), EngineFailure>>,
     runtime: Runtime,
 }
 
@@ -259,7 +259,7 @@ impl Engine {
 
     fn stop(self) {
         self.handle.stop();
-        self.thread.join().unwrap();
+        self.thread.join().unwrap().unwrap();
     }
 }
 

@@ -120,7 +120,11 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS_PER_SM) matmul(c
     const Place place = {p.x, out_tile, lane, blockIdx.x * ROWS};
     for (u32 job = warp; job < TILES * w.n_segments; job += WARPS) {
         u32 segment = GATED && job >= w.n_segments ? job - w.n_segments : job;
-        const Matrix& of = GATED && job >= w.n_segments ? p.weights[1] : w;
+#if GATED
+        const Matrix of = weights_of(p, job >= w.n_segments);
+#else
+        const Matrix& of = w;
+#endif
         u32 first = segment == 0 ? 0 : of.segments[segment - 1].end;
         sum_segment(parts + job * (ROWS * STRIDE), of, place, first, of.segments[segment].end, codebook);
     }

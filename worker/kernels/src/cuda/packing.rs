@@ -390,11 +390,9 @@ mod tests {
             let bytes = vec![0; n_out * encoding.row_bytes(n_in).unwrap()];
             let source = EncodedRows::new(encoding, &bytes, n_out, n_in).unwrap();
             let plan = SegmentPlan::new(&[n_in], std::slice::from_ref(&(0..1)), n_in, TILE).unwrap();
-            let Packed { codes, scales, minimums, sub_scales, sub_minimums, .. } =
-                Packed::new(&source, &plan).unwrap();
-            let n_bits = 32 * codes.len()
-                + 16 * (scales.len() + minimums.len())
-                + 8 * (sub_scales.len() + sub_minimums.len());
+            let Packed { codes, scales, minimums, sub_scales, sub_minimums, .. } = Packed::new(&source, &plan).unwrap();
+            let n_bits =
+                32 * codes.len() + 16 * (scales.len() + minimums.len()) + 8 * (sub_scales.len() + sub_minimums.len());
             assert_eq!(bits_per_weight(encoding) * (n_out * n_in) as f64, n_bits as f64, "{encoding}");
         }
     }

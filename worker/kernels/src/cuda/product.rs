@@ -138,7 +138,7 @@ impl ProductKernel {
             Self::ALL.into_iter().filter(|kernel| kernel.fits(shape, limits) && kernel.pays_off(shape, n_rows, limits))
         };
         let enough = fitting().find(|kernel| kernel.block(shape.gated)[0] >= n_rows);
-        enough.or(fitting().last()).unwrap_or(Self::ALL[0])
+        enough.or(fitting().next_back()).unwrap_or(Self::ALL[0])
     }
 }
 

@@ -1,6 +1,9 @@
 //! The kernels for GPUs, against f64 arithmetic and against themselves: rows alone and among others, prompts in chunks,
 //! layers over ranks. They run on a GPU where `LOCKSTEP_TEST_GPU` names one (0 is the first), else on an emulator.
 
+#![allow(clippy::unwrap_used, reason = "a panic is how a test fails")]
+#![allow(clippy::single_range_in_vec_init, reason = "lists of ranges with one range")]
+
 mod attention;
 mod elementwise;
 mod products;
@@ -17,9 +20,10 @@ use lockstep_kernels::{
 /// The device that all tests of this process share.
 fn device() -> Device {
     let (ordinal, cache) = match env::var("LOCKSTEP_TEST_GPU") {
-        Ok(ordinal) => {
-            (ordinal.parse().expect("LOCKSTEP_TEST_GPU is a device's number"), env::temp_dir().join("lockstep-test-kernels"))
-        }
+        Ok(ordinal) => (
+            ordinal.parse().expect("LOCKSTEP_TEST_GPU is a device's number"),
+            env::temp_dir().join("lockstep-test-kernels"),
+        ),
         Err(_) => {
             lockstep_cuda_emulator::load_into_this_process().expect("the emulator builds");
             // An emulator loads what its own compiler has made.
