@@ -86,7 +86,7 @@ __device__ __forceinline__ void load(Weights& weights, const Matrix& w, u32 out_
     u32 group_lane = lane / 4;
     u64 groups = (u64)tile * GROUPS;
 #if TWO_LEVEL
-    u64 scale = out_tile * w.n_scales + (GROUPS * in_tile >> w.scale_shift);
+    u64 scale = (u64)out_tile * w.n_scales + (GROUPS * in_tile >> w.scale_shift);
     weights.scales[0] = w.scales[scale * 8 + group_lane];
 #if MINIMUM
     weights.minimums[0] = w.minimums[scale * 8 + group_lane];
