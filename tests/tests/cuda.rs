@@ -302,7 +302,6 @@ async fn a_cluster_says_the_same_at_every_world_size_and_transport() -> Result<(
 }
 
 #[tokio::test]
-#[ignore = "ranks exchange sums by other means yet"]
 async fn two_ranks_on_one_gpu_say_over_nccl_what_one_rank_says() -> Result<()> {
     let model = Model::write("Q4_K", &shared_heads());
     let alone = cluster(&model.path)?.start().await?;

@@ -27,8 +27,8 @@ __device__ __forceinline__ float sum_terms(const Terms& terms, u64 i, u64 size, 
 }
 
 // x += terms; out = x * weight / sqrt(mean(x^2) + eps). One block for each row.
-extern "C" __global__ void __launch_bounds__(THREADS)
-rms_norm(float* x, const Terms terms, const float* weight, float eps, const Input out) {
+extern "C" __global__ void __launch_bounds__(THREADS) rms_norm(
+    float* x, const Terms terms, const float* weight, float eps, const Input out) {
     __shared__ float pending[MAX_PENDING * THREADS];
     __shared__ float squares[THREADS / 32];
     u32 row = blockIdx.x, warp = threadIdx.x / 32, lane = threadIdx.x % 32;

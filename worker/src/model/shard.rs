@@ -141,6 +141,11 @@ impl Reduction {
         self.subtrees[rank].len()
     }
 
+    /// Values of each rank's partial sums, of `plane` values each.
+    pub fn lengths(&self, plane: usize) -> Vec<usize> {
+        self.subtrees.iter().map(|subtrees| subtrees.len() * plane).collect()
+    }
+
     /// Which of all ranks' partial sums are those of `rank`.
     pub fn partials(&self, rank: usize) -> Range<usize> {
         let start = (0..rank).map(|lower| self.n_partials(lower)).sum();

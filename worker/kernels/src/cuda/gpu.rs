@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use bytemuck::{Pod, Zeroable};
 use half::bf16;
+use lockstep_collectives::DeviceSliceMut;
 
 use super::{
     Arg, Buffer, CudaError, Device, Event, HostBuffer, Kernel, Program, Source,
@@ -813,6 +814,12 @@ impl GpuTerms {
     pub fn upload(&mut self, values: &[f32]) -> Result<(), CudaError> {
         assert_eq!(values.len(), self.planes.len(), "all planes");
         self.planes.upload(values)
+    }
+
+    /// All planes, for a collective between devices.
+    pub fn collective_slice_mut(&mut self) -> DeviceSliceMut<'_, f32> {
+        // SAFETY: the piece lies there, its pool gives nothing back, and all who use it do so on the device's stream.
+        unsafe { DeviceSliceMut::new(self.planes.pointer(), self.planes.len()) }
     }
 
     /// Values of one plane.

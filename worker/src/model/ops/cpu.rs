@@ -235,6 +235,5 @@ pub(super) fn gather(
     if collective.world_size() == 1 {
         return Ok(());
     }
-    let lengths: Vec<usize> = (0..collective.world_size()).map(|rank| reduction.n_partials(rank) * plane).collect();
-    Ok(collective.all_gather(&lengths, planes)?)
+    Ok(collective.all_gather(&reduction.lengths(plane), planes)?)
 }

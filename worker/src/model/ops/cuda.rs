@@ -29,9 +29,9 @@ pub struct CudaBackend {
     recordings: HashMap<StepShape, Option<Recording>>,
     gpu: Gpu,
     step: Option<GpuStep>,
-    /// Logits that stay on the device while a step is recorded.
-    recorded_logits: Option<GpuTensor>,
-    is_recording: bool,
+    /// Whether logits stay on the device, for whoever runs the step to bring them to the host.
+    keeps_logits: bool,
+    kept_logits: Option<GpuTensor>,
     /// Planes on their way to other ranks.
     planes: Vec<f32>,
 }
@@ -50,8 +50,8 @@ impl CudaBackend {
             recordings: HashMap::new(),
             gpu,
             step: None,
-            recorded_logits: None,
-            is_recording: false,
+            keeps_logits: false,
+            kept_logits: None,
             planes: Vec::new(),
         })
     }
@@ -59,11 +59,31 @@ impl CudaBackend {
     fn step(&self) -> &GpuStep {
         self.step.as_ref().expect("the forward pass begins with `begin`")
     }
-}
 
-impl CudaBackend {
     fn begin_shaped(&mut self, run: &StepRun<'_, GpuKvCache>, shape: StepShape) -> Result<(), OpError> {
         self.step = Some(self.gpu.begin(&rows_of(run.batch), run.kv, Some(shape))?);
+        Ok(())
+    }
+
+    /// A step as it comes. Between devices, what is queued may wait for a rank that is gone: then the group's own wait ends,
+    /// and no other, so nothing may wait for the device before it.
+    fn run_unrecorded(
+        &mut self,
+        run: &mut StepRun<'_, GpuKvCache>,
+        x: GpuTensor,
+        forward: impl Fn(&mut Self, &mut StepRun<'_, GpuKvCache>, GpuTensor) -> Result<(), StepError>,
+    ) -> Result<(), StepError> {
+        self.kept_logits = None;
+        self.keeps_logits = run.collective.device().is_some();
+        let queued = forward(self, run, x);
+        self.keeps_logits = false;
+        queued?;
+        if let Some(mut device) = run.collective.device() {
+            device.wait()?;
+        }
+        if let Some(logits) = self.kept_logits.take() {
+            self.gpu.download(&logits, run.logits)?;
+        }
         Ok(())
     }
 
@@ -85,13 +105,13 @@ impl CudaBackend {
         }
         let x = self.gpu.upload_padded(embedded, width, shape.n_rows())?;
         let device = self.gpu.device().clone();
-        self.is_recording = true;
+        self.keeps_logits = true;
         let recording = Recording::new(&device, shape, x, |x| {
             forward(self, run, x)?;
-            let logits = self.recorded_logits.take().expect("the forward pass ends with logits");
+            let logits = self.kept_logits.take().expect("the forward pass ends with logits");
             Ok::<_, StepError>((logits, self.step.take().expect("the step that was computed")))
         });
-        self.is_recording = false;
+        self.keeps_logits = false;
         self.recordings.insert(shape, Some(recording?));
         Ok(())
     }
@@ -155,7 +175,7 @@ impl Backend for CudaBackend {
         let Some(shape) = shape else {
             self.begin(run.kv, run.batch)?;
             let x = self.upload(embedded, width)?;
-            return forward(self, &mut run, x);
+            return self.run_unrecorded(&mut run, x, forward);
         };
         let n_rows = run.batch.n_rows();
         if let Some(Some(recording)) = self.recordings.get_mut(&shape) {
@@ -194,8 +214,8 @@ impl Backend for CudaBackend {
 
     fn logits(&mut self, weight: &GpuMatrix, x: &GpuInput, out: &mut Vec<f32>) -> Result<(), OpError> {
         let [logits] = self.gpu.matmul([weight], x)?;
-        if self.is_recording {
-            self.recorded_logits = Some(logits);
+        if self.keeps_logits {
+            self.kept_logits = Some(logits);
             return Ok(());
         }
         Ok(self.gpu.download(&logits, out)?)
@@ -210,7 +230,9 @@ impl Backend for CudaBackend {
     ) -> Result<GpuTerms, StepError> {
         let first = reduction.partials(collective.rank()).start;
         let mut terms = self.gpu.matmul_partial(weight, x, first)?;
-        if collective.world_size() > 1 {
+        if let Some(mut device) = collective.device() {
+            device.all_gather(&reduction.lengths(terms.plane_len()), terms.collective_slice_mut())?;
+        } else if collective.world_size() > 1 {
             terms.download(&mut self.planes)?;
             gather(&mut self.planes, terms.plane_len(), reduction, collective)?;
             terms.upload(&self.planes)?;
