@@ -27,8 +27,6 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 # Tests that need what cannot come along: the demo model's file has 98 MB.
 TESTS_LEFT_OUT = {"the_demo_model_says_what_it_says_on_the_cpu": "the demo model is not here"}
-# What a worker says that has no such transport yet.
-NO_NCCL = "`group.transport` = `nccl`"
 # Limits of a single test, of a measurement, and of the rest. Unit: seconds.
 TEST_LIMIT, BENCH_LIMIT, TOOL_LIMIT, YARDSTICK_LIMIT = 100, 90, 60, 150
 # Where files are in memory, and what the model for speed takes there.
@@ -190,8 +188,6 @@ def run_test(check, part, path, name, is_ignored):
     start = time.monotonic()
     output, why = check.run([path, "--exact", name, "--include-ignored", "--nocapture"], TEST_LIMIT)
     seconds = time.monotonic() - start
-    if why and NO_NCCL in output:
-        return Line(part, what, "SKIP", "this worker has no group.transport = nccl")
     if why:
         panic = re.search(r"panicked at .*\n(.*)|^Error: (.*)", output, re.MULTILINE)
         reason = next(filter(None, panic.groups()), "") if panic else last_line(output)
