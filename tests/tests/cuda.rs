@@ -64,6 +64,8 @@ fn device() -> Device {
 fn cluster(model: &Path) -> Result<ClusterBuilder> {
     let cache = kernel_cache().display().to_string();
     let builder = Cluster::builder().model(model).device("cuda").worker_arg("--engine.kernel-cache").worker_arg(cache);
+    // Left to itself a rank takes nearly all of the GPU's memory, and ranks share it, as they do an emulator's host.
+    let builder = builder.worker_env("LOCKSTEP_WORKER__ENGINE__KV_CACHE_TOKENS", "4096");
     Ok(match gpu() {
         Some(ordinal) => builder.worker_arg("--engine.gpu").worker_arg(ordinal),
         None => builder.worker_env("LD_LIBRARY_PATH", lockstep_cuda_emulator::build()?),
