@@ -1,13 +1,12 @@
-//! What a group of ranks needs in order to move values between their devices: a device's stream, and parts of its
-//! buffers. Here and not where the calls are made, because what it takes on trust is what [`Device`] and [`Buffer`] keep.
+//! What a group of ranks needs in order to move values between their devices: a device's stream. Here and not where the
+//! calls are made, because what it takes on trust is what [`Device`] keeps.
 
-use std::{ops::Range, sync::Arc};
+use std::sync::Arc;
 
-use bytemuck::Pod;
 use cudarc::driver::result;
-use lockstep_collectives::{DeviceSlice, DeviceSliceMut, DeviceStream};
+use lockstep_collectives::DeviceStream;
 
-use super::{Buffer, CudaError, Device};
+use super::{CudaError, Device};
 
 impl Device {
     /// The device's stream, as the NCCL transport takes it; it keeps the device open.
@@ -26,28 +25,5 @@ impl Device {
         Ok(unsafe {
             DeviceStream::new(context, self.stream().cast(), self.info().uuid.as_str(), Arc::new(self.clone()))
         })
-    }
-}
-
-impl<T: Pod> Buffer<T> {
-    /// The values of `range`, for a collective that reads them.
-    ///
-    /// # Errors
-    /// The range is not the buffer's.
-    pub fn collective_slice(&self, range: Range<usize>) -> Result<DeviceSlice<'_, T>, CudaError> {
-        let pointer = self.at(range.start, range.len())?;
-        // SAFETY: the buffer lies there. It is freed only when the stream has passed what was queued by then, and all who
-        // use it do so on that stream.
-        Ok(unsafe { DeviceSlice::new(pointer, range.len()) })
-    }
-
-    /// The values of `range`, for a collective that writes them.
-    ///
-    /// # Errors
-    /// As [`Buffer::collective_slice`].
-    pub fn collective_slice_mut(&mut self, range: Range<usize>) -> Result<DeviceSliceMut<'_, T>, CudaError> {
-        let pointer = self.at(range.start, range.len())?;
-        // SAFETY: as above.
-        Ok(unsafe { DeviceSliceMut::new(pointer, range.len()) })
     }
 }

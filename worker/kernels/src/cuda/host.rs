@@ -59,11 +59,20 @@ impl Device {
         let pointer = buffer.at(offset, range.len())?;
         let error = CudaError::Range { offset: range.start, len: range.len(), buffer_len: values.len };
         let values = values.as_slice().get(range).ok_or(error)?;
+        // SAFETY: both sides have room; that the values stay as they are is the caller's contract.
+        unsafe { self.queue_copy(pointer, values) }
+    }
+
+    /// Queues that `values` are copied to `pointer` on the device.
+    ///
+    /// # Safety
+    /// There is room. `values` are page-locked, and must not be changed or dropped until the copy is done.
+    pub(super) unsafe fn queue_copy<T: Pod>(&self, pointer: u64, values: &[T]) -> Result<(), CudaError> {
         if size_of_val(values) == 0 {
             return Ok(());
         }
         self.bind()?;
-        // SAFETY: both sides have room; that the values stay as they are is the caller's contract.
+        // SAFETY: the caller's contract.
         unsafe { result::memcpy_htod_async(pointer, values, self.stream()) }
             .map_err(CudaError::driver("cuMemcpyHtoDAsync"))
     }

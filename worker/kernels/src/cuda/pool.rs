@@ -12,7 +12,6 @@ use std::{
 };
 
 use bytemuck::Pod;
-use cudarc::driver::result;
 
 use super::{Buffer, CudaError, Device, HostBuffer};
 
@@ -60,13 +59,8 @@ impl Target {
         let fits = n_bytes <= self.n_bytes;
         let values = host.as_slice().get(..n_bytes).filter(|_| fits);
         let values = values.ok_or(CudaError::Range { offset: 0, len: n_bytes, buffer_len: self.n_bytes })?;
-        if values.is_empty() {
-            return Ok(());
-        }
-        device.bind()?;
         // SAFETY: both sides have room; that the values stay as they are is the caller's contract.
-        unsafe { result::memcpy_htod_async(self.pointer, values, device.stream()) }
-            .map_err(CudaError::driver("cuMemcpyHtoDAsync"))
+        unsafe { device.queue_copy(self.pointer, values) }
     }
 }
 

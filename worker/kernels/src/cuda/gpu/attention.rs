@@ -24,7 +24,6 @@ pub struct GpuKvCache {
     pub(super) n_layers: usize,
     pub(super) n_tiles: usize,
     pub(super) tiles_per_block: usize,
-    pub(super) encoding: KvEncoding,
     pub(super) kernels: KvKernels,
 }
 
@@ -107,11 +106,10 @@ impl Gpu {
                 merge_splits: self.device.kernel(&attention, "merge_splits")?,
             },
             // One block more, for rows that fill a step up.
-            tiles: self.device.zeros(n_bytes + n_bytes / n_blocks)?,
+            tiles: self.device.zeros(n_bytes.saturating_add(n_bytes / n_blocks))?,
             n_layers,
             n_tiles,
             tiles_per_block,
-            encoding,
         })
     }
 
@@ -210,11 +208,6 @@ impl Gpu {
 // === impl GpuKvCache ===
 
 impl GpuKvCache {
-    /// How keys and values are stored.
-    pub fn encoding(&self) -> KvEncoding {
-        self.encoding
-    }
-
     pub(super) fn blocks(&self) -> Blocks {
         Blocks { n_blocks: self.n_tiles / self.tiles_per_block, block_size: self.tiles_per_block * KV_TILE }
     }

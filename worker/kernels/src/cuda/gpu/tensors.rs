@@ -175,16 +175,6 @@ impl Gpu {
 // === impl GpuTensor ===
 
 impl GpuTensor {
-    /// Rows.
-    pub fn n_rows(&self) -> usize {
-        self.n_rows
-    }
-
-    /// Columns.
-    pub fn width(&self) -> usize {
-        self.width
-    }
-
     pub(in crate::cuda) fn target(&self) -> Target {
         self.values.target()
     }
