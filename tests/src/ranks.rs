@@ -77,7 +77,7 @@ impl Ranks {
                 new_blocks: blocks.map(BlockId).collect(),
                 logits: LogitsRows::All,
             };
-            let plan = StepPlan { step_id, released: Vec::new(), sequences: vec![sequence] };
+            let plan = StepPlan { step_id, sequences: vec![sequence], ..StepPlan::default() };
             logits.extend(self.group.run(&plan)?);
             start = end;
         }

@@ -24,7 +24,7 @@ use lockstep_worker::{
     config::EngineSettings,
     device::Device,
     group::{FollowerGroup, GroupConfig},
-    model::{llama::LogitsRoom, load::Source},
+    model::{load::Source, output::StepOutput},
     model_runner::{self, warm_up},
     serve::attest,
 };
@@ -180,13 +180,13 @@ impl StandIn {
             let mut group = FollowerGroup::new(config, attestation, None, &ClientLimits::default(), &runtime)?;
             let mut epoch = group.join()?;
             warm_up(runner.as_mut(), epoch.collective.as_mut())?;
-            let mut room = LogitsRoom::default();
+            let mut out = StepOutput::default();
             loop {
                 let plan = group.next_plan()?;
                 if asked.load(Ordering::SeqCst) {
                     break;
                 }
-                runner.run(&plan, epoch.collective.as_mut(), &mut room)?;
+                runner.run(&plan, epoch.collective.as_mut(), &mut out)?;
             }
             hanging.send(Instant::now())?;
             // Its heartbeats go on, on the runtime, and its end of the collective stays.

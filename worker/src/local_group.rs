@@ -9,7 +9,7 @@ use std::{
 use lockstep_collectives::{Collective, CollectiveError, local};
 
 use crate::{
-    model::{StepError, llama::LogitsRoom},
+    model::{StepError, output::StepOutput},
     model_runner::{RunStep, warm_up},
     scheduler::plan::StepPlan,
 };
@@ -28,7 +28,7 @@ enum Order {
 #[derive(Debug)]
 pub struct LocalGroup {
     leader: Box<dyn RunStep>,
-    room: LogitsRoom,
+    out: StepOutput,
     collective: Box<dyn Collective>,
     followers: Vec<Follower>,
 }
@@ -54,7 +54,7 @@ impl LocalGroup {
         let followers = ranks.map(|(runner, collective)| follow(runner, collective)).collect();
         let mut collective: Box<dyn Collective> = Box::new(collective);
         warm_up(leader.as_mut(), collective.as_mut())?;
-        Ok(Self { leader, room: LogitsRoom::default(), collective, followers })
+        Ok(Self { leader, out: StepOutput::default(), collective, followers })
     }
 
     /// Runs one plan on every rank: rank 0's logits.
@@ -63,8 +63,8 @@ impl LocalGroup {
     /// Any rank's failure.
     pub fn run(&mut self, plan: &StepPlan) -> Result<&[f32], StepError> {
         self.order(|| Order::Run(plan.clone()));
-        self.leader.run(plan, self.collective.as_mut(), &mut self.room)?;
-        Ok(&self.room.logits)
+        self.leader.run(plan, self.collective.as_mut(), &mut self.out)?;
+        Ok(&self.out.logits)
     }
 
     /// Forgets every sequence on every rank, for a new scheduler to begin.
@@ -98,10 +98,10 @@ fn follow(mut runner: Box<dyn RunStep>, collective: impl Collective + 'static) -
     let thread = std::thread::spawn(move || {
         let mut collective = collective;
         warm_up(runner.as_mut(), &mut collective)?;
-        let mut room = LogitsRoom::default();
+        let mut out = StepOutput::default();
         while let Ok(order) = receiver.recv() {
             match order {
-                Order::Run(plan) => runner.run(&plan, &mut collective, &mut room)?,
+                Order::Run(plan) => runner.run(&plan, &mut collective, &mut out)?,
                 Order::Reset => runner.reset(),
             }
         }

@@ -6,17 +6,20 @@
 //! * [`shard`]: which ranges of every weight a rank holds, and the fixed order of sums across ranks.
 //! * [`ops`]: what a backend must be able to do; the only place that knows tensors and kernels.
 //! * [`linear`], [`attention`], [`mlp`], [`llama`]: the layers, read top to bottom.
-//! * [`batch`]: the rows of one step as the layers see them.
+//! * [`batch`], [`output`]: the rows of one step as the layers see them, and what they give.
+//! * [`embedding`]: the table of token embeddings, which stays in the file.
 //! * [`load`]: from a checkpoint to a loaded shard.
 
 pub mod attention;
 pub mod batch;
 pub mod config;
+pub mod embedding;
 pub mod linear;
 pub mod llama;
 pub mod load;
 pub mod mlp;
 pub mod ops;
+pub mod output;
 pub mod shard;
 
 use std::path::PathBuf;
@@ -94,6 +97,9 @@ pub enum OpError {
     /// From a GPU.
     #[error(transparent)]
     Cuda(#[from] CudaError),
+    /// A row whose token is still to be chosen came to a backend that does not choose.
+    #[error("a row's token is still to be chosen")]
+    TokensUnknown,
     /// From candle.
     #[error("candle: {0}")]
     Candle(#[from] candle_core::Error),

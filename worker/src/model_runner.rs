@@ -1,17 +1,20 @@
 //! The model runner: turns a step plan into logits. Every rank has one, and its result is a function of the weights,
 //! the cache and the plan; only rank 0 sees the logits.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 
 use lockstep_collectives::Collective;
-use lockstep_kernels::{AttentionRow, Cpu, KvEncoding, cuda};
+use lockstep_kernels::{
+    AttentionRow, Cpu, KvEncoding,
+    cuda::{self, ChoiceRule},
+};
 
 use crate::{
     device::Device,
     model::{
         LoadError, OpError, StepError,
-        batch::Batch,
-        llama::{Llama, LogitsRoom},
+        batch::{Batch, Token},
+        llama::Llama,
         load::Source,
         ops::{
             AttentionShape, Backend, KvShape,
@@ -20,8 +23,12 @@ use crate::{
             profiled::{Profile, Profiled},
             reference::ReferenceBackend,
         },
+        output::StepOutput,
     },
-    scheduler::plan::{BlockId, LogitsRows, SeqId, SequenceStep, StepPlan},
+    scheduler::{
+        ahead::PENDING,
+        plan::{BlockId, LogitsRows, SeqId, SequenceStep, StepPlan},
+    },
 };
 
 /// How a runner is built.
@@ -101,15 +108,35 @@ fn no_cache(source: OpError) -> LoadError {
 
 /// Runs steps, whatever the backend.
 pub trait RunStep: Send + std::fmt::Debug {
-    /// Executes one plan. On rank 0 `room.logits` becomes the logits of the rows that the plan asks for, in its order,
-    /// `[n, vocab_size]`; on other ranks they are void.
+    /// Whether a plan may have tokens chosen where the logits are, and be started before the one before it is finished.
+    fn runs_ahead(&self, collective: &mut dyn Collective) -> bool;
+    /// Starts to execute a plan. On rank 0 `rules` say how tokens are chosen, one rule for each row of logits, if the plan has
+    /// them chosen.
     ///
     /// # Errors
     /// See [`StepError`]. After an error only [`RunStep::reset`] makes the runner usable again.
-    fn run(&mut self, plan: &StepPlan, collective: &mut dyn Collective, room: &mut LogitsRoom)
-    -> Result<(), StepError>;
-    /// Forgets every sequence: a new epoch begins.
+    fn start(
+        &mut self,
+        plan: &StepPlan,
+        rules: &[ChoiceRule],
+        collective: &mut dyn Collective,
+    ) -> Result<(), StepError>;
+    /// Waits for the oldest plan that was started, of at most two. What it gives is for the rows that the plan asks for, in
+    /// its order.
+    ///
+    /// # Errors
+    /// As [`RunStep::start`].
+    fn finish(&mut self, collective: &mut dyn Collective, out: &mut StepOutput) -> Result<(), StepError>;
+    /// Forgets every sequence and step: an epoch ends. Its collective must still be there.
     fn reset(&mut self);
+    /// Executes a plan that has nothing chosen.
+    ///
+    /// # Errors
+    /// As [`RunStep::start`].
+    fn run(&mut self, plan: &StepPlan, collective: &mut dyn Collective, out: &mut StepOutput) -> Result<(), StepError> {
+        self.start(plan, &[], collective)?;
+        self.finish(collective, out)
+    }
     /// Token ids are below this.
     fn vocab_size(&self) -> usize;
     /// Rows that fit into one block and the context.
@@ -125,6 +152,10 @@ pub struct ModelRunner<B: Backend> {
     kv_shape: KvShape,
     context_length: usize,
     block_tables: HashMap<SeqId, Vec<u32>>,
+    /// Which row of the last plan's logits each sequence's token is chosen from.
+    chosen_rows: HashMap<SeqId, u32>,
+    /// Steps that are not finished. Those without a row have nothing to start.
+    started: VecDeque<Option<B::Started>>,
 }
 
 impl<B: Backend> ModelRunner<B> {
@@ -134,7 +165,16 @@ impl<B: Backend> ModelRunner<B> {
     /// No room for the cache.
     pub fn new(mut ops: B, model: Llama<B>, kv_shape: KvShape, context_length: usize) -> Result<Self, OpError> {
         let kv = ops.new_kv(kv_shape)?;
-        Ok(Self { ops, model, kv, kv_shape, context_length, block_tables: HashMap::new() })
+        Ok(Self {
+            ops,
+            model,
+            kv,
+            kv_shape,
+            context_length,
+            block_tables: HashMap::new(),
+            chosen_rows: HashMap::new(),
+            started: VecDeque::new(),
+        })
     }
 
     /// Applies the plan's deltas to the mirrored block tables and lays its rows out.
@@ -144,7 +184,8 @@ impl<B: Backend> ModelRunner<B> {
         }
         let block_size = self.kv_shape.block_size;
         let vocab_size = self.model.vocab_size();
-        let mut batch = Batch::default();
+        let mut batch = Batch { chooses: plan.chooses, ..Batch::default() };
+        let chosen_before = std::mem::take(&mut self.chosen_rows);
         for step in &plan.sequences {
             let table = self.block_tables.entry(step.id).or_default();
             table.extend(step.new_blocks.iter().map(|block| block.0));
@@ -161,11 +202,17 @@ impl<B: Backend> ModelRunner<B> {
             if let Some(block) = step.new_blocks.iter().find(|block| block.0 as usize >= self.kv_shape.n_blocks) {
                 return Err(format!("{block:?} is not one of {} blocks", self.kv_shape.n_blocks));
             }
-            if let Some(id) = step.token_ids.iter().find(|id| **id as usize >= vocab_size) {
-                return Err(format!("token id {id} is not below the vocabulary's size {vocab_size}"));
-            }
             let first_row = batch.n_rows();
-            batch.token_ids.extend(&step.token_ids);
+            for &id in &step.token_ids {
+                batch.tokens.push(match chosen_before.get(&step.id) {
+                    Some(&row) if id == PENDING => Token::Chosen(row),
+                    _ if (id as usize) < vocab_size => Token::Known(id),
+                    _ if id == PENDING => {
+                        return Err(format!("no token was chosen for {:?} in the step before", step.id));
+                    }
+                    _ => return Err(format!("token id {id} is not below the vocabulary's size {vocab_size}")),
+                });
+            }
             for position in start..end {
                 batch.positions.push(position as u32);
                 batch.slots.push(table[position / block_size] * block_size as u32 + (position % block_size) as u32);
@@ -177,6 +224,9 @@ impl<B: Backend> ModelRunner<B> {
                 LogitsRows::Last => batch.n_rows() - 1..batch.n_rows(),
                 LogitsRows::All => first_row..batch.n_rows(),
             };
+            if plan.chooses && step.logits == LogitsRows::Last {
+                self.chosen_rows.insert(step.id, batch.logits_rows.len() as u32);
+            }
             batch.logits_attention.extend(&batch.attention[rows.clone()]);
             batch.logits_rows.extend(rows.map(|row| row as u32));
         }
@@ -188,22 +238,49 @@ impl<B: Backend> RunStep for ModelRunner<B>
 where
     B::Tensor: Send,
 {
-    fn run(
+    fn runs_ahead(&self, collective: &mut dyn Collective) -> bool {
+        self.ops.runs_ahead(collective)
+    }
+
+    fn start(
         &mut self,
         plan: &StepPlan,
+        rules: &[ChoiceRule],
         collective: &mut dyn Collective,
-        room: &mut LogitsRoom,
     ) -> Result<(), StepError> {
-        let batch = self.batch(plan).map_err(|why| StepError::Plan { step_id: plan.step_id, why })?;
-        if batch.n_rows() == 0 {
-            room.logits.clear();
-            return Ok(());
+        let wrong = |why| StepError::Plan { step_id: plan.step_id, why };
+        let mut batch = self.batch(plan).map_err(wrong)?;
+        if plan.chooses && !self.ops.runs_ahead(collective) {
+            return Err(wrong("this backend chooses no tokens".into()));
         }
-        self.model.forward(&mut self.ops, collective, &mut self.kv, &batch, room)
+        if plan.chooses {
+            batch.rules.extend_from_slice(rules);
+            // Other ranks need to know how many there are.
+            batch.rules.resize(batch.logits_rows.len(), ChoiceRule::default());
+        }
+        let started = match batch.n_rows() {
+            0 => None,
+            _ => Some(self.model.start(&mut self.ops, collective, &mut self.kv, &batch)?),
+        };
+        self.started.push_back(started);
+        Ok(())
+    }
+
+    fn finish(&mut self, collective: &mut dyn Collective, out: &mut StepOutput) -> Result<(), StepError> {
+        match self.started.pop_front().flatten() {
+            Some(started) => self.model.finish(&mut self.ops, started, collective, out),
+            None => {
+                out.clear();
+                Ok(())
+            }
+        }
     }
 
     fn reset(&mut self) {
         self.block_tables.clear();
+        self.chosen_rows.clear();
+        self.started.clear();
+        self.ops.abandon_steps();
     }
 
     fn vocab_size(&self) -> usize {
@@ -229,8 +306,8 @@ pub fn warm_up(runner: &mut dyn RunStep, collective: &mut dyn Collective) -> Res
         new_blocks: vec![BlockId(0)],
         logits: LogitsRows::Last,
     };
-    let plan = StepPlan { step_id: 0, released: Vec::new(), sequences: vec![prefill] };
-    runner.run(&plan, collective, &mut LogitsRoom::default())?;
+    let plan = StepPlan { sequences: vec![prefill], ..StepPlan::default() };
+    runner.run(&plan, collective, &mut StepOutput::default())?;
     runner.reset();
     Ok(())
 }

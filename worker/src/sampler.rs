@@ -13,6 +13,7 @@ mod random;
 mod select;
 mod softmax;
 
+use lockstep_kernels::cuda::ChoiceRule;
 use select::Candidates;
 use softmax::{BLOCK_LEN, clean, exp_block};
 
@@ -81,6 +82,27 @@ pub struct TokenLogprobs {
     pub token: Logprob,
     /// The likeliest ones, best first, of equal ones the lower id first.
     pub top: Vec<Logprob>,
+}
+
+/// What a device needs to know to choose the token after `n_prompt` and `n_emitted` others, as [`Sampler::sample`] does.
+/// `None` if it cannot, because parameters change the logits themselves, or sort tokens by how usual they are.
+pub fn choice_rule(params: &SamplingParams, n_prompt: usize, n_emitted: usize, choice: u32) -> Option<ChoiceRule> {
+    if processors::are_active(params, n_emitted) {
+        return None;
+    }
+    let &SamplingParams { temperature, top_k, top_p, min_p, typical_p, seed, .. } = params;
+    if !(temperature > 0.0) {
+        return Some(ChoiceRule::default());
+    }
+    let uniform = random::uniform_bits(seed, choice, (n_prompt + n_emitted) as u64);
+    // NaN is on neither side of a limit; it is left to the host.
+    (typical_p >= 1.0).then_some(ChoiceRule {
+        temperature,
+        top_k,
+        top_p,
+        min_p,
+        uniform: [uniform as u32, (uniform >> 32) as u32],
+    })
 }
 
 /// Chooses tokens. Owns the scratch for it, and nothing that outlives a call.

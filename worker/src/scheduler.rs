@@ -1,7 +1,8 @@
 //! The scheduler: decides, step by step, which rows of which sequences the group computes.
 //!
 //! It is a state machine without IO, clock or threads. Its driver adds and aborts sequences, asks for the next plan
-//! ([`Scheduler::schedule`]), has the group compute it, samples, and hands the tokens back ([`Scheduler::commit`]).
+//! ([`Scheduler::schedule`]), has the group compute it, samples, and hands the tokens back ([`Scheduler::commit`]). It may
+//! ask for one more plan in between ([`ahead`]).
 //!
 //! ```text
 //!            add                      admitted                    sampled its last token, aborted, expired
@@ -40,11 +41,13 @@
 //! Age is the order of arrival. The oldest running sequence is in every step: it gets rows first and is never preempted.
 //! While a sequence waits for places or blocks, nobody younger is admitted; only while it waits for another's prefill (its
 //! blocks, or its share of prompt logits) may younger ones pass, and none of them takes the same share first. With M =
-//! `max_running` and C the longest that any sequence may grow, the oldest sequence thus ends within (2M + 1)·C steps (at
-//! most M running sequences end before it has a place, at most M have a prefill that it waits for, then it runs), and one
-//! that arrives behind `a` others within (a + 1)(2M + 1)·C. The simulation holds it to that.
+//! `max_running` and C one more than the longest that any sequence may grow (a place that is found free has been so for a
+//! step that was planned ahead), the oldest sequence thus ends within (2M + 1)·C steps (at most M running sequences end
+//! before it has a place, at most M have a prefill that it waits for, then it runs), and one that arrives behind `a` others
+//! within (a + 1)(2M + 1)·C. The simulation holds it to that.
 
 mod admission;
+pub mod ahead;
 mod allowance;
 mod drafter;
 mod integrity;
@@ -202,8 +205,10 @@ pub struct Scheduler {
     running: BTreeMap<SeqId, Sequence>,
     /// Of all sequences that have one.
     deadlines: BTreeSet<(Instant, SeqId)>,
-    /// The plan that has been handed out and not committed. Aborted sequences are taken out of it.
+    /// The plan that has been handed out and not committed, the older one of two. Sequences that end are taken out of it.
     in_flight: Option<BTreeMap<SeqId, Chunk>>,
+    /// The plan after it, if that has been handed out, too.
+    ahead: Option<BTreeMap<SeqId, Chunk>>,
     /// For the next plan: sequences that stopped running. None of them is in a follower's table afterwards.
     released: Vec<SeqId>,
     next_id: u64,
@@ -240,6 +245,7 @@ impl Scheduler {
             running: BTreeMap::new(),
             deadlines: BTreeSet::new(),
             in_flight: None,
+            ahead: None,
             released: Vec::new(),
             next_id: 0,
             next_step_id: 0,
@@ -276,19 +282,22 @@ impl Scheduler {
     /// A step that is being computed may still write to its blocks. That is harmless: whoever gets them next is in a
     /// later step, and no rank starts a step before it has finished the one before.
     pub fn abort(&mut self, id: SeqId) {
-        if let Some(in_flight) = &mut self.in_flight {
-            in_flight.remove(&id);
-        }
         self.remove(id);
     }
 
-    /// Decides what the next step computes.
+    /// Decides what the next step computes. While a plan is under way, plans [`ahead`] of its tokens if it can.
     ///
     /// # Panics
-    /// If the plan before has been neither committed nor [`reset`](Self::reset).
+    /// If two plans are under way.
     pub fn schedule(&mut self, now: Instant) -> Scheduled {
-        assert!(self.in_flight.is_none(), "the plan before has not been committed");
+        assert!(self.ahead.is_none(), "two plans have not been committed");
         let expired = self.expire(now);
+        let plan = if self.in_flight.is_some() { self.plan_ahead() } else { self.plan() };
+        Scheduled { plan, expired }
+    }
+
+    /// The next plan, with all tokens known.
+    fn plan(&mut self) -> Option<StepPlan> {
         let has_preempted = self.grow_tables();
         let mut chunks = BTreeMap::new();
         let mut room =
@@ -298,14 +307,12 @@ impl Scheduler {
             // Whoever was preempted just now would only come back to take the same blocks.
             self.admit(&mut chunks, &mut room);
         }
-        let mut plan = self.make_plan(chunks);
-        if let Some(plan) = &mut plan {
-            self.draft_repeats(plan);
-        }
-        Scheduled { plan, expired }
+        let mut plan = self.make_plan(chunks)?;
+        self.draft_repeats(&mut plan);
+        Some(plan)
     }
 
-    /// The step has been computed: takes what was sampled, once for each of [`due`](Self::due). Tokens of sequences that
+    /// The older plan under way has been computed: takes what was sampled, once for each of [`due`](Self::due). Tokens of sequences that
     /// were aborted meanwhile are ignored. Returns the sequences that ended by themselves, in the order of `sampled`;
     /// they are gone.
     ///
@@ -313,6 +320,7 @@ impl Scheduler {
     /// If no plan is under way, a token is missing, a sequence was sampled twice, or what it accepted was not drafted.
     pub fn commit(&mut self, sampled: &[Sampled]) -> Vec<(SeqId, Ended)> {
         let mut in_flight = self.in_flight.take().expect("a plan is under way");
+        self.in_flight = self.ahead.take();
         for (id, chunk) in &in_flight {
             let sequence = self.running.get_mut(id).expect("what is in flight runs");
             for (key, block) in sequence.advance(chunk) {
@@ -344,6 +352,7 @@ impl Scheduler {
             running: BTreeMap::new(),
             deadlines: BTreeSet::new(),
             in_flight: None,
+            ahead: None,
             released: Vec::new(),
             next_id: self.next_id,
             next_step_id: 0,
@@ -351,7 +360,7 @@ impl Scheduler {
         ended
     }
 
-    /// The sequences of the plan under way for which [`commit`](Self::commit) wants tokens, oldest first.
+    /// The sequences of the older plan under way for which [`commit`](Self::commit) wants tokens, oldest first.
     pub fn due(&self) -> impl Iterator<Item = SeqId> {
         self.in_flight.iter().flatten().filter(|(_, chunk)| chunk.samples).map(|(id, _)| *id)
     }
@@ -469,10 +478,14 @@ impl Scheduler {
                 logits: chunk.logits,
             });
         }
-        let plan = StepPlan { step_id: self.next_step_id, released: std::mem::take(&mut self.released), sequences };
-        self.next_step_id += 1;
         self.in_flight = Some(chunks);
-        Some(plan)
+        Some(self.number_plan(sequences))
+    }
+
+    fn number_plan(&mut self, sequences: Vec<SequenceStep>) -> StepPlan {
+        let step_id = self.next_step_id;
+        self.next_step_id += 1;
+        StepPlan { step_id, released: std::mem::take(&mut self.released), sequences, chooses: false }
     }
 
     fn take_tokens(&mut self, sampled: &Sampled, drafts: &[u32]) -> Option<Ended> {
@@ -496,6 +509,9 @@ impl Scheduler {
 
     /// Forgets a sequence, if it is there.
     fn remove(&mut self, id: SeqId) {
+        for plan in [&mut self.in_flight, &mut self.ahead].into_iter().flatten() {
+            plan.remove(&id);
+        }
         let deadline = if let Some(mut sequence) = self.running.remove(&id) {
             self.kv.release(&sequence.stop());
             self.released.push(id);
@@ -511,6 +527,7 @@ impl Scheduler {
 
 #[cfg(test)]
 mod tests {
+    use super::ahead::PENDING;
     use super::*;
 
     fn config() -> SchedulerConfig {
@@ -560,12 +577,55 @@ mod tests {
     }
 
     #[test]
-    #[should_panic(expected = "has not been committed")]
-    fn plans_do_not_overlap() {
+    #[should_panic(expected = "two plans have not been committed")]
+    fn a_third_plan_is_not_made() {
         let mut scheduler = Scheduler::new(config()).unwrap();
         add(&mut scheduler, &[1]);
+        (0..3).for_each(|_| drop(scheduler.schedule(Instant::now())));
+    }
+
+    #[test]
+    fn the_next_plan_is_made_while_one_is_under_way() {
+        let mut scheduler = Scheduler::new(config()).unwrap();
+        let (first, second) = (add(&mut scheduler, &[1]), add(&mut scheduler, &[5, 6]));
         scheduler.schedule(Instant::now());
+        let ahead = scheduler.schedule(Instant::now()).plan.unwrap();
+        let rows: Vec<_> =
+            ahead.sequences.iter().map(|step| (step.id, step.start_position, &step.token_ids[..])).collect();
+        assert_eq!(rows, [(first, 1, &[PENDING][..]), (second, 2, &[PENDING][..])]);
+        assert_eq!(ahead.step_id, 1);
+        // One of them ends after all.
+        let sampled = |id, token, stop| Sampled { id, tokens: vec![token], stop };
+        let ended = scheduler.commit(&[sampled(first, 7, true), sampled(second, 8, false)]);
+        assert_eq!(ended, [(first, Ended::Stop)]);
+        assert_eq!(scheduler.due().collect::<Vec<_>>(), [second]);
+        let ahead = scheduler.schedule(Instant::now()).plan.unwrap();
+        assert_eq!((ahead.released, ahead.sequences.len()), (vec![first], 1));
+        scheduler.commit(&[sampled(second, 9, false)]);
+        scheduler.check_integrity();
+    }
+
+    #[test]
+    fn nothing_is_planned_ahead_of_a_prompt_or_a_newcomer() {
+        let mut scheduler = Scheduler::new(config()).unwrap();
+        let id = add(&mut scheduler, &[1, 2, 3]);
         scheduler.schedule(Instant::now());
+        assert_eq!(scheduler.schedule(Instant::now()).plan, None, "a token of the prompt is left");
+        scheduler.commit(&[]);
+        scheduler.schedule(Instant::now());
+        add(&mut scheduler, &[4]);
+        assert_eq!(scheduler.schedule(Instant::now()).plan, None, "somebody can be admitted");
+        scheduler.commit(&[Sampled { id, tokens: vec![4], stop: false }]);
+        assert_eq!(scheduler.schedule(Instant::now()).plan.unwrap().sequences.len(), 2);
+    }
+
+    #[test]
+    fn whoever_ends_with_the_token_under_way_has_no_row_ahead() {
+        let mut scheduler = Scheduler::new(config()).unwrap();
+        let new = NewSequence { prompt: vec![1], max_new_tokens: 1, ..NewSequence::default() };
+        scheduler.add(new, Instant::now()).unwrap();
+        scheduler.schedule(Instant::now());
+        assert_eq!(scheduler.schedule(Instant::now()).plan, None);
     }
 
     #[test]

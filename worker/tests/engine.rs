@@ -13,6 +13,7 @@ use std::{
 
 use futures_util::future::{BoxFuture, MaybeDone, maybe_done};
 use lockstep_collectives::Collective;
+use lockstep_kernels::cuda::ChoiceRule;
 use lockstep_worker::{
     engine::{
         EngineError, EngineFailure, Job,
@@ -21,7 +22,7 @@ use lockstep_worker::{
         metrics::Metrics,
     },
     group::{Attestation, GroupConfig, LeaderGroup},
-    model::{StepError, llama::LogitsRoom},
+    model::{StepError, output::StepOutput},
     model_runner::RunStep,
     sampler::SamplingParams,
     scheduler::{Scheduler, SchedulerConfig, Stats, plan::StepPlan, speculation::Speculation},
@@ -45,6 +46,7 @@ struct Stepped {
     plans: Sender<StepPlan>,
     permits: Receiver<()>,
     warmed_up: bool,
+    n_rows: usize,
 }
 
 /// A leader without followers, and the test's ends of its runner.
@@ -59,14 +61,22 @@ struct Engine {
 // === impl Stepped ===
 
 impl RunStep for Stepped {
-    fn run(&mut self, plan: &StepPlan, _: &mut dyn Collective, room: &mut LogitsRoom) -> Result<(), StepError> {
+    fn runs_ahead(&self, _: &mut dyn Collective) -> bool {
+        false
+    }
+
+    fn start(&mut self, plan: &StepPlan, _: &[ChoiceRule], _: &mut dyn Collective) -> Result<(), StepError> {
         if std::mem::replace(&mut self.warmed_up, true) {
             // The test's ends are gone when it has ended; the engine then runs on until it is stopped.
             let _ = self.plans.send(plan.clone());
             let _ = self.permits.recv();
         }
-        let n_rows: usize = plan.sequences.iter().map(|step| step.n_logits_rows()).sum();
-        room.logits = vec![0.0; n_rows * VOCAB_SIZE];
+        self.n_rows = plan.sequences.iter().map(|step| step.n_logits_rows()).sum();
+        Ok(())
+    }
+
+    fn finish(&mut self, _: &mut dyn Collective, out: &mut StepOutput) -> Result<(), StepError> {
+        out.logits = vec![0.0; self.n_rows * VOCAB_SIZE];
         Ok(())
     }
 
@@ -101,7 +111,7 @@ impl Engine {
         });
         let (plan_sender, plans) = channel();
         let (permits, permit_receiver) = channel();
-        let runner = Stepped { plans: plan_sender, permits: permit_receiver, warmed_up: false };
+        let runner = Stepped { plans: plan_sender, permits: permit_receiver, warmed_up: false, n_rows: 0 };
         let (handle, port) = handle::channel(Instant::now());
         let metrics = Metrics::register(&mut Registry::default(), true);
         let leader = Leader::new(group, Box::new(runner), scheduler.unwrap(), metrics, port);

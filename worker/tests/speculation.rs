@@ -17,6 +17,7 @@ use std::{
 
 use lockstep_collectives::Collective;
 use lockstep_kernels::KvEncoding;
+use lockstep_kernels::cuda::ChoiceRule;
 use lockstep_worker::{
     device::Device,
     engine::{
@@ -27,7 +28,7 @@ use lockstep_worker::{
         metrics::Metrics,
     },
     group::{Attestation, GroupConfig, LeaderGroup},
-    model::{StepError, llama::LogitsRoom},
+    model::{StepError, output::StepOutput},
     model_runner::{RunStep, RunnerSettings},
     sampler::{SamplingParams, TokenLogprobs},
     scheduler::{
@@ -96,6 +97,8 @@ struct Parrot {
     n_came_back: Arc<AtomicU64>,
     n_runs: Arc<AtomicU64>,
     n_runs_max: u64,
+    /// Logits of the step that was started.
+    said: Vec<f32>,
 }
 
 /// All that a job's reader was told, choice by choice.
@@ -122,7 +125,8 @@ struct Engine {
 impl Parrot {
     fn new(speech: Speech, n_thoughts: usize) -> Self {
         let (slots, tables, gone, n_came_back, n_runs) = Default::default();
-        Self { speech, n_thoughts, slots, tables, gone, n_came_back, n_runs, n_runs_max: u64::MAX }
+        let said = Vec::new();
+        Self { speech, n_thoughts, slots, tables, gone, n_came_back, n_runs, n_runs_max: u64::MAX, said }
     }
 
     /// Logits after a text: noise that depends on every token of it, and a liking for what its speech demands. Without a
@@ -146,7 +150,11 @@ impl Parrot {
 }
 
 impl RunStep for Parrot {
-    fn run(&mut self, plan: &StepPlan, _: &mut dyn Collective, room: &mut LogitsRoom) -> Result<(), StepError> {
+    fn runs_ahead(&self, _: &mut dyn Collective) -> bool {
+        false
+    }
+
+    fn start(&mut self, plan: &StepPlan, _: &[ChoiceRule], _: &mut dyn Collective) -> Result<(), StepError> {
         if self.n_runs.load(Ordering::Relaxed) == self.n_runs_max {
             return Err(StepError::Plan { step_id: plan.step_id, why: "it has said enough".into() });
         }
@@ -155,7 +163,7 @@ impl RunStep for Parrot {
             self.tables.remove(id);
             self.gone.insert(*id);
         }
-        room.logits.clear();
+        let mut logits = Vec::new();
         for step in &plan.sequences {
             self.n_came_back.fetch_add(u64::from(self.gone.remove(&step.id)), Ordering::Relaxed);
             let new_blocks = step.new_blocks.iter().map(|block| block.0 as usize);
@@ -171,9 +179,15 @@ impl RunStep for Parrot {
             };
             for row in wanted {
                 let heard: Vec<u32> = (0..=row).map(|position| self.slots[&slot(position)]).collect();
-                room.logits.extend(self.logits(&heard));
+                logits.extend(self.logits(&heard));
             }
         }
+        self.said = logits;
+        Ok(())
+    }
+
+    fn finish(&mut self, _: &mut dyn Collective, out: &mut StepOutput) -> Result<(), StepError> {
+        out.logits = std::mem::take(&mut self.said);
         Ok(())
     }
 

@@ -1,10 +1,12 @@
-// What is done row by row: normalization, the gated MLP where its weights are of two kinds, and picking rows.
+// What is done row by row: normalization, the gated MLP where its weights are of two kinds, picking rows, and joining
+// those that several ranks have parts of.
 
 #include "device.cuh"
 #include "input.cuh"
 
 #define THREADS 512
 #define MAX_PENDING 8
+#define MAX_RANKS 64
 
 // Planes of a sum, [planes, rows, width], and for each plane how many pending sums are added to it (`SumOrder`).
 struct Terms {
@@ -67,4 +69,20 @@ extern "C" __global__ void __launch_bounds__(THREADS) select_rows(const float* x
     const float* from = x + (u64)rows[blockIdx.x] * width;
     float* to = out + (u64)blockIdx.x * width;
     for (u32 column = threadIdx.x; column < width; column += THREADS) to[column] = from[column];
+}
+
+// Where each rank's columns end in a row of all of them.
+struct ColumnEnds {
+    u32 end[MAX_RANKS];
+};
+
+// From every rank's columns, [ranks][rows, columns of the rank], to whole rows, [rows, columns of all]. One block for each
+// row and rank.
+extern "C" __global__ void __launch_bounds__(THREADS) join_columns(
+    const float* gathered, float* joined, const ColumnEnds ranks, u32 width) {
+    u32 rows = gridDim.x, row = blockIdx.x, rank = blockIdx.y;
+    u32 first = rank == 0 ? 0 : ranks.end[rank - 1], n = ranks.end[rank] - first;
+    const float* from = gathered + (u64)rows * first + (u64)row * n;
+    float* to = joined + (u64)row * width + first;
+    for (u32 column = threadIdx.x; column < n; column += THREADS) to[column] = from[column];
 }

@@ -7,48 +7,22 @@
 // The order of a sum, the same for one row and for many, whatever the other rows: groups ascending within a segment (a fixed
 // run of inputs), segments along the tree that `merges` describes. `accumulate` is the only code that adds up a segment.
 //
-// Weights lie in tiles of 32 outputs and 32 inputs in the order in which the lanes of a warp need them, see `packing.rs`.
-//
-// Variants: BITS 4, 6 (codes below 128 in bytes), 8, 16 (bf16 weights, without scales); GROUP 16 or 32 inputs that share a
-// scale; TWO_LEVEL: an 8-bit scale of each group times an f16 of several; MINIMUM; CODEBOOK: what 4-bit codes stand for;
-// OFFSET: taken off codes (or off what the codebook has); GATED: silu(gate) * up of two weights. ROW_TILES: rows of a warp,
-// in eights.
+// Variants: those of `matrix.cuh`, and of BITS 16, too (bf16 weights, without scales); GATED: silu(gate) * up of two weights.
+// ROW_TILES: rows of a warp, in eights.
 #pragma once
 
 #include "device.cuh"
 #include "input.cuh"
+#include "matrix.cuh"
 
 #define WARPS 8
 #define OUTS 32
 #define ROWS (8 * ROW_TILES)
-#define GROUPS (32 / GROUP)
-#define CODE_VECTORS (BITS == 4 ? 1 : BITS == 16 ? 4 : 2)
 // Registers of `Weights`.
 #define SCALE_REGISTERS (BITS == 16 ? 0 : TWO_LEVEL ? 2 + GROUPS : 2 * GROUPS)
 #define WEIGHT_REGISTERS (4 * CODE_VECTORS + (1 + MINIMUM) * SCALE_REGISTERS)
 // bf16 of -(128 + OFFSET), twice: 128 to 144 differ in the last four bits of the mantissa alone.
 #define BIAS (0xc300c300 + OFFSET * 0x00010001)
-
-struct Segment {
-    u32 end;      // of its inputs, in tiles
-    u16 merges;   // pending sums to add once it is summed
-    u16 is_last;  // of its plane
-};
-
-struct Matrix {
-    const uint4* codes;        // [out tiles, in tiles, CODE_VECTORS, 32 lanes]
-    const uint2* scales;       // [out tiles, scales, 8] of four f16: outputs g, g + 8, g + 16, g + 24
-    const uint2* minimums;     // likewise
-    const u32* sub_scales;     // [out tiles, groups, 8] of four i8
-    const u32* sub_minimums;   // likewise
-    const Segment* segments;
-    u32 n_segments;
-    u32 n_out;
-    u32 in_tiles;
-    u32 n_scales;              // of an output
-    u32 scale_shift;           // log2 of the groups that share one, if TWO_LEVEL
-    u32 padding;
-};
 
 struct Product {
     Matrix weights[3];

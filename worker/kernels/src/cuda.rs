@@ -13,9 +13,10 @@
 //! - [`Kernel`]: an entry point of a program that a device has loaded, and its launches; [`Graph`]: many of them as one.
 //! - [`Event`]: how far a device is.
 //! - `collective`: what a group of ranks needs of a device and its buffers.
-//! - [`Gpu`]: the ops, all of them its methods, on [`GpuMatrix`] (packed as `packing` says), [`GpuTensor`], [`GpuInput`],
-//!   [`GpuTerms`] and [`GpuKvCache`]; `pool`: the memory that steps use in turn; `step`: how a step lies on
-//!   the device, its queries cut into tiles; [`Recording`]: a step that is queued again as one.
+//! - [`Gpu`]: the ops, all of them its methods, on [`GpuMatrix`] (packed as `packing` says), [`GpuTable`], [`GpuTensor`],
+//!   [`GpuInput`], [`GpuTerms`], [`GpuVocab`] and [`GpuKvCache`]; `pool`: the memory that steps use in turn; `step`: how a
+//!   step lies on the device, its queries cut into tiles; [`Recording`]: a step that is queued again as one; [`Answer`]:
+//!   what a step brings to the host when it is done; `page`: the memory that words and answers are copied through.
 
 mod architecture;
 mod cache;
@@ -32,6 +33,7 @@ mod library;
 mod matrix;
 mod memory;
 mod packing;
+mod page;
 mod pool;
 mod product;
 mod program;
@@ -45,7 +47,11 @@ pub use compiler::{Compiled, CompilerVersion, MachineCode, compile, compiler_ver
 pub use device::{Device, DeviceInfo, DeviceLimits, devices, driver_version, unavailable};
 pub use error::CudaError;
 pub use event::Event;
-pub use gpu::{Gpu, GpuHeads, GpuInput, GpuKvCache, GpuStep, GpuTensor, GpuTerms, MAX_WEIGHTS};
+use gpu::MAX_VOCAB;
+pub use gpu::{
+    Answer, ChoiceRule, Gpu, GpuHeads, GpuInput, GpuKvCache, GpuStep, GpuTable, GpuTensor, GpuTerms, GpuVocab,
+    MAX_CHOICES, MAX_WEIGHTS,
+};
 pub use graph::Graph;
 pub use host::HostBuffer;
 pub use kernels::{Arg, Kernel};
@@ -55,4 +61,4 @@ pub use packing::bits_per_weight;
 pub use program::{Program, Source, Variant, variants};
 pub use recording::Recording;
 pub use resources::Resources;
-pub use step::{RowChoice, StepRows, StepShape};
+pub use step::{CHOSEN, RowChoice, StepRows, StepShape};

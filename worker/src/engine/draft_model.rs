@@ -35,7 +35,7 @@ use self::{
     shadows::{Rows, Shadows},
 };
 use crate::{
-    model::{StepError, llama::LogitsRoom},
+    model::{StepError, output::StepOutput},
     model_runner::{RunStep, RunnerSettings, warm_up},
     sampler::{Sampler, SamplingParams},
     scheduler::{
@@ -53,7 +53,7 @@ const MAX_CATCH_UP_ROWS: usize = 64;
 pub struct DraftModel {
     runner: Box<dyn RunStep>,
     collective: Box<dyn Collective>,
-    room: LogitsRoom,
+    out: StepOutput,
     n_blocks: u32,
     block_size: usize,
     context_length: usize,
@@ -96,7 +96,7 @@ impl DraftModel {
         Self {
             runner,
             collective: Box::new(local::solo()),
-            room: LogitsRoom::default(),
+            out: StepOutput::default(),
             n_blocks,
             block_size,
             context_length,
@@ -202,8 +202,8 @@ impl DraftModel {
     }
 
     fn run(&mut self, plan: &StepPlan) -> Result<&[f32], StepError> {
-        self.runner.run(plan, self.collective.as_mut(), &mut self.room)?;
-        Ok(&self.room.logits)
+        self.runner.run(plan, self.collective.as_mut(), &mut self.out)?;
+        Ok(&self.out.logits)
     }
 }
 
@@ -243,7 +243,7 @@ impl Drafting<'_> {
 mod tests {
     use std::cell::Cell;
 
-    use lockstep_kernels::KvEncoding;
+    use lockstep_kernels::{KvEncoding, cuda::ChoiceRule};
 
     use super::*;
     use crate::{
@@ -273,14 +273,24 @@ mod tests {
     struct Stubborn {
         /// A step of one row, in those of the served model.
         step_time: f64,
+        logits: Vec<f32>,
     }
 
     impl RunStep for Stubborn {
-        fn run(&mut self, plan: &StepPlan, _: &mut dyn Collective, room: &mut LogitsRoom) -> Result<(), StepError> {
+        fn runs_ahead(&self, _: &mut dyn Collective) -> bool {
+            false
+        }
+
+        fn start(&mut self, plan: &StepPlan, _: &[ChoiceRule], _: &mut dyn Collective) -> Result<(), StepError> {
             NOW.set(now() + TARGET_STEP.mul_f64(self.step_time * step_time(plan.n_rows())));
             let row = [0.0, 30.0, 0.0, 0.0];
             let n_logits_rows = plan.sequences.iter().map(|step| step.n_logits_rows()).sum();
-            room.logits = [row].repeat(n_logits_rows).concat();
+            self.logits = [row].repeat(n_logits_rows).concat();
+            Ok(())
+        }
+
+        fn finish(&mut self, _: &mut dyn Collective, out: &mut StepOutput) -> Result<(), StepError> {
+            out.logits = std::mem::take(&mut self.logits);
             Ok(())
         }
 
@@ -317,7 +327,7 @@ mod tests {
             kv_encoding: KvEncoding::F16,
             context_length: n_tokens,
         };
-        let runner = Box::new(Stubborn { step_time: draft_step_time });
+        let runner = Box::new(Stubborn { step_time: draft_step_time, logits: Vec::new() });
         (scheduler.unwrap(), DraftModel { clock: now, ..DraftModel::new(runner, &settings) })
     }
 

@@ -1,12 +1,16 @@
 //! A follower's loop: joins epochs, and runs the plans that rank 0 sends.
 
+use lockstep_collectives::Collective;
 use lockstep_proto::server::Readiness;
 use tracing::warn;
 
-use super::{EngineFailure, metrics::Metrics};
+use super::{
+    EngineFailure,
+    metrics::{Metrics, StepClock},
+};
 use crate::{
     group::{Epoch, FollowerGroup, GroupError},
-    model::{StepError, llama::LogitsRoom},
+    model::{StepError, output::StepOutput},
     model_runner::{RunStep, warm_up},
 };
 
@@ -66,14 +70,20 @@ impl Follower {
 
     fn follow(&mut self, epoch: Epoch) -> Result<std::convert::Infallible, EpochEnd> {
         let Epoch { mut collective, .. } = epoch;
+        let Err(end) = self.run_plans(collective.as_mut());
+        self.runner.reset();
+        Err(end)
+    }
+
+    fn run_plans(&mut self, collective: &mut dyn Collective) -> Result<std::convert::Infallible, EpochEnd> {
         let runner = self.runner.as_mut();
-        runner.reset();
-        warm_up(runner, collective.as_mut())?;
+        warm_up(runner, collective)?;
         self.readiness.set_ready(true);
-        let mut room = LogitsRoom::default();
+        let (mut clock, mut out) = (StepClock::default(), StepOutput::default());
         loop {
             let plan = self.group.next_plan()?;
-            self.metrics.time_step(collective.as_mut(), |collective| runner.run(&plan, collective, &mut room))?;
+            clock.start(collective, |collective| runner.start(&plan, &[], collective))?;
+            clock.finish(&self.metrics, collective, |collective| runner.finish(collective, &mut out)).0?;
         }
     }
 }

@@ -1,7 +1,7 @@
 //! The leader's loop: forms epochs, and turns jobs into steps while an epoch holds.
 
 use std::{
-    collections::HashSet,
+    collections::{HashSet, VecDeque},
     ops::ControlFlow,
     sync::mpsc::{RecvTimeoutError, TryRecvError},
     time::{Duration, Instant},
@@ -15,12 +15,12 @@ use super::{
     EngineError, EngineFailure,
     draft_model::DraftModel,
     handle::{Command, EnginePort, EngineStatus, Submission},
-    live::{LiveJobs, Reason},
-    metrics::Metrics,
+    live::{LiveJobs, Reason, Rows},
+    metrics::{Metrics, StepClock},
 };
 use crate::{
     group::{Epoch, GroupError, LeaderGroup},
-    model::{StepError, llama::LogitsRoom},
+    model::{StepError, output::StepOutput},
     model_runner::{RunStep, warm_up},
     sampler::Sampler,
     scheduler::{
@@ -37,7 +37,10 @@ const IDLE_TURN: Duration = Duration::from_millis(200);
 pub struct Leader {
     group: LeaderGroup,
     runner: Box<dyn RunStep>,
-    room: LogitsRoom,
+    out: StepOutput,
+    /// Plans that every rank has and that are not committed: the one that is computed, and perhaps the next.
+    under_way: VecDeque<StepPlan>,
+    clock: StepClock,
     draft_model: Option<DraftModel>,
     scheduler: Scheduler,
     sampler: Sampler,
@@ -76,7 +79,9 @@ impl Leader {
         Self {
             group,
             runner,
-            room: LogitsRoom::default(),
+            out: StepOutput::default(),
+            under_way: VecDeque::new(),
+            clock: StepClock::default(),
             draft_model: None,
             scheduler,
             sampler,
@@ -137,8 +142,8 @@ impl Leader {
         let Epoch { number, mut collective } = epoch;
         self.epoch = number;
         self.metrics.epochs.inc();
-        self.runner.reset();
         if let Err(failure) = warm_up(self.runner.as_mut(), collective.as_mut()) {
+            self.runner.reset();
             return failure.into();
         }
         if let Some(Err(failure)) = self.draft_model.as_mut().map(DraftModel::reset) {
@@ -146,16 +151,20 @@ impl Leader {
         }
         self.ready = true;
         info!(epoch = number, world_size = collective.world_size(), "the group is ready");
-        loop {
+        let end = loop {
             match self.turn(collective.as_mut()) {
                 Ok(ControlFlow::Continue(())) => {}
-                Ok(ControlFlow::Break(())) => return EpochEnd::Stopped,
-                Err(end) => return end,
+                Ok(ControlFlow::Break(())) => break EpochEnd::Stopped,
+                Err(end) => break end,
             }
-        }
+        };
+        self.under_way.clear();
+        self.clock = StepClock::default();
+        self.runner.reset();
+        end
     }
 
-    /// One turn of the loop: take commands in, compute one step if there is one.
+    /// One turn of the loop: take commands in; start a step, or two; finish one.
     fn turn(&mut self, collective: &mut dyn Collective) -> Result<ControlFlow<()>, EpochEnd> {
         if self.receive().is_break() {
             return Ok(ControlFlow::Break(()));
@@ -168,16 +177,8 @@ impl Leader {
         }
         let abandoned = self.live.drop_abandoned(&mut self.scheduler);
         self.metrics.cancelled.inc_by(abandoned as u64);
-        let scheduled = self.scheduler.schedule(Instant::now());
-        for id in scheduled.expired {
-            self.live.finish(id, Reason::Deadline);
-        }
-        if let Some(mut plan) = scheduled.plan {
-            if let Err(failure) = self.draft(&mut plan) {
-                self.go_on_without_draft_model(&failure);
-            }
-            self.step(&plan, collective)?;
-        }
+        while self.may_start(collective) && self.start_next(collective)? {}
+        self.finish_oldest(collective)?;
         self.answer_drains();
         self.publish();
         Ok(ControlFlow::Continue(()))
@@ -205,19 +206,52 @@ impl Leader {
         self.draft_model = None;
     }
 
-    /// Runs one plan on every rank and hands its tokens out.
-    fn step(&mut self, plan: &StepPlan, collective: &mut dyn Collective) -> Result<(), EpochEnd> {
-        self.group.send_plan(plan, self.live.announce(plan))?;
-        let (runner, room) = (self.runner.as_mut(), &mut self.room);
-        let start = Instant::now();
-        self.metrics.time_step(collective, |collective| runner.run(plan, collective, room))?;
-        if let Some(draft_model) = &mut self.draft_model {
-            draft_model.note_target_step(plan.n_rows(), start.elapsed());
+    /// Whether another step may be started: the next one, or the one after it while devices choose the tokens of the next.
+    /// A draft model needs to know these.
+    fn may_start(&self, collective: &mut dyn Collective) -> bool {
+        match self.under_way.front() {
+            None => true,
+            Some(plan) => {
+                let is_only_one = self.under_way.len() == 1;
+                is_only_one && plan.chooses && self.draft_model.is_none() && self.runner.runs_ahead(collective)
+            }
         }
+    }
 
-        let room = std::mem::take(&mut self.room);
-        let (sampled, cut_off) = self.hand_out(plan, &room.logits);
-        self.room = room;
+    /// Starts the next step on every rank, if there is one.
+    fn start_next(&mut self, collective: &mut dyn Collective) -> Result<bool, EpochEnd> {
+        let scheduled = self.scheduler.schedule(Instant::now());
+        for id in scheduled.expired {
+            self.live.finish(id, Reason::Deadline);
+        }
+        let Some(mut plan) = scheduled.plan else { return Ok(false) };
+        if self.under_way.is_empty()
+            && let Err(failure) = self.draft(&mut plan)
+        {
+            self.go_on_without_draft_model(&failure);
+        }
+        let rules = self.live.choice_rules(&plan).filter(|_| self.runner.runs_ahead(collective));
+        plan.chooses = rules.as_ref().is_some_and(|rules| !rules.is_empty());
+        self.group.send_plan(&plan, self.live.announce(&plan))?;
+        let runner = self.runner.as_mut();
+        self.clock.start(collective, |collective| runner.start(&plan, &rules.unwrap_or_default(), collective))?;
+        self.under_way.push_back(plan);
+        Ok(true)
+    }
+
+    /// Waits for the oldest step under way and hands its tokens out.
+    fn finish_oldest(&mut self, collective: &mut dyn Collective) -> Result<(), EpochEnd> {
+        let Some(plan) = self.under_way.pop_front() else { return Ok(()) };
+        let mut out = std::mem::take(&mut self.out);
+        let runner = self.runner.as_mut();
+        let (finished, took) =
+            self.clock.finish(&self.metrics, collective, |collective| runner.finish(collective, &mut out));
+        finished?;
+        if let Some(draft_model) = &mut self.draft_model {
+            draft_model.note_target_step(plan.n_rows(), took);
+        }
+        let (sampled, cut_off) = self.hand_out(&plan, &out);
+        self.out = out;
         self.metrics.generated_tokens.inc_by(sampled.iter().map(|sampled| sampled.tokens.len() as u64).sum());
         for (id, ended) in self.scheduler.commit(&sampled) {
             let reason = match ended {
@@ -235,23 +269,28 @@ impl Leader {
 
     /// Samples where tokens are due and tells the readers. Returns the tokens, and the sequences whose readers are too
     /// slow.
-    fn hand_out(&mut self, plan: &StepPlan, logits: &[f32]) -> (Vec<Sampled>, Vec<SeqId>) {
+    fn hand_out(&mut self, plan: &StepPlan, out: &StepOutput) -> (Vec<Sampled>, Vec<SeqId>) {
         let due: HashSet<SeqId> = self.scheduler.due().collect();
         let vocab_size = self.sampler.vocab_size();
         let mut sampled = Vec::with_capacity(due.len());
         let mut cut_off = Vec::new();
-        let mut rest = logits;
+        let mut end = 0;
         for step in &plan.sequences {
-            let (rows, after) = rest.split_at(step.n_logits_rows() * vocab_size);
-            rest = after;
-            if step.logits == LogitsRows::All {
-                self.live.keep_prompt_logprobs(step, rows, &mut self.sampler);
+            let first = end;
+            end += step.n_logits_rows();
+            if step.logits == LogitsRows::All && !plan.chooses {
+                let logits = &out.logits[first * vocab_size..end * vocab_size];
+                self.live.keep_prompt_logprobs(step, logits, &mut self.sampler);
             }
             if !due.contains(&step.id) {
                 continue;
             }
             let drafts = self.scheduler.drafts(step.id);
-            let rows = &rows[rows.len() - (1 + drafts.len()) * vocab_size..];
+            let first = end - (1 + drafts.len());
+            let rows = match plan.chooses {
+                true => Rows::Chosen(&out.token_ids[first..end]),
+                false => Rows::Logits(&out.logits[first * vocab_size..end * vocab_size]),
+            };
             let cached_tokens = self.scheduler.cached_tokens(step.id);
             if let Some(outcome) = self.live.advance(step.id, rows, drafts, cached_tokens, &mut self.sampler) {
                 self.metrics.drafted_tokens.inc_by(drafts.len() as u64);
@@ -267,7 +306,7 @@ impl Leader {
 
     /// Takes in every command that waits; sleeps for one if there is nothing to compute.
     fn receive(&mut self) -> ControlFlow<()> {
-        if self.live.is_empty() {
+        if self.live.is_empty() && self.under_way.is_empty() {
             match self.port.commands.recv_timeout(IDLE_TURN) {
                 Ok(command) => self.obey(command)?,
                 Err(RecvTimeoutError::Timeout) => {}

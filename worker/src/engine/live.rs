@@ -2,14 +2,15 @@
 
 use std::{collections::HashMap, time::Instant};
 
+use lockstep_kernels::cuda::ChoiceRule;
 use tokio::sync::mpsc::error::TrySendError;
 
 use super::{EngineError, Event, FinishReason, GenerationId, Job, draft_model::Asked, handle::Outlet};
 use crate::{
-    sampler::{Sampler, TokenLogprobs},
+    sampler::{self, Sampler, TokenLogprobs},
     scheduler::{
         NewSequence, Refusal, Sampled, Scheduler,
-        plan::{SeqId, SequenceStep, StepPlan},
+        plan::{LogitsRows, SeqId, SequenceStep, StepPlan},
         speculation::Draftable,
     },
 };
@@ -40,6 +41,15 @@ struct LiveSequence {
 pub(super) struct LiveJobs {
     jobs: HashMap<GenerationId, LiveJob>,
     sequences: HashMap<SeqId, LiveSequence>,
+}
+
+/// What a step gives for a sequence's rows.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Rows<'a> {
+    /// Logits, `[n_rows, vocab_size]`.
+    Logits(&'a [f32]),
+    /// The tokens that were chosen, `[n_rows]`.
+    Chosen(&'a [u32]),
 }
 
 /// What one sequence got out of a step.
@@ -126,6 +136,26 @@ impl LiveJobs {
         }
     }
 
+    /// How a device is to choose the tokens of a plan, one rule for each row of logits. `None` if it cannot for one of them:
+    /// its logits are to come to the host.
+    pub(super) fn choice_rules(&self, plan: &StepPlan) -> Option<Vec<ChoiceRule>> {
+        let mut rules = Vec::new();
+        for step in plan.sequences.iter().filter(|step| step.logits != LogitsRows::None) {
+            let sequence = self.sequences.get(&step.id)?;
+            let job = &self.jobs.get(&sequence.generation)?.job;
+            if job.logprobs.is_some() || job.prompt_logprobs.is_some() {
+                return None;
+            }
+            let end = step.start_position as usize + step.token_ids.len();
+            for row in (0..step.n_logits_rows()).rev() {
+                // Tokens up to the row's own; those of the prompt are known.
+                let n_emitted = (end - row).checked_sub(job.prompt.len())?;
+                rules.push(sampler::choice_rule(&job.params, job.prompt.len(), n_emitted, sequence.choice)?);
+            }
+        }
+        Some(rules)
+    }
+
     /// What a draft model is to know of a sequence.
     pub(super) fn ask(&self, draftable: Draftable) -> Option<Asked<'_>> {
         let sequence = self.sequences.get(&draftable.id)?;
@@ -133,15 +163,15 @@ impl LiveJobs {
         Some(Asked { draftable, prompt, emitted: &sequence.emitted, params, choice: sequence.choice })
     }
 
-    /// Samples a sequence's next tokens and tells the reader: one from the first row of `logits`,
-    /// `[1 + drafts.len(), vocab_size]`, and one from each further row, as long as the draft that the row is of is the
-    /// token that came before. Every token is sampled from what it would be sampled from without drafts.
+    /// Samples a sequence's next tokens, or takes those that were chosen, and tells the reader: one from the first of its
+    /// `1 + drafts.len()` rows, and one from each further row, as long as the draft that the row is of is the token that
+    /// came before. Every token is sampled from what it would be sampled from without drafts.
     ///
     /// `cached_tokens`: prompt tokens that the prefix cache held when the sequence started.
     pub(super) fn advance(
         &mut self,
         id: SeqId,
-        logits: &[f32],
+        rows: Rows<'_>,
         drafts: &[u32],
         cached_tokens: u32,
         sampler: &mut Sampler,
@@ -151,10 +181,17 @@ impl LiveJobs {
         let mut delivered = live.start(sequence.generation, cached_tokens);
         let mut tokens = Vec::with_capacity(1 + drafts.len());
         let mut stop = false;
-        for row in logits.chunks_exact(sampler.vocab_size()) {
+        for row in 0..=drafts.len() {
             let job = &live.job;
-            let token = sampler.sample(row, &job.params, &job.prompt, &sequence.emitted, sequence.choice);
-            let logprobs = job.logprobs.map(|n_top| sampler.logprobs(row, token, n_top as usize));
+            let (token, logprobs) = match rows {
+                Rows::Chosen(token_ids) => (token_ids[row], None),
+                Rows::Logits(logits) => {
+                    let vocab_size = sampler.vocab_size();
+                    let logits = &logits[row * vocab_size..][..vocab_size];
+                    let token = sampler.sample(logits, &job.params, &job.prompt, &sequence.emitted, sequence.choice);
+                    (token, job.logprobs.map(|n_top| sampler.logprobs(logits, token, n_top as usize)))
+                }
+            };
             let position = sequence.emitted.len() as u32;
             let event = Event::Token { choice: sequence.choice, position, token_id: token, logprobs };
             delivered &= live.outlet.send(event);
@@ -281,7 +318,7 @@ mod tests {
     use super::*;
     use crate::{
         sampler::SamplingParams,
-        scheduler::{SchedulerConfig, plan::LogitsRows, speculation::Speculation},
+        scheduler::{SchedulerConfig, speculation::Speculation},
     };
 
     const VOCAB_SIZE: usize = 8;
@@ -336,7 +373,7 @@ mod tests {
             let due: Vec<SeqId> = self.scheduler.due().collect();
             let mut sample = |id| {
                 let cached_tokens = self.scheduler.cached_tokens(id);
-                self.live.advance(id, &[0.0; VOCAB_SIZE], &[], cached_tokens, &mut self.sampler)
+                self.live.advance(id, Rows::Logits(&[0.0; VOCAB_SIZE]), &[], cached_tokens, &mut self.sampler)
             };
             let sampled: Vec<Sampled> =
                 due.into_iter().filter_map(&mut sample).map(|outcome| outcome.sampled).collect();

@@ -1,6 +1,10 @@
 //! What a rank measures: its steps, the time that they spend waiting for other ranks, queues, blocks and tokens.
 
-use std::{sync::atomic::AtomicU64, time::Instant};
+use std::{
+    collections::VecDeque,
+    sync::atomic::AtomicU64,
+    time::{Duration, Instant},
+};
 
 use lockstep_collectives::{Collective, Timed};
 use prometheus_client::{
@@ -103,15 +107,49 @@ impl Metrics {
         self.used_blocks.set(stats.blocks.referenced as i64);
         self.cached_blocks.set(stats.blocks.cached as i64);
     }
+}
 
-    /// Measures a step that runs on `collective`.
-    pub fn time_step<T>(&self, collective: &mut dyn Collective, run: impl FnOnce(&mut dyn Collective) -> T) -> T {
+/// The stopwatch of a rank's steps. Of steps that overlap, each counts from the end of the one before.
+#[derive(Debug)]
+pub struct StepClock {
+    /// When each step that is under way was started, and the time that it has spent on collectives.
+    under_way: VecDeque<(Instant, Duration)>,
+    last_end: Instant,
+}
+
+// === impl StepClock ===
+
+impl Default for StepClock {
+    fn default() -> Self {
+        Self { under_way: VecDeque::new(), last_end: Instant::now() }
+    }
+}
+
+impl StepClock {
+    /// Times the start of a step on `collective`.
+    pub fn start<T>(&mut self, collective: &mut dyn Collective, run: impl FnOnce(&mut dyn Collective) -> T) -> T {
         let start = Instant::now();
         let mut timed = Timed::new(collective);
         let result = run(&mut timed);
-        let spent = timed.spent();
-        self.step.observe(start.elapsed().as_secs_f64());
-        self.collective.observe(spent.as_secs_f64());
+        self.under_way.push_back((start, timed.spent()));
         result
+    }
+
+    /// Times the end of the oldest step that was started, and adds the whole of it to `metrics`. Returns what it took.
+    pub fn finish<T>(
+        &mut self,
+        metrics: &Metrics,
+        collective: &mut dyn Collective,
+        run: impl FnOnce(&mut dyn Collective) -> T,
+    ) -> (T, Duration) {
+        let mut timed = Timed::new(collective);
+        let result = run(&mut timed);
+        let spent = timed.spent();
+        let now = Instant::now();
+        let (start, spent_before) = self.under_way.pop_front().unwrap_or((now, Duration::ZERO));
+        let took = now - start.max(std::mem::replace(&mut self.last_end, now));
+        metrics.step.observe(took.as_secs_f64());
+        metrics.collective.observe((spent_before + spent).as_secs_f64());
+        (result, took)
     }
 }

@@ -130,7 +130,7 @@ fn plan(step_id: u64, n_rows: usize) -> StepPlan {
         new_blocks: vec![BlockId(step_id as u32)],
         logits: LogitsRows::Last,
     };
-    StepPlan { step_id, released: vec![SeqId(step_id)], sequences: vec![sequence] }
+    StepPlan { step_id, released: vec![SeqId(step_id)], sequences: vec![sequence], chooses: false }
 }
 
 /// Waits until `group` knows that its epoch has ended, and returns why.

@@ -73,6 +73,7 @@ pub fn plan_to_proto(plan: &StepPlan) -> pb::StepPlan {
         step_id: plan.step_id,
         released: plan.released.iter().map(|id| id.0).collect(),
         sequences: plan.sequences.iter().map(sequence).collect(),
+        chooses: plan.chooses,
     }
 }
 
@@ -102,6 +103,7 @@ pub fn plan_from_proto(plan: pb::StepPlan) -> Result<StepPlan, WireError> {
             .into_iter()
             .map(|sequence| sequence_from_proto(step, sequence))
             .collect::<Result<_, _>>()?,
+        chooses: plan.chooses,
     })
 }
 
@@ -199,7 +201,7 @@ mod tests {
     fn plan() -> StepPlan {
         let sequences = [LogitsRows::None, LogitsRows::Last, LogitsRows::All];
         let sequences = sequences.into_iter().zip(1..).map(|(logits, id)| sequence(id, logits)).collect();
-        StepPlan { step_id: 5, released: vec![SeqId(9), SeqId(u64::MAX)], sequences }
+        StepPlan { step_id: 5, released: vec![SeqId(9), SeqId(u64::MAX)], sequences, chooses: true }
     }
 
     /// A plan that `break_it` has broken is refused, for `reason`.

@@ -9,8 +9,9 @@ use super::{
     LoadError, OpError,
     attention::Attention,
     config::ModelConfig,
+    embedding::EmbeddingTable,
     linear::{ColumnParallel, RowParallel},
-    llama::{Embedding, Layer, Llama},
+    llama::{Layer, Llama},
     mlp::Mlp,
     ops::{AttentionShape, Backend, RopeSpec},
     shard::{Reduction, RowParallelBlocks, ShardPlan},
@@ -141,13 +142,13 @@ impl Source {
     /// A tensor that is missing, of the wrong shape, or that the backend refuses.
     pub fn load<B: Backend>(&self, ops: &mut B) -> Result<Llama<B>, LoadError> {
         let hidden_dim = self.config.hidden_dim;
-        let output = if self.checkpoint.find(OUTPUT).is_some() { OUTPUT } else { Embedding::TENSOR };
+        let output = if self.checkpoint.find(OUTPUT).is_some() { OUTPUT } else { EmbeddingTable::TENSOR };
         let vocab = &self.plan.vocab[self.plan.rank];
         // The largest tensor comes first: while one is loaded, its bytes are in memory twice.
         let output = self.column_parallel(ops, output, self.config.vocab_size, vocab)?;
         let layers = (0..self.config.n_layers).map(|layer| self.load_layer(ops, layer)).collect::<Result<_, _>>()?;
         Ok(Llama {
-            embedding: self.embedding()?,
+            embedding: self.embedding(ops)?,
             layers,
             norm: self.load_vector(ops, OUTPUT_NORM, hidden_dim)?,
             output,
@@ -259,11 +260,11 @@ impl Source {
         load().map_err(|source| LoadError::Tensor { tensor: self.checkpoint.own_name(tensor).into(), source })
     }
 
-    /// The embedding table, which is looked up in the mapped file.
-    fn embedding(&self) -> Result<Embedding, LoadError> {
-        let (name, hidden_dim) = (Embedding::TENSOR, self.config.hidden_dim);
+    /// The embedding table, all of it.
+    fn embedding<B: Backend>(&self, ops: &mut B) -> Result<B::Table, LoadError> {
+        let (name, hidden_dim) = (EmbeddingTable::TENSOR, self.config.hidden_dim);
         self.tensor(name, None, hidden_dim)?;
-        Ok(Embedding::new(Arc::clone(&self.checkpoint), hidden_dim))
+        self.named(name, || ops.load_table(EmbeddingTable::new(Arc::clone(&self.checkpoint), hidden_dim)))
     }
 }
 
@@ -289,7 +290,7 @@ fn refuse_unused_tensors(checkpoint: &Checkpoint, config: &ModelConfig) -> Resul
     const PARTS: [&str; 9] =
         ["attn_norm", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_norm", "ffn_gate", "ffn_up", "ffn_down"];
     let mut known: HashSet<String> =
-        [Embedding::TENSOR, OUTPUT, OUTPUT_NORM, ROPE_FREQS].map(str::to_owned).into_iter().collect();
+        [EmbeddingTable::TENSOR, OUTPUT, OUTPUT_NORM, ROPE_FREQS].map(str::to_owned).into_iter().collect();
     known.extend((0..config.n_layers).flat_map(|layer| PARTS.iter().map(move |part| layer_tensor(layer, part))));
     match checkpoint.tensors().find(|tensor| !known.contains(tensor.name)) {
         None => Ok(()),
@@ -303,11 +304,11 @@ fn refuse_unused_tensors(checkpoint: &Checkpoint, config: &ModelConfig) -> Resul
 /// Rows of the embedding are looked up where they lie, so a folder's must be floats: its other encodings are made of
 /// several tensors.
 fn refuse_quantized_embedding(checkpoint: &Checkpoint) -> Result<(), LoadError> {
-    if checkpoint.tensor(Embedding::TENSOR)?.mapped().is_some() {
+    if checkpoint.tensor(EmbeddingTable::TENSOR)?.mapped().is_some() {
         return Ok(());
     }
     Err(LoadError::Unsupported {
-        what: format!("tensor {}", checkpoint.own_name(Embedding::TENSOR)),
+        what: format!("tensor {}", checkpoint.own_name(EmbeddingTable::TENSOR)),
         why: "it is quantized, and of a folder only embeddings of floats are supported".into(),
     })
 }

@@ -6,11 +6,12 @@
 
 pub mod cpu;
 pub mod cuda;
+mod exchange;
 pub mod profiled;
 mod recycled;
 pub mod reference;
 
-use std::fmt::Debug;
+use std::{fmt::Debug, ops::Range};
 
 use lockstep_collectives::Collective;
 use lockstep_kernels::{EncodedRows, KvEncoding, RopeStyle};
@@ -18,6 +19,8 @@ use lockstep_kernels::{EncodedRows, KvEncoding, RopeStyle};
 use super::{
     OpError, StepError,
     batch::{Batch, Rows},
+    embedding::EmbeddingTable,
+    output::StepOutput,
     shard::Reduction,
 };
 
@@ -71,8 +74,8 @@ pub struct StepRun<'a, Kv> {
     pub kv: &'a mut Kv,
     /// The rows.
     pub batch: &'a Batch,
-    /// What [`Backend::logits`] writes.
-    pub logits: &'a mut Vec<f32>,
+    /// Which part of the vocabulary each rank's logits are of.
+    pub vocab: &'a [Range<usize>],
 }
 
 /// A device and how it computes. See the module for what every method keeps to.
@@ -85,6 +88,12 @@ pub trait Backend: Debug + Send {
     type Terms: Debug + Send;
     /// One rank's part of a weight, `[n_out, n_in]`.
     type Matrix: Debug + Send;
+    /// The embedding table, `[vocab_size, hidden_dim]`.
+    type Table: Debug + Send;
+    /// One rank's part of the logits, `[n_logits_rows, vocab_size/world]`.
+    type Logits: Debug + Send;
+    /// A step that was started.
+    type Started: Debug + Send;
     /// Keys and values of all layers.
     type Kv: Debug + Send;
 
@@ -97,6 +106,8 @@ pub trait Backend: Debug + Send {
         let [gate, up] = sources;
         Ok([self.load_matrix(gate, None)?, self.load_matrix(up, None)?])
     }
+    /// Loads the embedding table, or notes where it is.
+    fn load_table(&mut self, table: EmbeddingTable) -> Result<Self::Table, OpError>;
     /// Makes room for keys and values, empty.
     fn new_kv(&mut self, shape: KvShape) -> Result<Self::Kv, OpError>;
     /// Bytes of device memory that a loaded weight takes.
@@ -106,28 +117,48 @@ pub trait Backend: Debug + Send {
     fn begin(&mut self, _kv: &Self::Kv, _batch: &Batch) -> Result<(), OpError> {
         Ok(())
     }
-    /// Runs a step from its embedded tokens, `[n_rows, width]`, to its logits, which `forward` computes from their tensor. A
-    /// backend may record what `forward` does, and do it again for another step without asking; or ask twice.
-    fn run_step(
+    /// Whether a step may be started before the one before it is finished, and tokens may be chosen where logits are.
+    fn runs_ahead(&self, _collective: &mut dyn Collective) -> bool {
+        false
+    }
+    /// Starts a step: `forward` computes its logits, if it has any. A backend may record what `forward` does, and do it again
+    /// for another step without asking; or ask twice.
+    fn start_step(
         &mut self,
-        embedded: Vec<f32>,
-        width: usize,
         mut run: StepRun<'_, Self::Kv>,
-        forward: impl Fn(&mut Self, &mut StepRun<'_, Self::Kv>, Self::Tensor) -> Result<(), StepError>,
-    ) -> Result<(), StepError>
+        forward: impl Fn(&mut Self, &mut StepRun<'_, Self::Kv>) -> Result<Option<Self::Logits>, StepError>,
+    ) -> Result<Self::Started, StepError>
     where
         Self: Sized,
     {
         self.begin(run.kv, run.batch)?;
-        let x = self.upload(embedded, width)?;
-        forward(self, &mut run, x)
+        let logits = forward(self, &mut run)?;
+        self.send_results(&mut run, logits)
     }
+    /// Sends what was computed of a step on its way back from the device.
+    fn send_results(
+        &mut self,
+        run: &mut StepRun<'_, Self::Kv>,
+        logits: Option<Self::Logits>,
+    ) -> Result<Self::Started, StepError>;
+    /// Waits for a step, the oldest that was started, and brings what it gives to `out`: on rank 0 the logits of all ranks.
+    fn finish_step(
+        &mut self,
+        started: Self::Started,
+        vocab: &[Range<usize>],
+        collective: &mut dyn Collective,
+        out: &mut StepOutput,
+    ) -> Result<(), StepError>;
+    /// The group's end: nothing that was started is waited for, and whatever holds on to a collective is dropped.
+    fn abandon_steps(&mut self) {}
     /// Waits until the device has done what it was asked for.
     fn wait(&mut self) -> Result<(), OpError> {
         Ok(())
     }
     /// Brings values `[n_rows, width]` to the device.
     fn upload(&mut self, values: Vec<f32>, width: usize) -> Result<Self::Tensor, OpError>;
+    /// The embedded tokens of the batch's rows, `[n_rows, hidden_dim]`.
+    fn embed(&mut self, table: &Self::Table, batch: &Batch) -> Result<Self::Tensor, OpError>;
     /// `x += terms`, if there are any; then `x * weight / sqrt(mean(x^2) + eps)`, row by row.
     fn rms_norm(
         &mut self,
@@ -142,8 +173,8 @@ pub trait Backend: Debug + Send {
         weights: [&Self::Matrix; N],
         x: &Self::Input,
     ) -> Result<[Self::Tensor; N], OpError>;
-    /// `x · wᵀ`, brought back from the device: `out` becomes `[n_rows, n_out]`. The weight may not be row-parallel.
-    fn logits(&mut self, weight: &Self::Matrix, x: &Self::Input, out: &mut Vec<f32>) -> Result<(), OpError>;
+    /// `x · wᵀ`: `[n_rows, n_out]`. The weight may not be row-parallel.
+    fn logits(&mut self, weight: &Self::Matrix, x: &Self::Input) -> Result<Self::Logits, OpError>;
     /// `x · wᵀ` for a row-parallel weight: the terms of all ranks, whose sum in the reduction's order is the product.
     fn matmul_reduce(
         &mut self,

@@ -12,10 +12,14 @@ const N_ROUNDS: usize = 10;
 /// The uniform number in [0, 1) that decides the token at `position` (of the whole sequence, prompt included) of one
 /// choice. It is a multiple of 2^-53, so it is never 1.
 pub(super) fn uniform(seed: u64, choice: u32, position: u64) -> f64 {
+    uniform_bits(seed, choice, position) as f64 / (1u64 << 53) as f64
+}
+
+/// [`uniform`] in units of 2^-53.
+pub(super) fn uniform_bits(seed: u64, choice: u32, position: u64) -> u64 {
     let [lo, hi] = words(position);
     let [first, second, ..] = philox(words(seed), [lo, hi, choice, 0]);
-    let bits = u64::from(second) << 32 | u64::from(first);
-    (bits >> 11) as f64 / (1u64 << 53) as f64
+    (u64::from(second) << 32 | u64::from(first)) >> 11
 }
 
 fn words(number: u64) -> [u32; 2] {

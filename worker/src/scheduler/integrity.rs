@@ -67,9 +67,10 @@ impl Scheduler {
         for (id, sequence) in &self.waiting {
             assert!(sequence.blocks().is_empty() && sequence.n_computed() == 0, "{id:?} waits");
         }
-        for id in self.in_flight.iter().flatten().map(|(id, _)| id) {
+        for id in self.in_flight.iter().chain(&self.ahead).flatten().map(|(id, _)| id) {
             assert!(self.running.contains_key(id), "{id:?} is in flight and does not run");
         }
+        assert!(self.ahead.is_none() || self.in_flight.is_some(), "only what is under way has a plan ahead");
     }
 
     /// Reference counts are those of the tables, and whatever may still be written has one owner.

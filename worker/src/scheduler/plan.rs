@@ -35,7 +35,8 @@ pub struct SequenceStep {
     pub id: SeqId,
     /// Position of the first row. Keys and values of all positions before it are in the sequence's blocks.
     pub start_position: u32,
-    /// One row each, at consecutive positions. Never empty.
+    /// One row each, at consecutive positions. Never empty. [`PENDING`](super::ahead::PENDING) is the token that the step
+    /// before chooses for the sequence; it then is the only one.
     pub token_ids: Vec<u32>,
     /// Blocks to append to the sequence's block table before the step. The table then covers every row. Blocks that
     /// lie wholly before `start_position` are shared, and are not written by this or any later step of the sequence.
@@ -53,6 +54,9 @@ pub struct StepPlan {
     pub released: Vec<SeqId>,
     /// The rows, in order. Never empty in a plan that the scheduler made.
     pub sequences: Vec<SequenceStep>,
+    /// Whether tokens are chosen where the logits are, one for each row of them, and no logits leave the device. Every rank
+    /// then knows them when a later step says that it means them.
+    pub chooses: bool,
 }
 
 impl SequenceStep {

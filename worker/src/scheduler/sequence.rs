@@ -152,6 +152,11 @@ impl Sequence {
         self.token_ids.len() >= self.max_len
     }
 
+    /// Whether its next token is its last one, if none ends it before.
+    pub(super) fn ends_with_next(&self) -> bool {
+        self.token_ids.len() + 1 >= self.max_len
+    }
+
     /// Adds a sampled token.
     pub(super) fn push(&mut self, token_id: u32) {
         assert!(!self.is_at_max_len(), "more than {} tokens", self.max_len);

@@ -1,18 +1,19 @@
 //! A long random life of the scheduler: arrivals, aborts, deadlines, preemptions, shared prefixes, tiny pools, resets,
-//! drafts from either source that turn out right and wrong.
+//! drafts from either source that turn out right and wrong, plans that are made ahead of tokens.
 //!
 //! Beside the scheduler runs a follower that knows nothing but the plans. It keeps block tables and a KV storage in which
 //! each slot remembers the tokens that its keys and values stand for. Every row that a plan computes must find, in every
 //! slot before it, exactly the tokens of its own sequence: a block that was leaked, shared wrongly, overwritten or
 //! evicted too early shows at once.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::time::{Duration, Instant};
 
 use rand::seq::IndexedRandom;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
+use super::ahead::PENDING;
 use super::plan::{BlockId, LogitsRows, SeqId, SequenceStep, StepPlan};
 use super::speculation::{Draftable, Drafts, MAX_ROWS, Speculation};
 use super::{Ended, NewSequence, Refusal, Sampled, Scheduled, Scheduler, SchedulerConfig};
@@ -66,6 +67,9 @@ struct Seen {
     model_drafts: u64,
     model_drafts_beside_repeats: u64,
     model_without_drafts: u64,
+    planned_ahead: u64,
+    not_planned_ahead: u64,
+    ended_with_a_row_ahead: u64,
 }
 
 impl Seen {
@@ -93,6 +97,9 @@ impl Seen {
             self.model_drafts,
             self.model_drafts_beside_repeats,
             self.model_without_drafts,
+            self.planned_ahead,
+            self.not_planned_ahead,
+            self.ended_with_a_row_ahead,
         ];
         // The rarest happens about twenty times: so few that a higher limit would fail by chance now and then.
         assert!(counts.iter().all(|count| *count >= 3), "{self:?}");
@@ -133,7 +140,14 @@ struct Follower {
 }
 
 impl Follower {
-    fn apply(&mut self, plan: &StepPlan, clients: &BTreeMap<SeqId, Client>, block_size: usize) {
+    /// `chosen`: the tokens that the step before has chosen.
+    fn apply(
+        &mut self,
+        plan: &StepPlan,
+        clients: &BTreeMap<SeqId, Client>,
+        chosen: &BTreeMap<SeqId, u32>,
+        block_size: usize,
+    ) {
         for id in &plan.released {
             assert!(self.tables.remove(id).is_some(), "{id:?} is released and unknown");
         }
@@ -142,7 +156,13 @@ impl Follower {
         }
         for step in &plan.sequences {
             self.check_exclusive(step, block_size);
-            self.compute(step, &clients[&step.id].token_ids, block_size);
+            let mut known = clients[&step.id].token_ids.clone();
+            let mut step = step.clone();
+            if step.token_ids == [PENDING] {
+                step.token_ids = vec![chosen[&step.id]];
+                known.extend(&step.token_ids);
+            }
+            self.compute(&step, &known, block_size);
         }
     }
 
@@ -178,6 +198,10 @@ struct World {
     scheduler: Scheduler,
     follower: Follower,
     clients: BTreeMap<SeqId, Client>,
+    /// Plans that are not committed, with the tokens that the device has chosen in them.
+    under_way: VecDeque<(StepPlan, BTreeMap<SeqId, u32>)>,
+    /// How often a plan is asked for while one is under way.
+    p_ahead: f64,
     /// Prompts begin like one of these.
     documents: Vec<Vec<u32>>,
     now: Instant,
@@ -216,6 +240,8 @@ impl World {
             scheduler: Scheduler::new(config.clone()).unwrap(),
             follower: Follower::default(),
             clients: BTreeMap::new(),
+            under_way: VecDeque::new(),
+            p_ahead: *[0.0, 0.5, 1.0].choose(rng).unwrap(),
             documents: (0..3).map(|_| any_tokens(rng, 40)).collect(),
             now: Instant::now(),
             next_step_id: 0,
@@ -245,7 +271,7 @@ impl World {
 
     /// Nobody comes any more: everybody ends.
     fn drain(&mut self, rng: &mut ChaCha8Rng, seen: &mut Seen) {
-        while !self.clients.is_empty() {
+        while !self.clients.is_empty() || !self.under_way.is_empty() {
             self.step(rng, seen);
         }
         assert!(self.scheduler.schedule(self.now).plan.is_none());
@@ -292,7 +318,7 @@ impl World {
     /// What the scheduler's documentation promises to whoever comes now.
     fn starvation_bound(&self) -> u64 {
         let n_ahead = self.clients.len() as u64;
-        (n_ahead + 1) * (2 * self.config.max_running as u64 + 1) * u64::from(self.config.context_length)
+        (n_ahead + 1) * (2 * self.config.max_running as u64 + 1) * (u64::from(self.config.context_length) + 1)
     }
 
     fn abort_any(&mut self, rng: &mut ChaCha8Rng) -> bool {
@@ -313,6 +339,7 @@ impl World {
         let blocks = self.scheduler.stats().blocks;
         assert_eq!(blocks.free, blocks.total);
         self.clients.clear();
+        self.under_way.clear();
         self.follower = Follower::default();
         self.next_step_id = 0;
         seen.resets += 1;
@@ -321,26 +348,26 @@ impl World {
     fn step(&mut self, rng: &mut ChaCha8Rng, seen: &mut Seen) {
         seen.steps += 1;
         self.now += Duration::from_millis(rng.random_range(0..3));
-        let without_drafts = rng.random_bool(0.1).then(|| self.schedule_without_drafts());
-        let mut scheduled = self.scheduler.schedule(self.now);
-        self.scheduler.check_integrity();
-        if let (Some(plan), Some(draft_model)) = (&mut scheduled.plan, self.draft_model) {
-            self.ask(draft_model, plan, rng, seen);
+        if self.under_way.is_empty() {
+            let without_drafts = rng.random_bool(0.1).then(|| self.schedule_without_drafts());
+            let mut scheduled = self.scheduler.schedule(self.now);
             self.scheduler.check_integrity();
+            if let (Some(plan), Some(draft_model)) = (&mut scheduled.plan, self.draft_model) {
+                self.ask(draft_model, plan, rng, seen);
+                self.scheduler.check_integrity();
+            }
+            if let Some(without_drafts) = without_drafts {
+                self.check_that_nobody_pays(&scheduled, &without_drafts, seen);
+            }
+            self.take(scheduled, seen);
         }
-        if let Some(without_drafts) = without_drafts {
-            self.check_that_nobody_pays(&scheduled, &without_drafts, seen);
-        }
-        self.check_expired(&scheduled.expired, seen);
-        let Some(plan) = scheduled.plan else {
+        if self.under_way.is_empty() {
             assert!(self.clients.is_empty(), "there is work, and no plan for it");
             return;
-        };
-        seen.plans += 1;
-        self.check_plan(&plan, seen);
-        self.follower.apply(&plan, &self.clients, self.config.block_size as usize);
-        let tables = self.scheduler.running.iter().map(|(id, sequence)| (*id, sequence.blocks().to_vec()));
-        assert_eq!(self.follower.tables, tables.collect(), "the follower's tables are the leader's");
+        }
+        if rng.random_bool(self.p_ahead) {
+            self.plan_ahead(seen);
+        }
         if rng.random_bool(0.05) {
             seen.aborted_in_flight += u64::from(self.abort_any(rng));
         }
@@ -348,8 +375,35 @@ impl World {
             self.reset(seen);
             return;
         }
+        let (plan, _) = self.under_way.pop_front().expect("one is under way");
         self.commit(&plan, rng, seen);
         assert!(self.clients.values().all(|client| seen.steps < client.must_end_by), "somebody starves");
+    }
+
+    fn plan_ahead(&mut self, seen: &mut Seen) {
+        let scheduled = self.scheduler.schedule(self.now);
+        self.scheduler.check_integrity();
+        *(if scheduled.plan.is_some() { &mut seen.planned_ahead } else { &mut seen.not_planned_ahead }) += 1;
+        self.take(scheduled, seen);
+    }
+
+    /// Checks what was decided; a plan is under way from now on, and so are its tokens.
+    fn take(&mut self, scheduled: Scheduled, seen: &mut Seen) {
+        self.check_expired(&scheduled.expired, seen);
+        let Some(plan) = scheduled.plan else { return };
+        seen.plans += 1;
+        self.check_plan(&plan, seen);
+        let chosen = self.under_way.back().map(|(_, chosen)| chosen.clone()).unwrap_or_default();
+        self.follower.apply(&plan, &self.clients, &chosen, self.config.block_size as usize);
+        let tables = self.scheduler.running.iter().map(|(id, sequence)| (*id, sequence.blocks().to_vec()));
+        assert_eq!(self.follower.tables, tables.collect(), "the follower's tables are the leader's");
+        let choose = |step: &SequenceStep| {
+            let mut token_ids = self.clients[&step.id].token_ids.clone();
+            token_ids.extend(chosen.get(&step.id).filter(|_| step.token_ids == [PENDING]));
+            (step.id, next_token(&token_ids, self.period))
+        };
+        let chosen = plan.sequences.iter().map(choose).collect();
+        self.under_way.push_back((plan, chosen));
     }
 
     /// Has the draft model draft for whoever may have drafts from it, or for some of them.
@@ -422,10 +476,15 @@ impl World {
         assert!((1..=self.config.max_step_tokens).contains(&plan.n_rows()));
         self.check_logits_rows(plan, seen);
         assert!(plan.sequences.is_sorted_by(|a, b| a.id < b.id), "one part each, by age");
-        let oldest = self.scheduler.running.keys().next();
+        let is_ahead = !self.under_way.is_empty();
+        let ends_before = |id: &SeqId| is_ahead && self.clients[id].token_ids.len() + 1 == self.clients[id].max_len;
+        let oldest = self.scheduler.running.keys().find(|id| !ends_before(id));
         assert_eq!(plan.sequences.first().map(|step| &step.id), oldest, "the oldest is in every step");
-        for (id, sequence) in &self.scheduler.running {
+        for (id, sequence) in self.scheduler.running.iter().filter(|(id, _)| !ends_before(id)) {
             assert!(!sequence.decodes() || plan.sequences.iter().any(|step| step.id == *id), "{id:?} decodes");
+        }
+        if is_ahead {
+            assert!(plan.sequences.iter().all(|step| step.token_ids == [PENDING]), "{plan:?}");
         }
         for id in &plan.released {
             if let Some(client) = self.clients.get(id) {
@@ -434,8 +493,13 @@ impl World {
                 seen.preempted_owing_prompt_logits += u64::from(client.owes_prompt_logits() && client.n_delivered > 0);
             }
         }
-        for step in &plan.sequences {
+        for step in plan.sequences.iter().filter(|_| !is_ahead) {
             self.check_part(step, seen);
+        }
+        for step in plan.sequences.iter().filter(|_| is_ahead) {
+            let client = &self.clients[&step.id];
+            assert_eq!(step.start_position as usize, client.token_ids.len());
+            assert!(client.token_ids.len() + 1 < client.max_len && step.logits == LogitsRows::Last, "{step:?}");
         }
     }
 
@@ -510,6 +574,8 @@ impl World {
             client.token_ids.extend(tokens);
             let is_full = client.token_ids.len() == client.max_len;
             if *stop || is_full {
+                let has_row = |(plan, _): &(StepPlan, _)| plan.sequences.iter().any(|step| step.id == *id);
+                seen.ended_with_a_row_ahead += u64::from(self.under_way.iter().any(has_row));
                 assert!(!client.owes_prompt_logits(), "{client:?}");
                 self.clients.remove(id);
                 expected.push((*id, if *stop { Ended::Stop } else { Ended::Length }));

@@ -86,7 +86,7 @@ pub fn step_time(n_rows: usize) -> f64 {
 }
 
 impl Scheduler {
-    /// The sequences of the plan under way that a draft model may draft for, oldest first, if each of its steps takes
+    /// The sequences of the plan under way, the only one, that a draft model may draft for, oldest first, if each of its steps takes
     /// `draft_step_time` and gives each of them a draft. Unit: steps of one row.
     pub fn draftable(&self, draft_step_time: f64) -> Vec<Draftable> {
         self.find_draftable(draft_step_time, Allowance::n_drafts)
@@ -110,7 +110,11 @@ impl Scheduler {
     }
 
     /// Those that have no drafts yet and may have some. `n_paid_for`: how many an allowance covers at a price.
-    fn find_draftable(&self, draft_step_time: f64, n_paid_for: fn(&Allowance, f64) -> usize) -> Vec<Draftable> {
+    pub(super) fn find_draftable(
+        &self,
+        draft_step_time: f64,
+        n_paid_for: fn(&Allowance, f64) -> usize,
+    ) -> Vec<Draftable> {
         let n_decoding = self.decoding().count();
         if self.config.speculation == Speculation::Off || n_decoding == 0 {
             return Vec::new();

@@ -76,8 +76,26 @@ pub enum CudaError {
         block_size: usize,
     },
     /// A step that points to what is not there: a bug of the caller.
-    #[error("a step points to slots, blocks, positions or rows that are not there")]
+    #[error("a step points to tokens, slots, blocks, positions or rows that are not there, or has another shape")]
     Step,
+    /// More answers at once than there is memory for: a bug of the caller.
+    #[error("{limit} answers of a kind are under way, no more are possible")]
+    Answers {
+        /// The most there are.
+        limit: usize,
+    },
+    /// A step that chooses more tokens than there is room for.
+    #[error("a step chooses {n_rows} tokens; the limit is {}", super::MAX_CHOICES)]
+    Choices {
+        /// Rows of logits.
+        n_rows: usize,
+    },
+    /// Ends of ranks' ranges that cut no vocabulary.
+    #[error("ranges of a vocabulary end at {ends:?}: they must ascend, up to {MAX_VOCAB}", MAX_VOCAB = super::MAX_VOCAB)]
+    Vocab {
+        /// What was given.
+        ends: Vec<u32>,
+    },
     /// The device has not done what it was given.
     #[error("the GPU has not done a step within {timeout:?}")]
     Stuck {

@@ -1,4 +1,4 @@
-//! Events: marks in a device's stream that tell a thread how far it is, without making it wait.
+//! Events: marks in a device's stream that tell a thread how far it is, and since when, without making it wait.
 
 use std::{
     fmt, thread,
@@ -30,7 +30,7 @@ impl Device {
     /// The driver's.
     pub fn event(&self) -> Result<Event, CudaError> {
         self.bind()?;
-        let event = result::event::create(CUevent_flags::CU_EVENT_DISABLE_TIMING);
+        let event = result::event::create(CUevent_flags::CU_EVENT_DEFAULT);
         Ok(Event { device: self.clone(), event: event.map_err(CudaError::driver("cuEventCreate"))? })
     }
 }
@@ -73,6 +73,18 @@ impl Event {
             Err(DriverError(CUresult::CUDA_ERROR_NOT_READY)) => Ok(false),
             Err(error) => Err(CudaError::driver("cuEventQuery")(error)),
         }
+    }
+
+    /// The time on the device between the last marks of `start` and of this event.
+    ///
+    /// # Errors
+    /// One of them has no mark or has not been reached, or a kernel failed.
+    pub fn since(&self, start: &Self) -> Result<Duration, CudaError> {
+        self.device.bind()?;
+        // SAFETY: both events live.
+        let milliseconds = unsafe { result::event::elapsed(start.event, self.event) };
+        let milliseconds = milliseconds.map_err(CudaError::driver("cuEventElapsedTime"))?;
+        Ok(Duration::try_from_secs_f32(milliseconds / 1000.0).unwrap_or_default())
     }
 }
 

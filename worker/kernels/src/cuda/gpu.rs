@@ -2,28 +2,43 @@
 //!
 //! The methods check that everything a kernel touches is there, so they are safe whatever they are given.
 //!
-//! - `tensors`: activations, on their way to the device and back; `steps`: the rows of a step; `attention`: the cache, too.
+//! - `tensors`: activations, on their way to the device and back; `steps`: the rows of a step; `table`: their embeddings;
+//!   `attention`: the cache, too; `ranks`: what crosses between the ranks of a group; `choice`: from logits to token ids;
+//!   `answers`: results that nobody waits for yet.
 //! - Here: weights and their products, and what is done row by row.
 
+mod answers;
 mod attention;
+mod choice;
+mod ranks;
 mod steps;
+mod table;
 mod tensors;
+
+use std::sync::Arc;
 
 use bytemuck::{Pod, Zeroable};
 
 use super::{
-    Arg, CudaError, Device, Kernel, Program, Source,
+    Arg, Buffer, CudaError, Device, Event, Kernel, Program, Source,
     matrix::{GpuMatrix, MatrixArg, RowParallelSum},
     pool::Pool,
-    product::{ProductKernel, ProductLaunch},
+    product::ProductLaunch,
     step::{Heads, RowChoice},
 };
 use crate::{EncodedRows, RopeTable};
 
+pub use answers::Answer;
 pub use attention::GpuKvCache;
+pub(super) use choice::MAX_VOCAB;
+pub use choice::{ChoiceRule, GpuVocab, MAX_CHOICES};
 pub use steps::GpuStep;
+pub use table::GpuTable;
 pub use tensors::{GpuInput, GpuTensor, GpuTerms};
 
+pub(super) use table::table_programs;
+
+use answers::Pages;
 use attention::GpuRope;
 use steps::Staging;
 use tensors::{InputArg, TermsArg};
@@ -44,8 +59,15 @@ pub struct Gpu {
     head_dim: usize,
     rope: GpuRope,
     kernels: Kernels,
-    words: Staging,
-    activations: Staging,
+    staging: Staging,
+    /// Rows of the table, once there is one: token ids are below.
+    table_rows: Option<usize>,
+    /// What the last step that chose has chosen, one for each of its rows of logits: `[MAX_CHOICES]`.
+    choices: Buffer<u32>,
+    /// Marks the beginning of the last step.
+    begun: Arc<Event>,
+    answers: Pages<u32>,
+    rows: Pages<f32>,
 }
 
 /// The shape of the attention that one rank computes.
@@ -65,6 +87,8 @@ struct Kernels {
     rms_norm: Kernel,
     silu_mul: Kernel,
     select_rows: Kernel,
+    choose: Kernel,
+    join_columns: Kernel,
 }
 
 /// `Product` of `product.cuh`.
@@ -94,11 +118,15 @@ impl Gpu {
             return Err(CudaError::Heads { n_heads, n_kv_heads, head_dim });
         }
         let elementwise = Program::new(Source::Elementwise, &[]);
+        let begun = device.event()?;
+        begun.record()?;
         Ok(Self {
             kernels: Kernels {
                 rms_norm: device.kernel(&elementwise, "rms_norm")?,
                 silu_mul: device.kernel(&elementwise, "silu_mul")?,
                 select_rows: device.kernel(&elementwise, "select_rows")?,
+                join_columns: device.kernel(&elementwise, "join_columns")?,
+                choose: device.kernel(&Program::new(Source::Choose, &[]), "choose")?,
             },
             rope: GpuRope {
                 turns: device.upload_new(rope.turns())?,
@@ -109,8 +137,12 @@ impl Gpu {
             heads: Heads { n_kv_heads, group_size: n_heads / n_kv_heads },
             head_dim,
             pool: Pool::new(device.clone()),
-            words: Staging::new(&device)?,
-            activations: Staging::new(&device)?,
+            staging: Staging::new(&device)?,
+            table_rows: None,
+            choices: device.zeros(MAX_CHOICES)?,
+            begun: Arc::new(begun),
+            answers: Pages::new(&device)?,
+            rows: Pages::new(&device)?,
             device,
         })
     }
@@ -129,8 +161,8 @@ impl Gpu {
         source: &EncodedRows<'_>,
         sum: Option<RowParallelSum<'_>>,
     ) -> Result<GpuMatrix, CudaError> {
-        let matrix = GpuMatrix::new(&self.device, source, sum)?;
-        self.compile_products(&matrix, false)?;
+        let mut matrix = GpuMatrix::new(&self.device, source, sum)?;
+        matrix.load_kernels(&self.device, false)?;
         Ok(matrix)
     }
 
@@ -139,10 +171,10 @@ impl Gpu {
     /// # Errors
     /// As there.
     pub fn load_gated(&self, [gate, up]: [&EncodedRows<'_>; 2]) -> Result<[GpuMatrix; 2], CudaError> {
-        let (gate, up) = (GpuMatrix::new(&self.device, gate, None)?, GpuMatrix::new(&self.device, up, None)?);
+        let (mut gate, mut up) = (GpuMatrix::new(&self.device, gate, None)?, GpuMatrix::new(&self.device, up, None)?);
         let gated = gate.is_like(&up);
-        for weights in [&gate, &up] {
-            self.compile_products(weights, gated)?;
+        for weights in [&mut gate, &mut up] {
+            weights.load_kernels(&self.device, gated)?;
         }
         Ok([gate, up])
     }
@@ -234,7 +266,7 @@ impl Gpu {
         assert_eq!(gate.n_out(), up.n_out(), "gate and up of one shape");
         let out = self.input(x.n_rows, gate.n_out())?;
         let out_arg = out.arg();
-        if gate.is_like(up) {
+        if gate.is_like(up) && gate.kernels(true).is_some() {
             let mut product = ProductArg { gated: out_arg, ..product(&[gate, up], x, &[]) };
             product.end_tile = [gate.out_tiles() as u32; MAX_WEIGHTS];
             self.launch_product(&product, gate, x, gate.out_tiles(), true)?;
@@ -289,18 +321,9 @@ impl Gpu {
             return Ok(());
         }
         let launch = ProductLaunch::new(&weights.shape(out_tiles, gated), x.n_rows, self.device.info().limits);
-        let kernel = self.product_kernel(launch.kernel, weights, gated)?;
+        let kernel = weights.kernels(gated).expect("weights that were loaded for products").get(launch.kernel);
         // SAFETY: the kernel's parameter; weights, inputs and outputs have the shapes that it names.
         unsafe { kernel.launch(launch.grid, launch.threads, launch.shared_bytes, &[Arg::of(product)]) }
-    }
-
-    /// Compiles what products with such weights may need, while there is no work yet.
-    fn compile_products(&self, weights: &GpuMatrix, gated: bool) -> Result<(), CudaError> {
-        ProductKernel::ALL.into_iter().try_for_each(|kernel| self.product_kernel(kernel, weights, gated).map(|_| ()))
-    }
-
-    fn product_kernel(&self, kernel: ProductKernel, weights: &GpuMatrix, gated: bool) -> Result<Kernel, CudaError> {
-        self.device.kernel(&kernel.program(weights.form(), gated), kernel.entries()[0])
     }
 }
 

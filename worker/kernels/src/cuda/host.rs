@@ -7,7 +7,7 @@ use cudarc::driver::result;
 
 use super::{Buffer, CudaError, Device};
 
-/// Page-locked memory of the host for `len` values.
+/// Page-locked memory of the host for `len` values. It is freed at the end, which waits for all work that is queued.
 pub struct HostBuffer<T: Pod> {
     device: Device,
     /// Dangling if there are no bytes.
@@ -48,7 +48,7 @@ impl Device {
     /// The range is not that of `values`, or does not fit into the buffer.
     ///
     /// # Safety
-    /// `values` must not be changed or dropped until the copy is done, as an [`Event`](super::Event) after it tells.
+    /// `values` must not be changed until the copy is done, as an [`Event`](super::Event) after it tells.
     pub unsafe fn queue_upload<T: Pod>(
         &self,
         buffer: &mut Buffer<T>,
@@ -66,7 +66,7 @@ impl Device {
     /// Queues that `values` are copied to `pointer` on the device.
     ///
     /// # Safety
-    /// There is room. `values` are page-locked, and must not be changed or dropped until the copy is done.
+    /// There is room. `values` are page-locked, and must not be changed or freed until the copy is done.
     pub(super) unsafe fn queue_copy<T: Pod>(&self, pointer: u64, values: &[T]) -> Result<(), CudaError> {
         if size_of_val(values) == 0 {
             return Ok(());
@@ -83,7 +83,7 @@ impl Device {
     /// The range is not the buffer's, or longer than `values`.
     ///
     /// # Safety
-    /// `values` must not be read, changed or dropped until the copy is done, as an [`Event`](super::Event) after it tells.
+    /// `values` must not be read or changed until the copy is done, as an [`Event`](super::Event) after it tells.
     pub unsafe fn queue_download<T: Pod>(
         &self,
         buffer: &Buffer<T>,
@@ -93,11 +93,20 @@ impl Device {
         let pointer = buffer.at(range.start, range.len())?;
         let error = CudaError::Range { offset: 0, len: range.len(), buffer_len: values.len };
         let values = values.as_mut_slice().get_mut(..range.len()).ok_or(error)?;
+        // SAFETY: both sides have room; that nobody uses the values is the caller's contract.
+        unsafe { self.queue_copy_back(pointer, values) }
+    }
+
+    /// Queues that what lies at `pointer` on the device is copied to `values`.
+    ///
+    /// # Safety
+    /// There are so many values. `values` are page-locked, and must not be read, changed or freed until the copy is done.
+    pub(super) unsafe fn queue_copy_back<T: Pod>(&self, pointer: u64, values: &mut [T]) -> Result<(), CudaError> {
         if size_of_val(values) == 0 {
             return Ok(());
         }
         self.bind()?;
-        // SAFETY: both sides have room; that nobody uses the values is the caller's contract.
+        // SAFETY: the caller's contract.
         unsafe { result::memcpy_dtoh_async(values, pointer, self.stream()) }
             .map_err(CudaError::driver("cuMemcpyDtoHAsync"))
     }
@@ -123,8 +132,8 @@ impl<T: Pod> Drop for HostBuffer<T> {
             return;
         }
         // An error means that a kernel failed and took the context.
-        let _ = self.device.bind();
-        // SAFETY: it was allocated once and is freed once.
+        let _ = self.device.synchronize();
+        // SAFETY: it was allocated once and is freed once, and no copy that was queued is left to use it.
         let _ = unsafe { result::free_host(self.values.as_ptr().cast()) };
     }
 }

@@ -7,7 +7,7 @@ use bytemuck::{Pod, Zeroable};
 use super::{
     Buffer, CudaError, Device,
     packing::{Form, Packed, Segment, TILE},
-    product::ProductShape,
+    product::{ProductKernels, ProductShape},
 };
 use crate::{EncodedRows, KernelError, SumOrder, SumTree, segments::SegmentPlan};
 
@@ -33,6 +33,10 @@ pub struct GpuMatrix {
     sub_minimums: Buffer<i8>,
     segments: Buffer<Segment>,
     order: Option<GpuSumOrder>,
+    /// What multiplies by it, if it was loaded for that.
+    products: Option<ProductKernels>,
+    /// What multiplies by it and one that is like it, gate and up.
+    gated: Option<ProductKernels>,
 }
 
 /// The order in which the planes of all ranks are added, on the device.
@@ -104,7 +108,21 @@ impl GpuMatrix {
             sub_minimums: device.upload_new(&packed.sub_minimums)?,
             segments: device.upload_new(&packed.segments)?,
             order,
+            products: None,
+            gated: None,
         })
+    }
+
+    /// Compiles what products may need, while there is no work yet.
+    pub(super) fn load_kernels(&mut self, device: &Device, gated: bool) -> Result<(), CudaError> {
+        self.products = Some(ProductKernels::load(device, self.form, false)?);
+        self.gated = gated.then(|| ProductKernels::load(device, self.form, true)).transpose()?;
+        Ok(())
+    }
+
+    /// What multiplies by it, alone or as one of gate and up; `None` if it was not loaded for that.
+    pub(super) fn kernels(&self, gated: bool) -> Option<&ProductKernels> {
+        if gated { self.gated.as_ref() } else { self.products.as_ref() }
     }
 
     /// Outputs.

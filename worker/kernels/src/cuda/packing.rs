@@ -89,7 +89,7 @@ struct TileRow<'a> {
 // === impl Form ===
 
 impl Form {
-    fn of(encoding: Encoding) -> Self {
+    pub(super) fn of(encoding: Encoding) -> Self {
         match Format::of(encoding) {
             None => Self { bits: 16, group_len: TILE, two_level: false, has_minimum: false, codebook: None, offset: 0 },
             Some(Format { group_len, bits, codebook, offset, has_minimum, two_level }) => {

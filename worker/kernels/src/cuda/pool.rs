@@ -13,7 +13,7 @@ use std::{
 
 use bytemuck::Pod;
 
-use super::{Buffer, CudaError, Device, HostBuffer};
+use super::{Buffer, CudaError, Device};
 
 /// Smallest piece, in bytes: what the driver aligns to.
 const MIN_BYTES: usize = 256;
@@ -36,7 +36,7 @@ pub(super) struct Piece<T: Pod> {
     _values: PhantomData<T>,
 }
 
-/// Where a piece lies, or lay.
+/// Where values lie, or lay.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Target {
     pointer: u64,
@@ -46,21 +46,34 @@ pub(super) struct Target {
 // === impl Target ===
 
 impl Target {
-    /// As [`Device::queue_upload`], of the first bytes of `host`.
+    pub(super) fn of<T: Pod>(buffer: &Buffer<T>) -> Self {
+        Self { pointer: buffer.pointer(), n_bytes: buffer.len() * size_of::<T>() }
+    }
+
+    /// Queues that `values` are copied here.
     ///
     /// # Safety
-    /// As there; and the piece's pool is still there.
-    pub(super) unsafe fn queue_upload(
-        self,
-        device: &Device,
-        host: &HostBuffer<u8>,
-        n_bytes: usize,
-    ) -> Result<(), CudaError> {
-        let fits = n_bytes <= self.n_bytes;
-        let values = host.as_slice().get(..n_bytes).filter(|_| fits);
-        let values = values.ok_or(CudaError::Range { offset: 0, len: n_bytes, buffer_len: self.n_bytes })?;
-        // SAFETY: both sides have room; that the values stay as they are is the caller's contract.
+    /// They are page-locked, and must not be changed or freed until the copy is done. What they go to is still there.
+    pub(super) unsafe fn queue_upload<T: Pod>(self, device: &Device, values: &[T]) -> Result<(), CudaError> {
+        self.check_room(values)?;
+        // SAFETY: there is room; the rest is the caller's contract.
         unsafe { device.queue_copy(self.pointer, values) }
+    }
+
+    /// Queues that the first values here are copied to `values`.
+    ///
+    /// # Safety
+    /// They are page-locked, and must not be read, changed or freed until the copy is done. What they come from is still
+    /// there.
+    pub(super) unsafe fn queue_download<T: Pod>(self, device: &Device, values: &mut [T]) -> Result<(), CudaError> {
+        self.check_room(values)?;
+        // SAFETY: there are so many; the rest is the caller's contract.
+        unsafe { device.queue_copy_back(self.pointer, values) }
+    }
+
+    fn check_room<T>(self, values: &[T]) -> Result<(), CudaError> {
+        let (len, buffer_len) = (size_of_val(values), self.n_bytes);
+        if len <= buffer_len { Ok(()) } else { Err(CudaError::Range { offset: 0, len, buffer_len }) }
     }
 }
 

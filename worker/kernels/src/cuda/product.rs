@@ -2,7 +2,7 @@
 //! so the choice is one of time alone.
 
 use super::{
-    DeviceLimits, Program, Source,
+    CudaError, Device, DeviceLimits, Kernel, Program, Source,
     packing::{Form, TILE},
 };
 
@@ -27,6 +27,10 @@ pub(super) enum ProductKernel {
     /// `matmul_rows`: blocks of 256 outputs of 64 rows.
     ManyRows,
 }
+
+/// All kernels that multiply by weights of one form, in the order of [`ProductKernel::ALL`].
+#[derive(Debug)]
+pub(super) struct ProductKernels(Vec<Kernel>);
 
 /// What a launch depends on, beside the rows and the device: weights that are alike.
 #[derive(Clone, Copy, Debug)]
@@ -139,6 +143,21 @@ impl ProductKernel {
         };
         let enough = fitting().find(|kernel| kernel.block(shape.gated)[0] >= n_rows);
         enough.or(fitting().next_back()).unwrap_or(Self::ALL[0])
+    }
+}
+
+// === impl ProductKernels ===
+
+impl ProductKernels {
+    /// Loads or compiles them.
+    pub(super) fn load(device: &Device, form: Form, gated: bool) -> Result<Self, CudaError> {
+        let load = |kernel: ProductKernel| device.kernel(&kernel.program(form, gated), kernel.entries()[0]);
+        ProductKernel::ALL.into_iter().map(load).collect::<Result<_, _>>().map(Self)
+    }
+
+    pub(super) fn get(&self, kernel: ProductKernel) -> &Kernel {
+        let place = ProductKernel::ALL.into_iter().position(|other| other == kernel);
+        &self.0[place.expect("one of all")]
     }
 }
 

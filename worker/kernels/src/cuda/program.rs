@@ -4,13 +4,14 @@ use std::fmt;
 
 use sha2::{Digest, Sha256};
 
-use super::{Architecture, packing::Form, product::ProductKernel};
+use super::{Architecture, gpu::table_programs, packing::Form, product::ProductKernel};
 
 /// The headers of all sources, under the names that they include them by.
-pub(super) const HEADERS: [(&str, &str); 4] = [
+pub(super) const HEADERS: [(&str, &str); 5] = [
     ("device.cuh", include_str!("../../cuda/device.cuh")),
     ("input.cuh", include_str!("../../cuda/input.cuh")),
     ("kv_cache.cuh", include_str!("../../cuda/kv_cache.cuh")),
+    ("matrix.cuh", include_str!("../../cuda/matrix.cuh")),
     ("product.cuh", include_str!("../../cuda/product.cuh")),
 ];
 
@@ -19,8 +20,12 @@ pub(super) const HEADERS: [(&str, &str); 4] = [
 pub enum Source {
     /// Attention over the paged cache.
     Attention,
+    /// Choosing tokens.
+    Choose,
     /// What is done row by row.
     Elementwise,
+    /// Rows of the embedding table.
+    Embed,
     /// Writing keys and values.
     KvCache,
     /// Products of few rows with weights.
@@ -61,10 +66,12 @@ pub fn variants() -> Vec<Variant> {
         Variant { program: Program::new(Source::Probe, &[("FACTOR", 1)]), entries: &["axpy"], hot: true },
         Variant {
             program: Program::new(Source::Elementwise, &[]),
-            entries: &["rms_norm", "silu_mul", "select_rows"],
+            entries: &["rms_norm", "silu_mul", "select_rows", "join_columns"],
             hot: true,
         },
     ];
+    variants.extend(table_programs().into_iter().map(|program| Variant { program, entries: &["embed"], hot: true }));
+    variants.push(Variant { program: Program::new(Source::Choose, &[]), entries: &["choose"], hot: true });
     for kv_bits in [16, 8] {
         for head_dim in [64, 128] {
             let program = Program::new(Source::KvCache, &[("HEAD_DIM", head_dim), ("KV_BITS", kv_bits)]);
@@ -95,7 +102,9 @@ impl Source {
     pub fn name(self) -> &'static str {
         match self {
             Self::Attention => "attention",
+            Self::Choose => "choose",
             Self::Elementwise => "elementwise",
+            Self::Embed => "embed",
             Self::KvCache => "kv_cache",
             Self::Matmul => "matmul",
             Self::MatmulRows => "matmul_rows",
@@ -107,7 +116,9 @@ impl Source {
     pub(super) fn text(self) -> &'static str {
         match self {
             Self::Attention => include_str!("../../cuda/attention.cu"),
+            Self::Choose => include_str!("../../cuda/choose.cu"),
             Self::Elementwise => include_str!("../../cuda/elementwise.cu"),
+            Self::Embed => include_str!("../../cuda/embed.cu"),
             Self::KvCache => include_str!("../../cuda/kv_cache.cu"),
             Self::Matmul => include_str!("../../cuda/matmul.cu"),
             Self::MatmulRows => include_str!("../../cuda/matmul_rows.cu"),

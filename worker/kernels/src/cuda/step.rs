@@ -2,6 +2,7 @@
 
 use bytemuck::{Pod, Zeroable};
 
+use super::ChoiceRule;
 use crate::AttentionRow;
 
 /// Queries of a tile: the rows of a tensor-core operand.
@@ -11,9 +12,14 @@ pub(super) const SPLIT: usize = 256;
 /// Rows of one sequence from which on a tile goes through its keys alone: then there are tiles enough to fill a device.
 const ROWS_OF_A_PROMPT: usize = 32;
 
+/// Marks a token that the step before has chosen: `CHOSEN | r` is the one for its logits row `r`, wherever that is by now.
+pub const CHOSEN: u32 = 1 << 31;
+
 /// The rows of a step, before they are on the device.
 #[derive(Clone, Copy, Debug)]
 pub struct StepRows<'a> {
+    /// Each row's token: an id of the table's, or [`CHOSEN`] and a logits row of the step before.
+    pub tokens: &'a [u32],
     /// Where each row's key and value go.
     pub slots: &'a [u32],
     /// What each row attends to. Rows of one sequence are neighbours, with ascending positions.
@@ -22,6 +28,8 @@ pub struct StepRows<'a> {
     pub logits_rows: &'a [u32],
     /// What each of those attends to.
     pub logits_attention: &'a [AttentionRow],
+    /// How the token of each of those is chosen; empty if no token is.
+    pub choices: &'a [ChoiceRule],
     /// Block tables, one for each sequence.
     pub tables: &'a [Vec<u32>],
 }
@@ -75,6 +83,7 @@ pub(super) struct QueryTiles {
 pub struct StepShape {
     n_rows: usize,
     n_splits: usize,
+    chooses: bool,
 }
 
 /// A step as the device reads it: its words, and where in them things are.
@@ -88,8 +97,12 @@ pub(super) struct StepData {
 #[derive(Clone, Debug)]
 pub(super) struct Layout {
     pub(super) n_rows: usize,
+    pub(super) tokens: Part,
     pub(super) slots: Part,
     pub(super) logits_rows: Part,
+    pub(super) choices: Part,
+    /// Rows of logits whose token is chosen: all, or none.
+    pub(super) n_choices: usize,
     pub(super) tables: Part,
     pub(super) table_stride: usize,
     all: Queries,
@@ -158,13 +171,23 @@ impl StepShape {
     /// The shape for a step; `None` for one with a prompt, which is not recorded, since hardly another is like it.
     pub fn of(step: &StepRows<'_>) -> Option<Self> {
         let is_prompt = |run: &[AttentionRow]| run.len() >= ROWS_OF_A_PROMPT;
-        let all_count = step.logits_rows.len() == step.rows.len() && step.tables.len() <= step.rows.len();
-        if !all_count || step.rows.chunk_by(same_table).any(is_prompt) {
+        if !Self::all_count(step) || step.rows.chunk_by(same_table).any(is_prompt) {
             return None;
         }
         let n_rows = Self::ROWS.into_iter().find(|n_rows| *n_rows >= step.rows.len())?;
         let last_position = step.rows.iter().map(|row| row.position as usize).max()?;
-        Some(Self { n_rows, n_splits: (last_position / SPLIT + 1).next_power_of_two() })
+        let n_splits = (last_position / SPLIT + 1).next_power_of_two();
+        Some(Self { n_rows, n_splits, chooses: !step.choices.is_empty() })
+    }
+
+    /// Whether every row needs logits, and every table has a row.
+    fn all_count(step: &StepRows<'_>) -> bool {
+        step.logits_rows.len() == step.rows.len() && step.tables.len() <= step.rows.len()
+    }
+
+    /// Whether the step's rows and tables fit; its queries are another matter ([`QueryTiles::filled_up`]).
+    fn has_room_for(self, step: &StepRows<'_>) -> bool {
+        Self::all_count(step) && step.rows.len() <= self.n_rows && self.chooses == !step.choices.is_empty()
     }
 }
 
@@ -207,8 +230,12 @@ impl QueryTiles {
         cut
     }
 
-    /// Fills up with tiles of no splits, so that launches are those of any step of this shape.
-    fn fill_up(&mut self, shape: StepShape, heads: Heads) {
+    /// Fills up with tiles of no splits, so that launches are those of any step of this shape; `None` if it has another.
+    fn filled_up(mut self, shape: StepShape, heads: Heads) -> Option<Self> {
+        let has_prompts = self.n_split < self.tiles.len();
+        if has_prompts || self.tile_of_row.len() > shape.n_rows || self.max_splits > shape.n_splits {
+            return None;
+        }
         let nothing = QueryTile {
             first_row: 0,
             n_rows: 0,
@@ -223,31 +250,60 @@ impl QueryTiles {
         self.n_split = shape.n_rows;
         self.n_parts = heads.queries_of_a_row() * shape.n_splits * shape.n_rows;
         self.max_splits = shape.n_splits;
+        Some(self)
     }
 }
 
 // === impl StepData ===
 
 impl StepData {
-    /// Lays a step out; with a shape as one of that shape. Rows that fill it up write to the block after the last.
-    pub(super) fn new(step: &StepRows<'_>, heads: Heads, blocks: Blocks, shape: Option<StepShape>) -> Self {
+    /// Lays a step out; with a shape as one of that shape, or not at all if it has another. Rows that fill it up have token
+    /// 0, write to the block after the last, and choose what is likeliest. `words` is a vector to use again.
+    pub(super) fn new(
+        mut words: Vec<u32>,
+        step: &StepRows<'_>,
+        heads: Heads,
+        blocks: Blocks,
+        shape: Option<StepShape>,
+    ) -> Option<Self> {
+        if shape.is_some_and(|shape| !shape.has_room_for(step)) {
+            return None;
+        }
+        words.clear();
         let longest = step.tables.iter().map(Vec::len).max().unwrap_or_default().max(1);
         let table_stride = shape.map_or(longest, |shape| (shape.n_splits * SPLIT).div_ceil(blocks.block_size));
         let n_rows = shape.map_or(step.slots.len(), |shape| shape.n_rows);
-        let mut words = Vec::new();
+        let tokens = append(&mut words, step.tokens, n_rows, 0);
         let spare_slot = (blocks.n_blocks * blocks.block_size) as u32;
         let slots = append(&mut words, step.slots, n_rows, spare_slot);
         let n_logits = shape.map_or(step.logits_rows.len(), |_| 0);
         let logits_rows = append(&mut words, &step.logits_rows[..n_logits], n_logits, 0);
+        let n_choices = shape.map_or(step.choices.len(), |shape| if shape.chooses { shape.n_rows } else { 0 });
+        let rule_words = size_of::<ChoiceRule>() / size_of::<u32>();
+        let choices = append(&mut words, bytemuck::cast_slice(step.choices), n_choices * rule_words, 0);
         let tables = Part(words.len());
         for table in step.tables {
             // A table may reach past the positions of its rows.
             append(&mut words, &table[..table.len().min(table_stride)], table_stride, 0);
         }
         words.resize(tables.0 + table_stride * shape.map_or(step.tables.len(), |shape| shape.n_rows), 0);
-        let all = Queries::append(&mut words, step.rows, heads, shape);
-        let logits = Queries::append(&mut words, &step.logits_attention[..n_logits], heads, None);
-        Self { words, layout: Layout { n_rows, slots, logits_rows, tables, table_stride, all, logits } }
+        let all = Queries::append(&mut words, step.rows, heads, shape)?;
+        let logits = Queries::append(&mut words, &step.logits_attention[..n_logits], heads, None)?;
+        Some(Self {
+            words,
+            layout: Layout {
+                n_rows,
+                tokens,
+                slots,
+                logits_rows,
+                choices,
+                n_choices,
+                tables,
+                table_stride,
+                all,
+                logits,
+            },
+        })
     }
 }
 
@@ -270,24 +326,27 @@ impl Part {
 }
 
 impl Queries {
-    fn append(words: &mut Vec<u32>, rows: &[AttentionRow], heads: Heads, shape: Option<StepShape>) -> Self {
+    /// `None` if the rows do not have the shape.
+    fn append(words: &mut Vec<u32>, rows: &[AttentionRow], heads: Heads, shape: Option<StepShape>) -> Option<Self> {
         let mut queries = QueryTiles::new(rows, heads);
         if let Some(shape) = shape {
-            queries.fill_up(shape, heads);
+            queries = queries.filled_up(shape, heads)?;
         }
         let n_rows = queries.tile_of_row.len();
-        let positions: Vec<u32> = rows.iter().map(|row| row.position).collect();
+        let positions = Part(words.len());
+        words.extend(rows.iter().map(|row| row.position));
+        words.resize(positions.0 + n_rows, 0);
         let tiles: &[u32] = bytemuck::cast_slice(&queries.tiles);
-        Self {
+        Some(Self {
             n_rows,
             n_tiles: queries.tiles.len(),
             n_split: queries.n_split,
             n_parts: queries.n_parts,
             max_splits: queries.max_splits,
-            positions: append(words, &positions, n_rows, 0),
+            positions,
             tiles: append(words, tiles, tiles.len(), 0),
             tile_of_row: append(words, &queries.tile_of_row, n_rows, 0),
-        }
+        })
     }
 }
 
@@ -338,29 +397,41 @@ mod tests {
     #[test]
     fn steps_of_one_shape_differ_in_nothing_but_words() {
         let (heads, blocks) = (Heads { n_kv_heads: 2, group_size: 4 }, Blocks { n_blocks: 100, block_size: 16 });
-        let data = |all: &[AttentionRow]| {
+        let rule = ChoiceRule { temperature: 1.0, top_k: 2, top_p: 3.0, min_p: 4.0, uniform: [5, 6] };
+        let choosing = |all: &[AttentionRow], n_choices: usize| {
             let n_tables = all.iter().map(|row| row.table).max().unwrap() + 1;
             let tables: Vec<Vec<u32>> = (0..n_tables).map(|table| vec![table as u32; 40]).collect();
             let (slots, logits_rows) = (vec![7; all.len()], (0..all.len() as u32).collect::<Vec<_>>());
             let step = StepRows {
+                tokens: &vec![9; all.len()],
                 slots: &slots,
                 rows: all,
                 logits_rows: &logits_rows,
                 logits_attention: all,
+                choices: &vec![rule; n_choices],
                 tables: &tables,
             };
             let shape = StepShape::of(&step).expect("no prompt");
-            (shape, StepData::new(&step, heads, blocks, Some(shape)))
+            (shape, StepData::new(Vec::new(), &step, heads, blocks, Some(shape)).expect("of its shape"))
         };
+        let data = |all: &[AttentionRow]| choosing(all, all.len());
         let (shape, a) = data(&rows(0, 300..301).chain(rows(1, 5..6)).chain(rows(2, 0..1)).collect::<Vec<_>>());
         // Three rows of one sequence, as speculation has them, and one of another.
         let (same, b) = data(&rows(0, 400..403).chain(rows(1, 500..501)).collect::<Vec<_>>());
-        assert_eq!(shape, StepShape { n_rows: 4, n_splits: 2 });
+        assert_eq!(shape, StepShape { n_rows: 4, n_splits: 2, chooses: true });
         assert_eq!(shape, same);
         assert_eq!(format!("{:?}", a.layout), format!("{:?}", b.layout));
         assert_eq!(a.words.len(), b.words.len());
-        // The row that fills up writes past the last block.
+        // The row that fills up has a token that is there, and writes past the last block.
+        assert_eq!(a.words[a.layout.tokens.0..][..4], [9, 9, 9, 0]);
         assert_eq!(a.words[a.layout.slots.0..][..4], [7, 7, 7, 1600]);
+        // ... and takes the likeliest token.
+        let (rules, greedy) = a.words[a.layout.choices.0..][..24].split_at(18);
+        assert_eq!(bytemuck::cast_slice::<u32, ChoiceRule>(rules), [rule; 3]);
+        assert_eq!(bytemuck::cast_slice::<u32, ChoiceRule>(greedy), [ChoiceRule::default()]);
+        let (unlike, c) = choosing(&rows(0, 300..303).collect::<Vec<_>>(), 0);
+        assert_eq!(unlike, StepShape { chooses: false, ..shape });
+        assert_eq!(c.words.len(), a.words.len() - 24, "no rules");
         let queries = a.layout.queries(RowChoice::All);
         let splits =
             |data: &StepData| -> Vec<u32> { (0..4).map(|tile| data.words[queries.tiles.0 + 6 * tile + 4]).collect() };
@@ -368,12 +439,41 @@ mod tests {
         let prompt: Vec<_> = rows(0, 0..40).collect();
         let logits_rows: Vec<u32> = (0..40).collect();
         let step = StepRows {
+            tokens: &logits_rows,
             slots: &logits_rows,
             rows: &prompt,
             logits_rows: &logits_rows,
             logits_attention: &prompt,
+            choices: &[],
             tables: &[],
         };
         assert_eq!(StepShape::of(&step), None);
+    }
+
+    #[test]
+    fn a_step_of_another_shape_is_not_laid_out() {
+        let (heads, blocks) = (Heads { n_kv_heads: 2, group_size: 4 }, Blocks { n_blocks: 100, block_size: 16 });
+        let numbers: Vec<u32> = (0..40).collect();
+        let fits = |rows: &[AttentionRow], n_logits: usize, n_tables: usize, n_rows, n_splits| {
+            let step = StepRows {
+                tokens: &numbers[..rows.len()],
+                slots: &numbers[..rows.len()],
+                rows,
+                logits_rows: &numbers[..n_logits],
+                logits_attention: &rows[..n_logits],
+                choices: &[],
+                tables: &vec![numbers.clone(); n_tables],
+            };
+            StepData::new(Vec::new(), &step, heads, blocks, Some(StepShape { n_rows, n_splits, chooses: false }))
+                .is_some()
+        };
+        let few: Vec<_> = rows(0, 250..258).collect();
+        assert!(fits(&few, 8, 1, 8, 2) && fits(&few, 8, 8, 16, 4));
+        assert!(!fits(&few, 8, 1, 4, 2), "too many rows");
+        assert!(!fits(&few, 8, 1, 8, 1), "too many splits");
+        assert!(!fits(&few, 7, 1, 8, 2), "a row without logits");
+        assert!(!fits(&few, 8, 9, 8, 2), "a table without rows");
+        let prompt: Vec<_> = rows(0, 0..40).collect();
+        assert!(!fits(&prompt, 40, 1, 48, 1), "a prompt, which goes through its keys alone");
     }
 }

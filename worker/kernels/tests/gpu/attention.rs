@@ -102,8 +102,15 @@ impl Sequences {
         let n = self.keys[table].len() / width;
         let slots: Vec<u32> = (0..n).map(|position| self.slot(table, position)).collect();
         let rows: Vec<_> = (0..n).map(|position| AttentionRow { position: position as u32, table }).collect();
-        let step =
-            StepRows { slots: &slots, rows: &rows, logits_rows: &[], logits_attention: &[], tables: &self.tables };
+        let step = StepRows {
+            tokens: &vec![0; n],
+            slots: &slots,
+            rows: &rows,
+            logits_rows: &[],
+            logits_attention: &[],
+            choices: &[],
+            tables: &self.tables,
+        };
         let step = self.gpu.begin(&step, &self.kv, None).expect("a step");
         let k = self.gpu.upload(&self.keys[table], width).unwrap();
         let v = self.gpu.upload(&self.values[table], width).unwrap();
@@ -113,7 +120,15 @@ impl Sequences {
     fn attend(&mut self, rows: &[AttentionRow]) -> Vec<f32> {
         let width = self.shape.n_heads * self.shape.head_dim;
         let slots: Vec<u32> = rows.iter().map(|row| self.slot(row.table, row.position as usize)).collect();
-        let step = StepRows { slots: &slots, rows, logits_rows: &[], logits_attention: &[], tables: &self.tables };
+        let step = StepRows {
+            tokens: &vec![0; rows.len()],
+            slots: &slots,
+            rows,
+            logits_rows: &[],
+            logits_attention: &[],
+            choices: &[],
+            tables: &self.tables,
+        };
         let step = self.gpu.begin(&step, &self.kv, None).expect("a step");
         let q: Vec<f32> = rows
             .iter()

@@ -7,7 +7,7 @@ use crate::{assert_same_bits, gpu, products::check_sums, random};
 
 #[test]
 fn a_normalized_row_is_within_the_rounding_of_bf16() {
-    let mut gpu = gpu();
+    let gpu = gpu();
     for width in [32, 96, 576, 2048] {
         let rng = &mut random::seeded(31);
         let (x, weight) = (random::floats(rng, 5 * width), random::floats(rng, width));
@@ -30,7 +30,7 @@ fn a_normalized_row_is_within_the_rounding_of_bf16() {
 
 #[test]
 fn terms_of_all_ranks_are_added_in_the_order_of_the_tree() {
-    let mut gpu = gpu();
+    let gpu = gpu();
     let (n_in, width, n_rows) = (7 * 32, 96, 3);
     let tree = SumTree::new(7);
     // Every segment a rank of its own.

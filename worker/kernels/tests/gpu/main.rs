@@ -5,10 +5,13 @@
 #![allow(clippy::single_range_in_vec_init, reason = "lists of ranges with one range")]
 
 mod attention;
+mod choice;
 mod elementwise;
+mod embeddings;
 mod products;
 #[path = "../conformance/random.rs"]
 mod random;
+mod ranks;
 
 use std::env;
 

@@ -118,7 +118,7 @@ impl Shadows {
             shadow.held.extend(*token_ids);
         }
         self.next_step_id += 1;
-        StepPlan { step_id: self.next_step_id, released: std::mem::take(&mut self.released), sequences }
+        StepPlan { step_id: self.next_step_id, released: std::mem::take(&mut self.released), sequences, chooses: false }
     }
 }
 

@@ -1,5 +1,7 @@
 //! The `cpu` backend: our own kernels, which keep the lockstep rule.
 
+use std::ops::Range;
+
 use lockstep_collectives::Collective;
 use lockstep_kernels::{
     Activations, AttentionBatch, Cpu, EncodedRows, Forms, KvCache, NewTokens, PackedMatrix, Product, RopeTable,
@@ -7,12 +9,15 @@ use lockstep_kernels::{
 };
 
 use super::{
-    AttentionShape, Backend, KvShape, RopeSpec,
+    AttentionShape, Backend, KvShape, RopeSpec, StepRun,
+    exchange::{gather_logits, gather_planes},
     recycled::{Home, Recycled},
 };
 use crate::model::{
     OpError, StepError,
     batch::{Batch, Rows},
+    embedding::EmbeddingTable,
+    output::StepOutput,
     shard::Reduction,
 };
 
@@ -26,6 +31,8 @@ pub struct CpuBackend {
     forms: Option<Forms>,
     values: Home<Vec<f32>>,
     inputs: Home<Activations>,
+    /// Room for logits, while the last step's are at whoever wanted them.
+    logits: Vec<f32>,
 }
 
 /// `[n_rows, width]`, row by row.
@@ -56,7 +63,7 @@ impl CpuBackend {
     pub fn new(cpu: Cpu, shape: AttentionShape) -> Result<Self, OpError> {
         let RopeSpec { rope_dim, base, ref factors, n_positions, style } = shape.rope;
         let rope = RopeTable::new(shape.head_dim, rope_dim, base, factors.as_deref(), n_positions, style)?;
-        Ok(Self { cpu, shape, rope, forms: None, values: Home::default(), inputs: Home::default() })
+        Ok(Self { cpu, shape, rope, forms: None, values: Home::default(), inputs: Home::default(), logits: Vec::new() })
     }
 
     /// Memory for values that will all be written; what it holds is left from earlier.
@@ -87,6 +94,9 @@ impl Backend for CpuBackend {
     type Input = Recycled<Activations>;
     type Terms = CpuTerms;
     type Matrix = PackedMatrix;
+    type Table = EmbeddingTable;
+    type Logits = Vec<f32>;
+    type Started = Option<Vec<f32>>;
     type Kv = KvCache;
 
     fn load_matrix(
@@ -108,6 +118,10 @@ impl Backend for CpuBackend {
         Ok(packed)
     }
 
+    fn load_table(&mut self, table: EmbeddingTable) -> Result<EmbeddingTable, OpError> {
+        Ok(table)
+    }
+
     fn new_kv(&mut self, shape: KvShape) -> Result<KvCache, OpError> {
         let AttentionShape { n_kv_heads, head_dim, .. } = self.shape;
         let KvShape { n_layers, n_blocks, block_size, encoding } = shape;
@@ -118,8 +132,34 @@ impl Backend for CpuBackend {
         matrix.size_bytes()
     }
 
+    fn send_results(
+        &mut self,
+        _run: &mut StepRun<'_, KvCache>,
+        logits: Option<Vec<f32>>,
+    ) -> Result<Option<Vec<f32>>, StepError> {
+        Ok(logits)
+    }
+
+    fn finish_step(
+        &mut self,
+        logits: Option<Vec<f32>>,
+        vocab: &[Range<usize>],
+        collective: &mut dyn Collective,
+        out: &mut StepOutput,
+    ) -> Result<(), StepError> {
+        out.clear();
+        let Some(logits) = logits else { return Ok(()) };
+        self.logits = std::mem::replace(&mut out.logits, logits);
+        gather_logits(vocab, collective, out)
+    }
+
     fn upload(&mut self, values: Vec<f32>, width: usize) -> Result<CpuTensor, OpError> {
         Ok(CpuTensor { values: self.values.adopt(values), width })
+    }
+
+    fn embed(&mut self, table: &EmbeddingTable, batch: &Batch) -> Result<CpuTensor, OpError> {
+        let (values, width) = embedded(table, batch)?;
+        self.upload(values, width)
     }
 
     fn rms_norm(
@@ -148,10 +188,11 @@ impl Backend for CpuBackend {
         Ok(outputs)
     }
 
-    fn logits(&mut self, weight: &PackedMatrix, x: &Recycled<Activations>, out: &mut Vec<f32>) -> Result<(), OpError> {
-        out.resize(x.n_rows() * weight.n_out(), 0.0);
-        self.cpu.matmul(weight, x, out);
-        Ok(())
+    fn logits(&mut self, weight: &PackedMatrix, x: &Recycled<Activations>) -> Result<Vec<f32>, OpError> {
+        let mut logits = std::mem::take(&mut self.logits);
+        logits.resize(x.n_rows() * weight.n_out(), 0.0);
+        self.cpu.matmul(weight, x, &mut logits);
+        Ok(logits)
     }
 
     fn matmul_reduce(
@@ -165,7 +206,7 @@ impl Backend for CpuBackend {
         let mut planes = self.values(reduction.order.n_planes() * plane);
         let mine = reduction.partials(collective.rank());
         self.cpu.matmul(weight, x, &mut planes[mine.start * plane..mine.end * plane]);
-        gather(&mut planes, plane, reduction, collective)?;
+        gather_planes(&mut planes, plane, reduction, collective)?;
         Ok(CpuTerms { planes, order: reduction.order.clone() })
     }
 
@@ -225,15 +266,8 @@ impl Backend for CpuBackend {
     }
 }
 
-/// Gathers every rank's partial planes, `[n_planes, plane]` in all, of which this rank's are there.
-pub(super) fn gather(
-    planes: &mut [f32],
-    plane: usize,
-    reduction: &Reduction,
-    collective: &mut dyn Collective,
-) -> Result<(), StepError> {
-    if collective.world_size() == 1 {
-        return Ok(());
-    }
-    Ok(collective.all_gather(&reduction.lengths(plane), planes)?)
+/// The embedded tokens of a batch, and their width.
+pub(super) fn embedded(table: &EmbeddingTable, batch: &Batch) -> Result<(Vec<f32>, usize), OpError> {
+    let token_ids = batch.token_ids().ok_or(OpError::TokensUnknown)?;
+    Ok((table.rows(token_ids.into_iter())?, table.hidden_dim()))
 }

@@ -1,21 +1,29 @@
 //! The `cuda` backend: our own kernels on one GPU. It keeps the lockstep rule, in an order of its own: its bits are not
 //! those of the `cpu` backend.
+//!
+//! A step is queued and not waited for, so that the next one can be queued behind it. Where other ranks are reached
+//! through the host, it waits for its own sums in between.
 
-use std::collections::HashMap;
+use std::{collections::HashMap, ops::Range};
 
-use lockstep_collectives::Collective;
+use lockstep_collectives::{Collective, CollectiveError};
 use lockstep_kernels::{
     EncodedRows, RopeTable,
     cuda::{
-        Device, Gpu, GpuHeads, GpuInput, GpuKvCache, GpuMatrix, GpuStep, GpuTensor, GpuTerms, Recording, RowChoice,
-        RowParallelSum, StepRows, StepShape,
+        Answer, CHOSEN, CudaError, Device, Gpu, GpuHeads, GpuInput, GpuKvCache, GpuMatrix, GpuStep, GpuTable,
+        GpuTensor, GpuTerms, GpuVocab, Recording, RowChoice, RowParallelSum, StepRows, StepShape,
     },
 };
 
-use super::{AttentionShape, Backend, KvShape, RopeSpec, StepRun, cpu::gather};
+use super::{
+    AttentionShape, Backend, KvShape, RopeSpec, StepRun,
+    exchange::{gather_logits, gather_planes},
+};
 use crate::model::{
     OpError, StepError,
-    batch::{Batch, Rows},
+    batch::{Batch, Rows, Token},
+    embedding::EmbeddingTable,
+    output::StepOutput,
     shard::Reduction,
 };
 
@@ -26,14 +34,36 @@ const MAX_RECORDINGS: usize = 64;
 #[derive(Debug)]
 pub struct CudaBackend {
     // Recordings go before what they point to.
-    recordings: HashMap<StepShape, Option<Recording>>,
+    recordings: HashMap<StepShape, Recorded>,
     gpu: Gpu,
     step: Option<GpuStep>,
-    /// Whether logits stay on the device, for whoever runs the step to bring them to the host.
-    keeps_logits: bool,
-    kept_logits: Option<GpuTensor>,
+    vocab: Option<GpuVocab>,
+    /// Calls between devices that were made.
+    n_calls: u64,
+    /// Steps that were started.
+    n_steps: u64,
     /// Planes on their way to other ranks.
     planes: Vec<f32>,
+}
+
+/// What is known of steps of one shape.
+#[derive(Debug)]
+struct Recorded {
+    /// There from the second such step on.
+    recording: Option<Recording>,
+    /// Calls between devices that are part of it.
+    n_calls: u64,
+    /// The number of the step that was the last of its shape.
+    last_step: u64,
+}
+
+/// What a step brings to the host when it is done.
+#[derive(Debug)]
+pub enum CudaStarted {
+    /// The tokens that were chosen, if any were.
+    Tokens(Answer<u32>),
+    /// Logits: of all ranks if they were gathered between devices, otherwise this rank's.
+    Logits(Answer<f32>),
 }
 
 impl CudaBackend {
@@ -50,8 +80,9 @@ impl CudaBackend {
             recordings: HashMap::new(),
             gpu,
             step: None,
-            keeps_logits: false,
-            kept_logits: None,
+            vocab: None,
+            n_calls: 0,
+            n_steps: 0,
             planes: Vec::new(),
         })
     }
@@ -60,69 +91,138 @@ impl CudaBackend {
         self.step.as_ref().expect("the forward pass begins with `begin`")
     }
 
-    fn begin_shaped(&mut self, run: &StepRun<'_, GpuKvCache>, shape: StepShape) -> Result<(), OpError> {
-        self.step = Some(self.gpu.begin(&rows_of(run.batch), run.kv, Some(shape))?);
-        Ok(())
-    }
-
-    /// A step as it comes. Between devices, what is queued may wait for a rank that is gone: then the group's own wait ends,
-    /// and no other, so nothing may wait for the device before it.
-    fn run_unrecorded(
-        &mut self,
-        run: &mut StepRun<'_, GpuKvCache>,
-        x: GpuTensor,
-        forward: impl Fn(&mut Self, &mut StepRun<'_, GpuKvCache>, GpuTensor) -> Result<(), StepError>,
-    ) -> Result<(), StepError> {
-        self.kept_logits = None;
-        self.keeps_logits = run.collective.device().is_some();
-        let queued = forward(self, run, x);
-        self.keeps_logits = false;
-        queued?;
-        if let Some(mut device) = run.collective.device() {
-            device.wait()?;
-        }
-        if let Some(logits) = self.kept_logits.take() {
-            self.gpu.download(&logits, run.logits)?;
-        }
-        Ok(())
-    }
-
     /// Records the step that was just computed, if its shape has come before.
     fn record(
         &mut self,
         shape: StepShape,
-        embedded: &[f32],
-        width: usize,
+        rows: &StepRows<'_>,
         run: &mut StepRun<'_, GpuKvCache>,
-        forward: impl Fn(&mut Self, &mut StepRun<'_, GpuKvCache>, GpuTensor) -> Result<(), StepError>,
+        forward: impl Fn(&mut Self, &mut StepRun<'_, GpuKvCache>) -> Result<Option<GpuTensor>, StepError>,
     ) -> Result<(), StepError> {
         if !self.recordings.contains_key(&shape) {
-            if self.recordings.len() >= MAX_RECORDINGS {
-                self.recordings.clear();
-            }
-            self.recordings.insert(shape, None);
+            self.forget_a_recording();
+            self.recordings.insert(shape, Recorded { recording: None, n_calls: 0, last_step: self.n_steps });
             return Ok(());
         }
-        let x = self.gpu.upload_padded(embedded, width, shape.n_rows())?;
+        self.step = Some(self.gpu.begin(rows, run.kv, Some(shape))?);
         let device = self.gpu.device().clone();
-        self.keeps_logits = true;
-        let recording = Recording::new(&device, shape, x, |x| {
-            forward(self, run, x)?;
-            let logits = self.kept_logits.take().expect("the forward pass ends with logits");
+        let calls_before = self.n_calls;
+        let recording = Recording::new(&device, shape, || {
+            let logits = forward(self, run)?.expect("all rows of a step that has a shape need logits");
+            let logits = self.conclude(run, logits)?;
             Ok::<_, StepError>((logits, self.step.take().expect("the step that was computed")))
-        });
-        self.keeps_logits = false;
-        self.recordings.insert(shape, Some(recording?));
+        })?;
+        let n_calls = self.n_calls - calls_before;
+        self.recordings.insert(shape, Recorded { recording: Some(recording), n_calls, last_step: self.n_steps });
         Ok(())
+    }
+
+    /// Makes room for another recording.
+    fn forget_a_recording(&mut self) {
+        if self.recordings.len() < MAX_RECORDINGS {
+            return;
+        }
+        let oldest = self.recordings.iter().min_by_key(|(_, recorded)| recorded.last_step);
+        if let Some(shape) = oldest.map(|(shape, _)| *shape) {
+            self.recordings.remove(&shape);
+        }
+    }
+
+    /// What a step does once this rank has its logits: those of other ranks come to rank 0's device, which chooses tokens
+    /// if the plan has them chosen; then all ranks get these. Returns the logits as rank 0 may bring them to the host.
+    fn conclude(&mut self, run: &mut StepRun<'_, GpuKvCache>, logits: GpuTensor) -> Result<GpuTensor, StepError> {
+        let n_rows = logits.n_rows();
+        let (is_first, is_alone) = (run.collective.rank() == 0, run.collective.world_size() == 1);
+        let mut whole = logits;
+        if !is_alone && let Some(mut device) = run.collective.device() {
+            let lengths: Vec<usize> = run.vocab.iter().map(|range| range.len() * n_rows).collect();
+            let vocab_size = run.vocab.last().map_or(0, |range| range.end);
+            let mut room = is_first.then(|| self.gpu.gather_room(n_rows, vocab_size)).transpose()?;
+            let out = room.as_mut().map(GpuTensor::collective_slice_mut);
+            device.gather(0, whole.collective_slice(), &lengths, out)?;
+            self.n_calls += 1;
+            whole = room.unwrap_or(whole);
+        }
+        let ends = || run.vocab.iter().map(|range| range.end as u32).collect::<Vec<_>>();
+        if run.batch.chooses {
+            if is_first {
+                let vocab = match self.vocab.take() {
+                    Some(vocab) => vocab,
+                    None => self.gpu.load_vocab(&ends())?,
+                };
+                self.gpu.choose(&whole, &vocab, self.step())?;
+                self.vocab = Some(vocab);
+            }
+            if !is_alone && let Some(mut device) = run.collective.device() {
+                device.broadcast(0, self.gpu.choices_slice_mut(n_rows))?;
+                self.n_calls += 1;
+            }
+        } else if is_first && !is_alone && run.collective.device().is_some() {
+            whole = self.gpu.join_columns(&whole, &ends())?;
+        }
+        Ok(whole)
+    }
+
+    /// Sends what a step gives to the host, behind all that is queued.
+    fn queue_answer(
+        gpu: &mut Gpu,
+        run: &mut StepRun<'_, GpuKvCache>,
+        logits: Option<&GpuTensor>,
+    ) -> Result<CudaStarted, CudaError> {
+        let n_rows = run.batch.logits_rows.len();
+        // Through the host, every rank's logits are gathered there.
+        let has_logits = run.collective.rank() == 0 || run.collective.device().is_none();
+        Ok(match logits {
+            Some(logits) if has_logits && !run.batch.chooses => CudaStarted::Logits(gpu.queue_rows(logits, n_rows)?),
+            Some(_) if run.batch.chooses => CudaStarted::Tokens(gpu.queue_choices(n_rows)?),
+            _ => CudaStarted::Tokens(gpu.queue_choices(0)?),
+        })
     }
 }
 
-fn rows_of(batch: &Batch) -> StepRows<'_> {
+impl CudaStarted {
+    fn is_there(&self) -> Result<bool, CudaError> {
+        match self {
+            Self::Tokens(tokens) => tokens.is_there(),
+            Self::Logits(logits) => logits.is_there(),
+        }
+    }
+
+    /// Waits for the answer. Between devices, what is queued may wait for a rank that is gone: then the group's own wait
+    /// ends, and no other, so nothing may wait for the device before it.
+    fn wait(&self, collective: &mut dyn Collective) -> Result<(), StepError> {
+        let Some(mut device) = collective.device() else { return Ok(()) };
+        let mut failure = None;
+        let waited: Result<(), CollectiveError> = device.wait_until(|| {
+            self.is_there().map_err(|error| {
+                let text = error.to_string();
+                failure = Some(error);
+                text
+            })
+        });
+        match failure {
+            Some(failure) => Err(failure.into()),
+            None => Ok(waited?),
+        }
+    }
+}
+
+fn encode(batch: &Batch) -> Vec<u32> {
+    let word = |token: &Token| match *token {
+        Token::Known(id) => id,
+        Token::Chosen(row) => CHOSEN | row,
+    };
+    batch.tokens.iter().map(word).collect()
+}
+
+fn rows_of<'a>(batch: &'a Batch, tokens: &'a [u32]) -> StepRows<'a> {
     StepRows {
+        tokens,
         slots: &batch.slots,
         rows: &batch.attention,
         logits_rows: &batch.logits_rows,
         logits_attention: &batch.logits_attention,
+        choices: &batch.rules,
         tables: &batch.block_tables,
     }
 }
@@ -132,6 +232,9 @@ impl Backend for CudaBackend {
     type Input = GpuInput;
     type Terms = GpuTerms;
     type Matrix = GpuMatrix;
+    type Table = GpuTable;
+    type Logits = GpuTensor;
+    type Started = CudaStarted;
     type Kv = GpuKvCache;
 
     fn load_matrix(&mut self, source: &EncodedRows<'_>, reduction: Option<&Reduction>) -> Result<GpuMatrix, OpError> {
@@ -147,6 +250,10 @@ impl Backend for CudaBackend {
         Ok(self.gpu.load_gated(sources)?)
     }
 
+    fn load_table(&mut self, table: EmbeddingTable) -> Result<GpuTable, OpError> {
+        Ok(self.gpu.load_table(&table.encoded()?)?)
+    }
+
     fn new_kv(&mut self, shape: KvShape) -> Result<GpuKvCache, OpError> {
         let KvShape { n_layers, n_blocks, block_size, encoding } = shape;
         Ok(self.gpu.new_kv(n_layers, n_blocks, block_size, encoding)?)
@@ -157,37 +264,83 @@ impl Backend for CudaBackend {
     }
 
     fn begin(&mut self, kv: &GpuKvCache, batch: &Batch) -> Result<(), OpError> {
-        self.step = Some(self.gpu.begin(&rows_of(batch), kv, None)?);
+        self.step = Some(self.gpu.begin(&rows_of(batch, &encode(batch)), kv, None)?);
         Ok(())
+    }
+
+    fn runs_ahead(&self, collective: &mut dyn Collective) -> bool {
+        collective.world_size() == 1 || collective.device().is_some()
     }
 
     /// A step without prompts is computed filled up to one of a few shapes. When a shape comes for the second time it is
     /// recorded, and from then on replayed. Where other ranks are reached through the host, nothing can be recorded.
-    fn run_step(
+    fn start_step(
         &mut self,
-        embedded: Vec<f32>,
-        width: usize,
         mut run: StepRun<'_, GpuKvCache>,
-        forward: impl Fn(&mut Self, &mut StepRun<'_, GpuKvCache>, GpuTensor) -> Result<(), StepError>,
-    ) -> Result<(), StepError> {
-        let rows = rows_of(run.batch);
-        let shape = StepShape::of(&rows).filter(|_| run.collective.world_size() == 1);
-        let Some(shape) = shape else {
-            self.begin(run.kv, run.batch)?;
-            let x = self.upload(embedded, width)?;
-            return self.run_unrecorded(&mut run, x, forward);
-        };
-        let n_rows = run.batch.n_rows();
-        if let Some(Some(recording)) = self.recordings.get_mut(&shape) {
-            let logits = self.gpu.replay(recording, &rows, run.kv, &embedded)?;
-            self.gpu.download_rows(logits, n_rows, run.logits)?;
-            return Ok(());
+        forward: impl Fn(&mut Self, &mut StepRun<'_, GpuKvCache>) -> Result<Option<GpuTensor>, StepError>,
+    ) -> Result<CudaStarted, StepError> {
+        self.n_steps += 1;
+        let tokens = encode(run.batch);
+        let rows = rows_of(run.batch, &tokens);
+        let shape = StepShape::of(&rows).filter(|_| self.runs_ahead(run.collective));
+        if let Some(shape) = shape
+            && let Some(recorded) = self.recordings.get_mut(&shape)
+            && let Some(recording) = &mut recorded.recording
+        {
+            recorded.last_step = self.n_steps;
+            let logits = self.gpu.replay(recording, &rows, run.kv)?;
+            if let Some(mut device) = run.collective.device() {
+                device.launched(recorded.n_calls);
+            }
+            return Ok(Self::queue_answer(&mut self.gpu, &mut run, Some(logits))?);
         }
-        self.begin_shaped(&run, shape)?;
-        let x = self.gpu.upload_padded(&embedded, width, shape.n_rows())?;
-        forward(self, &mut run, x)?;
-        run.logits.truncate(run.logits.len() / shape.n_rows() * n_rows);
-        self.record(shape, &embedded, width, &mut run, forward)
+        self.step = Some(self.gpu.begin(&rows, run.kv, shape)?);
+        let logits = forward(self, &mut run)?;
+        let started = self.send_results(&mut run, logits)?;
+        if let Some(shape) = shape {
+            self.record(shape, &rows, &mut run, forward)?;
+        }
+        Ok(started)
+    }
+
+    fn send_results(
+        &mut self,
+        run: &mut StepRun<'_, GpuKvCache>,
+        logits: Option<GpuTensor>,
+    ) -> Result<CudaStarted, StepError> {
+        let logits = logits.map(|logits| self.conclude(run, logits)).transpose()?;
+        Ok(Self::queue_answer(&mut self.gpu, run, logits.as_ref())?)
+    }
+
+    fn finish_step(
+        &mut self,
+        started: CudaStarted,
+        vocab: &[Range<usize>],
+        collective: &mut dyn Collective,
+        out: &mut StepOutput,
+    ) -> Result<(), StepError> {
+        out.clear();
+        started.wait(collective)?;
+        match started {
+            CudaStarted::Tokens(tokens) => {
+                out.token_ids.extend_from_slice(tokens.wait()?);
+                out.device_time = Some(tokens.device_time()?);
+            }
+            CudaStarted::Logits(logits) => {
+                out.logits.extend_from_slice(logits.wait()?);
+                out.device_time = Some(logits.device_time()?);
+                if collective.device().is_none() {
+                    gather_logits(vocab, collective, out)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// NCCL waits for graphs that call it. The others need no group.
+    fn abandon_steps(&mut self) {
+        self.recordings.retain(|_, recorded| recorded.n_calls == 0);
+        self.step = None;
     }
 
     fn wait(&mut self) -> Result<(), OpError> {
@@ -196,6 +349,10 @@ impl Backend for CudaBackend {
 
     fn upload(&mut self, values: Vec<f32>, width: usize) -> Result<GpuTensor, OpError> {
         Ok(self.gpu.upload(&values, width)?)
+    }
+
+    fn embed(&mut self, table: &GpuTable, _batch: &Batch) -> Result<GpuTensor, OpError> {
+        Ok(self.gpu.embed(table, self.step())?)
     }
 
     fn rms_norm(
@@ -212,13 +369,9 @@ impl Backend for CudaBackend {
         Ok(self.gpu.matmul(weights, x)?)
     }
 
-    fn logits(&mut self, weight: &GpuMatrix, x: &GpuInput, out: &mut Vec<f32>) -> Result<(), OpError> {
+    fn logits(&mut self, weight: &GpuMatrix, x: &GpuInput) -> Result<GpuTensor, OpError> {
         let [logits] = self.gpu.matmul([weight], x)?;
-        if self.keeps_logits {
-            self.kept_logits = Some(logits);
-            return Ok(());
-        }
-        Ok(self.gpu.download(&logits, out)?)
+        Ok(logits)
     }
 
     fn matmul_reduce(
@@ -232,9 +385,10 @@ impl Backend for CudaBackend {
         let mut terms = self.gpu.matmul_partial(weight, x, first)?;
         if let Some(mut device) = collective.device() {
             device.all_gather(&reduction.lengths(terms.plane_len()), terms.collective_slice_mut())?;
+            self.n_calls += 1;
         } else if collective.world_size() > 1 {
             terms.download(&mut self.planes)?;
-            gather(&mut self.planes, terms.plane_len(), reduction, collective)?;
+            gather_planes(&mut self.planes, terms.plane_len(), reduction, collective)?;
             terms.upload(&self.planes)?;
         }
         Ok(terms)

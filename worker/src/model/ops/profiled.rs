@@ -1,6 +1,7 @@
 //! A profile: where the time of steps goes. [`Profiled`] is any backend with a stopwatch around every op.
 
 use std::{
+    ops::Range,
     sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
 };
@@ -8,10 +9,12 @@ use std::{
 use lockstep_collectives::{Collective, Timed};
 use lockstep_kernels::EncodedRows;
 
-use super::{Backend, KvShape};
+use super::{Backend, KvShape, StepRun};
 use crate::model::{
     OpError, StepError,
     batch::{Batch, Rows},
+    embedding::EmbeddingTable,
+    output::StepOutput,
     shard::Reduction,
 };
 
@@ -125,6 +128,9 @@ impl<B: Backend> Backend for Profiled<B> {
     type Input = B::Input;
     type Terms = B::Terms;
     type Matrix = ProfiledMatrix<B::Matrix>;
+    type Table = B::Table;
+    type Logits = B::Logits;
+    type Started = B::Started;
     type Kv = B::Kv;
 
     fn load_matrix(
@@ -142,6 +148,10 @@ impl<B: Backend> Backend for Profiled<B> {
         Ok([ProfiledMatrix { matrix: gate, shape: shapes[0] }, ProfiledMatrix { matrix: up, shape: shapes[1] }])
     }
 
+    fn load_table(&mut self, table: EmbeddingTable) -> Result<B::Table, OpError> {
+        self.ops.load_table(table)
+    }
+
     fn new_kv(&mut self, shape: KvShape) -> Result<B::Kv, OpError> {
         self.ops.new_kv(shape)
     }
@@ -154,9 +164,34 @@ impl<B: Backend> Backend for Profiled<B> {
         self.other("begin", |ops| ops.begin(kv, batch))
     }
 
+    fn send_results(
+        &mut self,
+        run: &mut StepRun<'_, B::Kv>,
+        logits: Option<B::Logits>,
+    ) -> Result<B::Started, StepError> {
+        self.ops.send_results(run, logits)
+    }
+
+    fn finish_step(
+        &mut self,
+        started: B::Started,
+        vocab: &[Range<usize>],
+        collective: &mut dyn Collective,
+        out: &mut StepOutput,
+    ) -> Result<(), StepError> {
+        let start = Instant::now();
+        self.ops.finish_step(started, vocab, collective, out)?;
+        self.profile.add_other("results", start.elapsed());
+        Ok(())
+    }
+
     fn upload(&mut self, values: Vec<f32>, width: usize) -> Result<B::Tensor, OpError> {
-        self.n_rows = values.len() / width;
-        self.other("upload", |ops| ops.upload(values, width))
+        self.ops.upload(values, width)
+    }
+
+    fn embed(&mut self, table: &B::Table, batch: &Batch) -> Result<B::Tensor, OpError> {
+        self.n_rows = batch.n_rows();
+        self.other("embed", |ops| ops.embed(table, batch))
     }
 
     fn rms_norm(
@@ -173,8 +208,8 @@ impl<B: Backend> Backend for Profiled<B> {
         self.product("matmul", weights, |ops, weights| (ops.matmul(weights, x), Duration::ZERO))
     }
 
-    fn logits(&mut self, weight: &Self::Matrix, x: &B::Input, out: &mut Vec<f32>) -> Result<(), OpError> {
-        self.product("logits", [weight], |ops, [weight]| (ops.logits(weight, x, out), Duration::ZERO))
+    fn logits(&mut self, weight: &Self::Matrix, x: &B::Input) -> Result<B::Logits, OpError> {
+        self.product("logits", [weight], |ops, [weight]| (ops.logits(weight, x), Duration::ZERO))
     }
 
     fn matmul_reduce(

@@ -3,14 +3,22 @@
 //! dequantized, so it needs four bytes a parameter, and it does not promise the lockstep rule. Keys and values stay f32,
 //! but are rounded if the cache is to have them in 8 bits.
 
+use std::ops::Range;
+
 use candle_core::{D, Device, Tensor};
 use lockstep_collectives::Collective;
 use lockstep_kernels::{EncodedRows, KvCache, KvEncoding, RopeStyle, dequantize};
 
-use super::{AttentionShape, Backend, KvShape, cpu::gather};
+use super::{
+    AttentionShape, Backend, KvShape, StepRun,
+    cpu::embedded,
+    exchange::{gather_logits, gather_planes},
+};
 use crate::model::{
     OpError, StepError,
     batch::{Batch, Rows},
+    embedding::EmbeddingTable,
+    output::StepOutput,
     shard::Reduction,
 };
 
@@ -123,6 +131,9 @@ impl Backend for ReferenceBackend {
     type Input = Tensor;
     type Terms = Tensor; // added up
     type Matrix = ReferenceMatrix;
+    type Table = EmbeddingTable;
+    type Logits = Vec<f32>;
+    type Started = Option<Vec<f32>>;
     type Kv = ReferenceKv;
 
     fn load_matrix(
@@ -145,6 +156,10 @@ impl Backend for ReferenceBackend {
         Ok(ReferenceMatrix { weight: Tensor::from_vec(values, (n_out, n_in), &self.device)?, partials })
     }
 
+    fn load_table(&mut self, table: EmbeddingTable) -> Result<EmbeddingTable, OpError> {
+        Ok(table)
+    }
+
     fn new_kv(&mut self, shape: KvShape) -> Result<ReferenceKv, OpError> {
         let AttentionShape { n_kv_heads, head_dim, .. } = self.shape;
         let n_slots = shape.n_blocks * shape.block_size;
@@ -161,9 +176,35 @@ impl Backend for ReferenceBackend {
         matrix.weight.elem_count() * size_of::<f32>()
     }
 
+    fn send_results(
+        &mut self,
+        _run: &mut StepRun<'_, ReferenceKv>,
+        logits: Option<Vec<f32>>,
+    ) -> Result<Option<Vec<f32>>, StepError> {
+        Ok(logits)
+    }
+
+    fn finish_step(
+        &mut self,
+        logits: Option<Vec<f32>>,
+        vocab: &[Range<usize>],
+        collective: &mut dyn Collective,
+        out: &mut StepOutput,
+    ) -> Result<(), StepError> {
+        out.clear();
+        let Some(logits) = logits else { return Ok(()) };
+        out.logits = logits;
+        gather_logits(vocab, collective, out)
+    }
+
     fn upload(&mut self, values: Vec<f32>, width: usize) -> Result<Tensor, OpError> {
         let n_rows = values.len() / width;
         Ok(Tensor::from_vec(values, (n_rows, width), &self.device)?)
+    }
+
+    fn embed(&mut self, table: &EmbeddingTable, batch: &Batch) -> Result<Tensor, OpError> {
+        let (values, width) = embedded(table, batch)?;
+        self.upload(values, width)
     }
 
     fn rms_norm(
@@ -187,9 +228,8 @@ impl Backend for ReferenceBackend {
         Ok(products.try_into().expect("one product for each weight"))
     }
 
-    fn logits(&mut self, weight: &ReferenceMatrix, x: &Tensor, out: &mut Vec<f32>) -> Result<(), OpError> {
-        *out = to_vec(&x.matmul(&weight.weight.t()?)?)?;
-        Ok(())
+    fn logits(&mut self, weight: &ReferenceMatrix, x: &Tensor) -> Result<Vec<f32>, OpError> {
+        to_vec(&x.matmul(&weight.weight.t()?)?)
     }
 
     fn matmul_reduce(
@@ -209,7 +249,7 @@ impl Backend for ReferenceBackend {
         let (mine, plane) = (to_vec(&stacked)?, n_rows * n_out);
         let mut planes = vec![0.0; reduction.order.n_planes() * plane];
         planes[reduction.partials(collective.rank()).start * plane..][..mine.len()].copy_from_slice(&mine);
-        gather(&mut planes, plane, reduction, collective)?;
+        gather_planes(&mut planes, plane, reduction, collective)?;
         let mut sum = vec![0.0; plane];
         reduction.order.add(&planes, &mut sum);
         Ok(self.upload(sum, n_out)?)

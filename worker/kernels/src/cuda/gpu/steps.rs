@@ -1,20 +1,16 @@
 //! A step on the device, and how it gets there.
 
-use std::time::Duration;
-
-use bytemuck::Pod;
+use std::{mem, sync::Arc};
 
 use super::{
     super::{
-        CudaError, Device, Event, HostBuffer,
+        CudaError, Device,
+        page::Page,
         pool::{Piece, Target},
-        step::{Blocks, Layout, Part, StepData, StepRows, StepShape},
+        step::{Blocks, CHOSEN, Layout, Part, StepData, StepRows, StepShape},
     },
-    Gpu, GpuKvCache,
+    Gpu, GpuKvCache, MAX_CHOICES,
 };
-
-/// Longest time that a step may take. A device that is busy for longer hangs.
-const MAX_STEP: Duration = Duration::from_secs(60);
 
 /// The rows of a step, on the device.
 #[derive(Debug)]
@@ -23,21 +19,24 @@ pub struct GpuStep {
     pub(super) layout: Layout,
 }
 
-/// Host memory from which a step's words, or its first activations, are on their way to the device.
+/// Where the words of two steps are on their way to the device, so that one can be queued while the other runs.
 #[derive(Debug)]
 pub(super) struct Staging {
-    pub(super) host: HostBuffer<u8>,
-    /// Marks the end of the copy.
-    pub(super) sent: Event,
+    /// What the next step takes comes first.
+    pages: [Page<u32>; 2],
+    /// Words of the last step, for the vector to be used again.
+    words: Vec<u32>,
 }
 
 // === impl Gpu ===
 
 impl Gpu {
-    /// Brings the rows of a step to the device, filled up if it has a shape.
+    /// Brings the rows of a step to the device, filled up if it has a shape. Does not wait for the step before, only for that
+    /// before it to begin.
     ///
     /// # Errors
-    /// A slot, a block or a position that is not there; or the driver's.
+    /// A token, a slot, a block or a position that is not there, or a step of another shape; more choices than
+    /// [`MAX_CHOICES`]; or the driver's.
     pub fn begin(
         &mut self,
         step: &StepRows<'_>,
@@ -46,11 +45,11 @@ impl Gpu {
     ) -> Result<GpuStep, CudaError> {
         let StepData { words, layout } = self.lay_out(step, kv, shape)?;
         let piece = self.pool.take(words.len())?;
-        self.words.send(&self.device, &words, piece.target())?;
+        self.send(words, piece.target())?;
         Ok(GpuStep { words: piece, layout })
     }
 
-    /// Sends the words of another step of the same shape.
+    /// Begins another step of the same shape in the place of the last.
     pub(in crate::cuda) fn send_again(
         &mut self,
         to: &mut GpuStep,
@@ -60,16 +59,17 @@ impl Gpu {
     ) -> Result<(), CudaError> {
         let StepData { words, .. } = self.lay_out(step, kv, Some(shape))?;
         assert_eq!(words.len(), to.words.len(), "words of a shape");
-        self.words.send(&self.device, &words, to.words.target())
+        self.send(words, to.words.target())
     }
 
-    /// Sends activations to where others of the same shape were.
-    pub(in crate::cuda) fn send_activations(&mut self, to: Target, values: &[f32]) -> Result<(), CudaError> {
-        self.activations.send(&self.device, values, to)
+    fn send(&mut self, words: Vec<u32>, to: Target) -> Result<(), CudaError> {
+        self.begun = Arc::new(self.device.event()?);
+        self.begun.record()?;
+        self.staging.send(words, to)
     }
 
-    pub(super) fn lay_out(
-        &self,
+    fn lay_out(
+        &mut self,
         step: &StepRows<'_>,
         kv: &GpuKvCache,
         shape: Option<StepShape>,
@@ -82,8 +82,15 @@ impl Gpu {
             position < self.rope.n_positions
                 && step.tables.get(row.table).is_some_and(|table| position / block_size < table.len())
         };
+        let is_there = |token: &u32| match token & CHOSEN {
+            0 => self.table_rows.is_none_or(|n_rows| (*token as usize) < n_rows),
+            _ => ((token ^ CHOSEN) as usize) < MAX_CHOICES,
+        };
         let is_sound = step.slots.len() == step.rows.len()
+            && step.tokens.len() == step.rows.len()
+            && step.tokens.iter().all(is_there)
             && step.logits_rows.len() == step.logits_attention.len()
+            && (step.choices.is_empty() || step.choices.len() == step.logits_rows.len())
             && step.slots.iter().all(|slot| (*slot as usize) < n_slots)
             && step.logits_rows.iter().all(|row| (*row as usize) < step.slots.len())
             && step.rows.iter().chain(step.logits_attention).all(reaches)
@@ -91,7 +98,11 @@ impl Gpu {
         if !is_sound {
             return Err(CudaError::Step);
         }
-        Ok(StepData::new(step, self.heads, blocks, shape))
+        if step.choices.len() > MAX_CHOICES {
+            return Err(CudaError::Choices { n_rows: step.choices.len() });
+        }
+        let words = mem::take(&mut self.staging.words);
+        StepData::new(words, step, self.heads, blocks, shape).ok_or(CudaError::Step)
     }
 }
 
@@ -108,19 +119,14 @@ impl GpuStep {
 
 impl Staging {
     pub(super) fn new(device: &Device) -> Result<Self, CudaError> {
-        Ok(Self { host: device.host_buffer(0)?, sent: device.event()? })
+        Ok(Self { pages: [Page::new(device)?, Page::new(device)?], words: Vec::new() })
     }
 
-    /// Queues that `values` go to the beginning of `to`. Waits until what it sent before has gone.
-    pub(super) fn send<T: Pod>(&mut self, device: &Device, values: &[T], to: Target) -> Result<(), CudaError> {
-        let bytes: &[u8] = bytemuck::cast_slice(values);
-        self.sent.wait(MAX_STEP)?;
-        if self.host.as_slice().len() < bytes.len() {
-            self.host = device.host_buffer(bytes.len().next_power_of_two())?;
-        }
-        self.host.as_mut_slice()[..bytes.len()].copy_from_slice(bytes);
-        // SAFETY: nobody touches the buffer before `sent` is reached.
-        unsafe { to.queue_upload(device, &self.host, bytes.len())? };
-        self.sent.record()
+    /// Queues that `words` go to the beginning of `to`. Waits until what was sent before the last has gone.
+    fn send(&mut self, words: Vec<u32>, to: Target) -> Result<(), CudaError> {
+        self.pages[0].send(&words, to)?;
+        self.pages.reverse();
+        self.words = words;
+        Ok(())
     }
 }

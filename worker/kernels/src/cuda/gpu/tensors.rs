@@ -2,15 +2,9 @@
 
 use bytemuck::{Pod, Zeroable};
 use half::bf16;
-use lockstep_collectives::DeviceSliceMut;
 
 use super::{
-    super::{
-        CudaError,
-        matrix::GpuSumOrder,
-        packing::TILE,
-        pool::{Piece, Target},
-    },
+    super::{CudaError, matrix::GpuSumOrder, packing::TILE, pool::Piece},
     Gpu,
 };
 
@@ -66,30 +60,17 @@ pub(super) struct TermsArg {
 // === impl Gpu ===
 
 impl Gpu {
-    /// Brings values `[n_rows, width]` to the device.
+    /// Brings values `[n_rows, width]` to the device and waits for it.
     ///
     /// # Errors
     /// The driver's.
     ///
     /// # Panics
     /// If the values are no whole rows.
-    pub fn upload(&mut self, values: &[f32], width: usize) -> Result<GpuTensor, CudaError> {
+    pub fn upload(&self, values: &[f32], width: usize) -> Result<GpuTensor, CudaError> {
         assert!(width > 0 && values.len().is_multiple_of(width), "whole rows of {width}");
-        let n_rows = values.len() / width;
-        self.upload_padded(values, width, n_rows)
-    }
-
-    /// As [`Gpu::upload`], with rows after them of which nothing is said.
-    ///
-    /// # Errors
-    /// As there.
-    ///
-    /// # Panics
-    /// As there, or if `n_rows` are less.
-    pub fn upload_padded(&mut self, values: &[f32], width: usize, n_rows: usize) -> Result<GpuTensor, CudaError> {
-        assert!(values.len() <= n_rows * width, "at most {n_rows} rows");
-        let tensor = self.tensor(n_rows, width)?;
-        self.activations.send(&self.device, values, tensor.target())?;
+        let mut tensor = self.tensor(values.len() / width, width)?;
+        tensor.values.upload(values)?;
         Ok(tensor)
     }
 
@@ -175,8 +156,9 @@ impl Gpu {
 // === impl GpuTensor ===
 
 impl GpuTensor {
-    pub(in crate::cuda) fn target(&self) -> Target {
-        self.values.target()
+    /// Its rows.
+    pub fn n_rows(&self) -> usize {
+        self.n_rows
     }
 }
 
@@ -219,12 +201,6 @@ impl GpuTerms {
     pub fn upload(&mut self, values: &[f32]) -> Result<(), CudaError> {
         assert_eq!(values.len(), self.planes.len(), "all planes");
         self.planes.upload(values)
-    }
-
-    /// All planes, for a collective between devices.
-    pub fn collective_slice_mut(&mut self) -> DeviceSliceMut<'_, f32> {
-        // SAFETY: the piece lies there, its pool gives nothing back, and all who use it do so on the device's stream.
-        unsafe { DeviceSliceMut::new(self.planes.pointer(), self.planes.len()) }
     }
 
     /// Values of one plane.
