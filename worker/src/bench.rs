@@ -3,7 +3,12 @@
 mod memory;
 mod profile;
 
-use std::{collections::HashSet, path::PathBuf, sync::Arc, time::Instant};
+use std::{
+    collections::{HashSet, VecDeque},
+    path::PathBuf,
+    sync::Arc,
+    time::Instant,
+};
 
 use anyhow::{Context, Result, ensure};
 use indicatif::ProgressBar;
@@ -23,7 +28,7 @@ use crate::{
     sampler::{Sampler, SamplingParams},
     scheduler::{
         NewSequence, Sampled, Scheduler, SchedulerConfig,
-        plan::{LogitsRows, SeqId},
+        plan::{LogitsRows, SeqId, StepPlan},
         speculation::Speculation,
     },
 };
@@ -97,6 +102,8 @@ struct Report {
     prefill_tokens_per_s: f64,
     /// Generated tokens a second once every prompt is computed, all sequences together.
     decode_tokens_per_s: f64,
+    /// The part of the time of a decode step in which the device had nothing to do, if it works by itself.
+    decode_idle_percent: Option<f64>,
     /// From the file to the first step, warm-up included.
     load_s: f64,
     /// Of the whole process.
@@ -148,6 +155,7 @@ impl EngineBench {
             generated_tokens: self.generate,
             prefill_tokens_per_s: median(|run| &run.prefill),
             decode_tokens_per_s: median(|run| &run.decode),
+            decode_idle_percent: last.decode.idle_percent(),
             load_s: load.as_secs_f64(),
             peak_memory_mib: peak_memory_mib(),
             prefill_profile,
@@ -227,16 +235,21 @@ impl EngineBench {
         let mut run = Run::default();
         profile.take();
         let mut phase_start = start;
-        while let Some(plan) = scheduler.schedule(start).plan {
-            let logits = group.run(&plan).context("a step failed")?;
+        let mut under_way = VecDeque::new();
+        loop {
+            start_plans(group, &mut scheduler, &mut under_way)?;
+            let Some(plan) = under_way.pop_front() else { break };
+            let out = group.finish_plan().context("a step failed")?;
             let sampling = Instant::now();
+            let token = |row: usize| match out.token_ids.get(row) {
+                Some(token_id) => *token_id,
+                None => sampler.sample(&out.logits[row * vocab_size..][..vocab_size], &params, &[], &[], 0),
+            };
+            let tokens = (0..plan.n_logits_rows()).map(token).collect::<Vec<_>>();
             let due = plan.sequences.iter().filter(|step| step.logits != LogitsRows::None);
             let sampled: Vec<Sampled> = due
-                .zip(logits.chunks_exact(vocab_size))
-                .map(|(step, row)| {
-                    let token = sampler.sample(row, &params, &[], &[], 0);
-                    Sampled { id: step.id, tokens: vec![token], stop: false }
-                })
+                .zip(tokens)
+                .map(|(step, token)| Sampled { id: step.id, tokens: vec![token], stop: false })
                 .collect();
             profile.add_other("sample", sampling.elapsed());
             scheduler.commit(&sampled);
@@ -244,11 +257,10 @@ impl EngineBench {
             let n_prompts_started = started.len();
             started.extend(sampled.iter().map(|sampled| sampled.id));
             if n_prompts_started == self.batch {
-                run.decode.n_steps += 1;
-                run.decode.n_tokens += sampled.len();
+                run.decode.count_step(sampled.len(), out.device_time);
                 continue;
             }
-            run.prefill.n_steps += 1;
+            run.prefill.count_step(0, out.device_time);
             if started.len() == self.batch {
                 run.prefill.n_tokens = self.batch * self.prompt;
                 run.prefill.end(&mut phase_start, profile);
@@ -279,6 +291,9 @@ impl EngineBench {
         );
         println!("prefill   {:.1} tok/s", report.prefill_tokens_per_s);
         println!("decode    {:.1} tok/s", report.decode_tokens_per_s);
+        if let Some(percent) = report.decode_idle_percent {
+            println!("idle      {percent:.1} % of a decode step, the device");
+        }
         println!("load      {:.2} s", report.load_s);
         if let Some(mib) = report.peak_memory_mib {
             println!("memory    {mib} MiB at its peak");
@@ -287,6 +302,18 @@ impl EngineBench {
         profile::print("decode", &report.decode_profile);
         Ok(())
     }
+}
+
+/// Starts the next plan, and the one after it if that can be planned already.
+fn start_plans(group: &mut LocalGroup, scheduler: &mut Scheduler, under_way: &mut VecDeque<StepPlan>) -> Result<()> {
+    let runs_ahead = group.runs_ahead();
+    while under_way.is_empty() || under_way.len() == 1 && under_way[0].chooses {
+        let Some(mut plan) = scheduler.schedule(Instant::now()).plan else { break };
+        plan.chooses = runs_ahead && plan.n_logits_rows() > 0;
+        group.start_plan(&plan).context("a step failed")?;
+        under_way.push_back(plan);
+    }
+    Ok(())
 }
 
 /// One run: every prompt, then every token.

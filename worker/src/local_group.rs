@@ -62,9 +62,31 @@ impl LocalGroup {
     /// # Errors
     /// Any rank's failure.
     pub fn run(&mut self, plan: &StepPlan) -> Result<&[f32], StepError> {
+        self.start_plan(plan)?;
+        Ok(&self.finish_plan()?.logits)
+    }
+
+    /// Whether a plan may have its tokens chosen and be started before the one before it is finished.
+    pub fn runs_ahead(&mut self) -> bool {
+        self.leader.runs_ahead(self.collective.as_mut())
+    }
+
+    /// Starts one plan on every rank. Where tokens are chosen, they are the likeliest.
+    ///
+    /// # Errors
+    /// Any rank's failure.
+    pub fn start_plan(&mut self, plan: &StepPlan) -> Result<(), StepError> {
         self.order(|| Order::Run(plan.clone()));
-        self.leader.run(plan, self.collective.as_mut(), &mut self.out)?;
-        Ok(&self.out.logits)
+        self.leader.start(plan, &[], self.collective.as_mut())
+    }
+
+    /// Waits for the oldest plan that was started: what it gives on rank 0.
+    ///
+    /// # Errors
+    /// Any rank's failure.
+    pub fn finish_plan(&mut self) -> Result<&StepOutput, StepError> {
+        self.leader.finish(self.collective.as_mut(), &mut self.out)?;
+        Ok(&self.out)
     }
 
     /// Forgets every sequence on every rank, for a new scheduler to begin.

@@ -12,6 +12,8 @@ pub(super) struct Phase {
     pub(super) n_steps: usize,
     pub(super) n_tokens: usize,
     pub(super) time: Duration,
+    /// That of it in which the device computed, if it works by itself.
+    device_time: Option<Duration>,
     /// Empty without `--profile`.
     pub(super) ops: Vec<OpTime>,
 }
@@ -33,6 +35,20 @@ pub(super) struct Line {
 // === impl Phase ===
 
 impl Phase {
+    /// A step of the phase is done.
+    pub(super) fn count_step(&mut self, n_tokens: usize, device_time: Option<Duration>) {
+        self.n_steps += 1;
+        self.n_tokens += n_tokens;
+        if let Some(device_time) = device_time {
+            *self.device_time.get_or_insert_default() += device_time;
+        }
+    }
+
+    /// The part of the time in which the device had nothing to do.
+    pub(super) fn idle_percent(&self) -> Option<f64> {
+        Some(100.0 * (1.0 - self.device_time?.as_secs_f64() / self.time.as_secs_f64()))
+    }
+
     /// The phase ends now, having begun at `start`; the next begins.
     pub(super) fn end(&mut self, start: &mut Instant, profile: &Profile) {
         let now = Instant::now();

@@ -75,4 +75,9 @@ impl StepPlan {
     pub fn n_rows(&self) -> usize {
         self.sequences.iter().map(|sequence| sequence.token_ids.len()).sum()
     }
+
+    /// Rows of logits in all.
+    pub fn n_logits_rows(&self) -> usize {
+        self.sequences.iter().map(SequenceStep::n_logits_rows).sum()
+    }
 }
