@@ -303,21 +303,26 @@ async fn a_cluster_says_the_same_at_every_world_size_and_transport() -> Result<(
     Ok(())
 }
 
-#[tokio::test]
-async fn two_ranks_on_one_gpu_say_over_nccl_what_one_rank_says() -> Result<()> {
-    let model = Model::write("Q4_K", &shared_heads());
-    let alone = cluster(&model.path)?.start().await?;
-    let wanted = generate(&alone).await?;
-    alone.stop().await?;
+/// Two ranks on one GPU.
+async fn two_ranks_over_nccl(model: &Model) -> Result<Cluster> {
     // NCCL 2.30 and newer have a switch for ranks that share a GPU; older ones must take them for two machines'.
-    let mut both = cluster(&model.path)?
+    cluster(&model.path)?
         .world_size(2)
         .transport("nccl")
         .worker_env("NCCL_MULTI_RANK_GPU_ENABLE", "1")
         .rank_env(0, "NCCL_HOSTID", "lockstep-test-0")
         .rank_env(1, "NCCL_HOSTID", "lockstep-test-1")
         .start()
-        .await?;
+        .await
+}
+
+#[tokio::test]
+async fn two_ranks_on_one_gpu_say_over_nccl_what_one_rank_says() -> Result<()> {
+    let model = Model::write("Q4_K", &shared_heads());
+    let alone = cluster(&model.path)?.start().await?;
+    let wanted = generate(&alone).await?;
+    alone.stop().await?;
+    let mut both = two_ranks_over_nccl(&model).await?;
     assert_eq!(generate(&both).await?, wanted);
 
     let status = fail_in_mid_stream(&mut both, Some(1)).await?;
@@ -326,6 +331,56 @@ async fn two_ranks_on_one_gpu_say_over_nccl_what_one_rank_says() -> Result<()> {
     both.wait_for_status(0, |status| status.ready).await?;
     both.gateway.wait_ready("lockstep.v1.InferenceService").await?;
     assert_eq!(generate(&both).await?, wanted);
+    both.stop().await
+}
+
+/// Ways to choose tokens, of which a GPU can all.
+fn ways_to_choose() -> Vec<SamplingParams> {
+    let default = || SamplingParams { max_new_tokens: Some(24), ignore_eos: Some(true), ..SamplingParams::default() };
+    let sampled = || SamplingParams { do_sample: Some(true), temperature: Some(1.3), seed: Some(7), ..default() };
+    vec![
+        default(),
+        sampled(),
+        SamplingParams { top_k: Some(5), ..sampled() },
+        SamplingParams { top_p: Some(0.6), n: Some(3), ..sampled() },
+        SamplingParams { min_p: Some(0.05), temperature: Some(0.7), ..sampled() },
+        SamplingParams { top_k: Some(50), top_p: Some(0.95), min_p: Some(0.01), seed: Some(1 << 40), ..sampled() },
+    ]
+}
+
+/// The tokens of all choices, asked for together. With log-probabilities, logits come to the host, and it chooses.
+async fn token_ids_of(cluster: &Cluster, logprobs: Option<u32>) -> Result<Vec<Vec<u32>>> {
+    let requests = ways_to_choose().into_iter().map(|sampling| async {
+        let request = GenerateRequest {
+            prompt: Some(token_ids()),
+            sampling: Some(sampling),
+            output: Some(OutputOptions { logprobs, ..OutputOptions::default() }),
+            ..GenerateRequest::default()
+        };
+        let choices = cluster.inference().await?.generate(request).await?.into_inner().choices;
+        Ok::<_, anyhow::Error>(choices.into_iter().map(|choice| choice.token_ids).collect::<Vec<_>>())
+    });
+    Ok(futures_util::future::try_join_all(requests).await?.concat())
+}
+
+/// Steps that were started while the one before them ran.
+async fn steps_ahead(cluster: &Cluster) -> Result<f64> {
+    cluster.groups[0][0].metric("lockstep_worker_steps_ahead_total").await
+}
+
+#[tokio::test]
+async fn a_gpu_chooses_the_tokens_that_the_host_would() -> Result<()> {
+    let model = Model::write("Q4_K", &shared_heads());
+    let alone = cluster(&model.path)?.start().await?;
+    let by_host = token_ids_of(&alone, Some(0)).await?;
+    assert_eq!(steps_ahead(&alone).await?, 0.0, "the host must see the logits first");
+    assert_eq!(token_ids_of(&alone, None).await?, by_host);
+    assert!(steps_ahead(&alone).await? >= 5.0, "{} steps", steps_ahead(&alone).await?);
+    alone.stop().await?;
+    let both = two_ranks_over_nccl(&model).await?;
+    assert_eq!(token_ids_of(&both, None).await?, by_host);
+    assert!(steps_ahead(&both).await? >= 5.0, "{} steps", steps_ahead(&both).await?);
+    assert_eq!(token_ids_of(&both, Some(0)).await?, by_host);
     both.stop().await
 }
 

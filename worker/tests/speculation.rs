@@ -1,4 +1,5 @@
-//! Speculation changes nothing but the number of steps: the same jobs, with and without it, through the leader's loop.
+//! Speculation changes nothing but the number of steps, and steps that are started ahead change nothing but the time: the
+//! same jobs, with and without them, through the leader's loop.
 //!
 //! The model is a parrot. It keeps its tokens in slots, as others keep keys and values, and reads what it has heard from
 //! there: a draft that was rejected and not written over would be heard. The draft model is a parrot that thinks less.
@@ -6,7 +7,7 @@
 #![allow(clippy::unwrap_used, reason = "a test's helpers panic as tests do")]
 
 use std::{
-    collections::{HashMap, HashSet},
+    collections::{HashMap, HashSet, VecDeque},
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -33,6 +34,7 @@ use lockstep_worker::{
     sampler::{SamplingParams, TokenLogprobs},
     scheduler::{
         Scheduler, SchedulerConfig,
+        ahead::PENDING,
         plan::{LogitsRows, SeqId, StepPlan},
         speculation::Speculation,
     },
@@ -75,6 +77,8 @@ struct Setting {
     /// Jobs at a time.
     at_a_time: usize,
     draft_model: Option<DraftSetting>,
+    /// Whether the model chooses tokens itself where it may, and is given its next step before it has finished one.
+    runs_ahead: bool,
 }
 
 /// A draft model.
@@ -97,8 +101,11 @@ struct Parrot {
     n_came_back: Arc<AtomicU64>,
     n_runs: Arc<AtomicU64>,
     n_runs_max: u64,
-    /// Logits of the step that was started.
-    said: Vec<f32>,
+    runs_ahead: bool,
+    /// What it chose in the step before.
+    chosen: HashMap<SeqId, u32>,
+    /// What the steps that were started give.
+    started: VecDeque<StepOutput>,
 }
 
 /// All that a job's reader was told, choice by choice.
@@ -125,8 +132,9 @@ struct Engine {
 impl Parrot {
     fn new(speech: Speech, n_thoughts: usize) -> Self {
         let (slots, tables, gone, n_came_back, n_runs) = Default::default();
-        let said = Vec::new();
-        Self { speech, n_thoughts, slots, tables, gone, n_came_back, n_runs, n_runs_max: u64::MAX, said }
+        let (chosen, started) = Default::default();
+        let (n_runs_max, runs_ahead) = (u64::MAX, false);
+        Self { speech, n_thoughts, slots, tables, gone, n_came_back, n_runs, n_runs_max, runs_ahead, chosen, started }
     }
 
     /// Logits after a text: noise that depends on every token of it, and a liking for what its speech demands. Without a
@@ -151,10 +159,11 @@ impl Parrot {
 
 impl RunStep for Parrot {
     fn runs_ahead(&self, _: &mut dyn Collective) -> bool {
-        false
+        self.runs_ahead
     }
 
-    fn start(&mut self, plan: &StepPlan, _: &[ChoiceRule], _: &mut dyn Collective) -> Result<(), StepError> {
+    fn start(&mut self, plan: &StepPlan, rules: &[ChoiceRule], _: &mut dyn Collective) -> Result<(), StepError> {
+        assert!(self.started.len() < if self.runs_ahead { 2 } else { 1 }, "too many steps at once");
         if self.n_runs.load(Ordering::Relaxed) == self.n_runs_max {
             return Err(StepError::Plan { step_id: plan.step_id, why: "it has said enough".into() });
         }
@@ -171,7 +180,8 @@ impl RunStep for Parrot {
             let table = &self.tables[&step.id];
             let slot = |position: usize| table[position / BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE;
             let rows = step.start_position as usize..step.start_position as usize + step.token_ids.len();
-            self.slots.extend(rows.clone().map(slot).zip(step.token_ids.iter().copied()));
+            let known = |id: &u32| if *id == PENDING { self.chosen[&step.id] } else { *id };
+            self.slots.extend(rows.clone().map(slot).zip(step.token_ids.iter().map(known)));
             let wanted = match step.logits {
                 LogitsRows::None => rows.end..rows.end,
                 LogitsRows::Last => rows.end - 1..rows.end,
@@ -182,18 +192,36 @@ impl RunStep for Parrot {
                 logits.extend(self.logits(&heard));
             }
         }
-        self.said = logits;
+        let mut out = StepOutput::default();
+        self.chosen.clear();
+        if plan.chooses {
+            assert!(rules.iter().all(|rule| *rule == ChoiceRule::default()), "the likeliest of all rows: {rules:?}");
+            out.token_ids = logits.chunks_exact(VOCAB_SIZE).map(argmax).collect();
+            assert_eq!(out.token_ids.len(), rules.len());
+            let steps = plan.sequences.iter().filter(|step| step.logits != LogitsRows::None);
+            let mut end = 0;
+            self.chosen = steps
+                .map(|step| {
+                    end += step.n_logits_rows();
+                    (step.id, out.token_ids[end - 1])
+                })
+                .collect();
+        } else {
+            out.logits = logits;
+        }
+        self.started.push_back(out);
         Ok(())
     }
 
     fn finish(&mut self, _: &mut dyn Collective, out: &mut StepOutput) -> Result<(), StepError> {
-        out.logits = std::mem::take(&mut self.said);
+        *out = self.started.pop_front().expect("a step was started");
         Ok(())
     }
 
     fn reset(&mut self) {
         self.slots.clear();
         self.tables.clear();
+        self.started.clear();
     }
 
     fn vocab_size(&self) -> usize {
@@ -223,7 +251,7 @@ impl Engine {
             context_length: 128,
             speculation,
         });
-        let runner = Parrot::new(setting.speech, N_THOUGHTS);
+        let runner = Parrot { runs_ahead: setting.runs_ahead, ..Parrot::new(setting.speech, N_THOUGHTS) };
         let n_came_back = Arc::clone(&runner.n_came_back);
         let n_draft_runs = Arc::default();
         let draft_model = setting.draft_model.map(|DraftSetting { n_blocks, n_runs_max }| {
@@ -294,6 +322,11 @@ impl Heard {
     }
 }
 
+fn argmax(logits: &[f32]) -> u32 {
+    let best = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    logits.iter().position(|logit| *logit == best).unwrap_or_default() as u32
+}
+
 /// A prompt that has begun to repeat itself.
 fn job(params: SamplingParams) -> Job {
     Job {
@@ -330,10 +363,10 @@ fn jobs() -> Vec<Job> {
 
 /// Runs jobs with and without speculation and compares all that their readers are told. Returns the speculative engine.
 #[track_caller]
-fn compare(setting: Setting) -> Engine {
-    let plain = Engine::start(Speculation::Off, Setting { draft_model: None, ..setting });
+fn compare(setting: Setting, jobs: &[Job]) -> Engine {
+    let plain = Engine::start(Speculation::Off, Setting { draft_model: None, runs_ahead: false, ..setting });
     let speculative = Engine::start(Speculation::Ngram, setting);
-    for jobs in jobs().chunks(setting.at_a_time) {
+    for jobs in jobs.chunks(setting.at_a_time) {
         let (wanted, got) = (plain.run(jobs), speculative.run(jobs));
         for ((job, wanted), got) in jobs.iter().zip(wanted).zip(got) {
             assert_eq!(got, wanted, "{job:?}");
@@ -350,7 +383,7 @@ fn compare(setting: Setting) -> Engine {
 /// Sees to it that drafts change nothing, and that there are many.
 #[track_caller]
 fn check(setting: Setting) {
-    let engine = compare(setting);
+    let engine = compare(setting, &jobs());
     let (drafted, accepted) = (engine.metrics.drafted_tokens.get(), engine.metrics.accepted_tokens.get());
     // How often a draft model is asked depends on how fast it is found to be.
     let (some, more) = if setting.draft_model.is_some() { (20, 10) } else { (50, 20) };
@@ -364,7 +397,8 @@ fn check(setting: Setting) {
 }
 
 /// Without a draft model.
-const REPEATS: Setting = Setting { speech: Speech::Repeats, n_blocks: 256, at_a_time: 1, draft_model: None };
+const REPEATS: Setting =
+    Setting { speech: Speech::Repeats, n_blocks: 256, at_a_time: 1, draft_model: None, runs_ahead: false };
 
 /// A draft model whose cache holds all that runs.
 const TALKER: DraftSetting = DraftSetting { n_blocks: 256, n_runs_max: u64::MAX };
@@ -405,8 +439,34 @@ fn a_draft_model_that_fails_is_missed_by_nobody() {
     // As it is warmed up, as it reads a prompt, as it drafts, and later.
     for n_runs_max in [0, N_WARM_UP_RUNS, N_WARM_UP_RUNS + 1, N_WARM_UP_RUNS + 4] {
         let draft_model = Some(DraftSetting { n_runs_max, ..TALKER });
-        let engine = compare(Setting { at_a_time: 3, draft_model, ..COUNTS });
+        let engine = compare(Setting { at_a_time: 3, draft_model, ..COUNTS }, &jobs());
         assert_eq!(engine.n_draft_runs.load(Ordering::Relaxed), n_runs_max, "it has come to fail");
+        engine.stop();
+    }
+}
+
+/// Jobs that take the likeliest tokens; of some, and at some steps, a model cannot choose them itself.
+fn likeliest_jobs() -> Vec<Job> {
+    let likeliest = |job: &Job| job.params.temperature == 0.0;
+    let with_logprobs = |i: usize| (i % 4 == 3).then_some(1);
+    let jobs = jobs().into_iter().chain(jobs()).filter(likeliest).enumerate();
+    jobs.map(|(i, job)| Job { logprobs: with_logprobs(i), ..job }).collect()
+}
+
+#[test]
+fn steps_ahead_tell_jobs_the_same() {
+    for setting in [
+        Setting { n_blocks: 64, ..REPEATS },
+        Setting { at_a_time: 3, speech: Speech::Counts, ..REPEATS },
+        Setting { at_a_time: 4, n_blocks: 36, speech: Speech::Counts, ..REPEATS },
+        Setting { at_a_time: 4, n_blocks: 36, ..REPEATS },
+        // A draft model needs to know tokens first.
+        COUNTS,
+    ] {
+        let engine = compare(Setting { runs_ahead: true, ..setting }, &likeliest_jobs());
+        let n_ahead = engine.metrics.steps_ahead.get();
+        println!("{n_ahead} steps ahead: {setting:?}");
+        assert_eq!(n_ahead >= 20, setting.draft_model.is_none(), "{n_ahead} steps ahead: {setting:?}");
         engine.stop();
     }
 }

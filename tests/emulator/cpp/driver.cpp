@@ -588,6 +588,33 @@ API CUresult cuStreamIsCapturing(Stream* stream, int* status) {
     return CUDA_SUCCESS;
 }
 
+API CUresult cuStreamGetCaptureInfo_v2(Stream* stream, int* status, unsigned long long* id, Graph** graph, const void***,
+                                       size_t*) {
+    CHECK(check_context());
+    Graph* captured = resolve(stream).captured();
+    *status = captured ? 1 : 0;
+    if (id) *id = reinterpret_cast<size_t>(captured);
+    if (graph) *graph = captured;
+    return CUDA_SUCCESS;
+}
+
+// A handle is its maker's reference, which is handed over to a graph.
+API CUresult cuUserObjectCreate(std::shared_ptr<UserObject>** object, void* data, void (*destroy)(void*),
+                                unsigned n_references, unsigned) {
+    if (n_references != 1) return CUDA_ERROR_NOT_SUPPORTED;
+    *object = new std::shared_ptr<UserObject>(std::make_shared<UserObject>(data, destroy));
+    return CUDA_SUCCESS;
+}
+
+API CUresult cuGraphRetainUserObject(Graph* graph, std::shared_ptr<UserObject>* object, unsigned n_references,
+                                     unsigned flags) {
+    constexpr unsigned MOVE = 1;
+    if (n_references != 1 || flags != MOVE) return CUDA_ERROR_NOT_SUPPORTED;
+    graph->retained.push_back(std::move(*object));
+    delete object;
+    return CUDA_SUCCESS;
+}
+
 API CUresult cuGraphInstantiateWithFlags(Graph** executable, const Graph* graph, unsigned long long) {
     CHECK(check_context());
     *executable = new Graph(*graph);
@@ -598,7 +625,9 @@ API CUresult cuGraphUpload(Graph*, Stream*) { return check_context(); }
 API CUresult cuGraphLaunch(Graph* executable, Stream* stream) {
     CHECK(check_context());
     CHECK(check_no_capture(resolve(stream)));
-    resolve(stream).submit_all(executable->operations);
+    std::vector<Operation> operations = executable->operations;
+    operations.push_back([retained = executable->retained] { return CUDA_SUCCESS; });
+    resolve(stream).submit_all(operations);
     return CUDA_SUCCESS;
 }
 

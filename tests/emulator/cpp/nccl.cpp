@@ -5,7 +5,8 @@
 // It is as awkward as the real one (NCCL 2.29, src/init.cc and src/group.cc) where that matters to whoever calls it:
 // a communicator is brought up, and a call put on its stream, by a thread of its own; until then its state is "in
 // progress" and to use it is an error; nobody notices that a peer makes another call or has died, so that its call spins
-// until it is aborted; and two ranks on one device are refused.
+// until it is aborted; two ranks on one device are refused; and a communicator does not come to its end, not even by an
+// abort, before the graphs that have captured its calls are destroyed (commDestroySync, localPersistentRefs).
 //
 // Ranks exchange bytes through rings in shared memory, one for each ordered pair. The segment is named by the unique id
 // and loses its name once all ranks have come.
@@ -163,6 +164,7 @@ struct Comm {
   std::atomic<bool> aborted{false};
   std::atomic<int> waiting{0};  // operations that lie on a stream
   std::atomic<int> running{0};  // of those, what the stream has come to
+  std::atomic<int> in_graphs{0};  // operations that graphs hold
   long n_operations = 0;
   std::thread job;
 
@@ -189,6 +191,10 @@ std::shared_ptr<Comm> find(void* handle) {
 
 void spin_until_aborted(Comm& comm) {
   for (int turn = 0; !comm.aborted; ++turn) pause_after(turn);
+}
+
+void await_graphs(Comm& comm) {
+  for (int turn = 0; comm.in_graphs > 0; ++turn) pause_after(turn);
 }
 
 bool open_segment(Comm& comm) {
@@ -266,7 +272,7 @@ struct Operation {
   std::shared_ptr<Comm> comm;
   void* stream = nullptr;
   long number = 0;
-  bool captured = false;  // in a graph, which may run it again and again
+  bool captured = false;  // in a graph, which may run it again and again, and has it freed
   std::vector<Stretch> stretches;
   std::vector<std::vector<char>> own;  // memory of the operation's own, that stretches point to
   std::vector<std::pair<char*, std::vector<float>>> sums;  // where sums go, and this rank's terms
@@ -359,6 +365,29 @@ void run(void* data) {
   delete operation;
 }
 
+// A graph that holds the operation is gone.
+void forget(void* data) {
+  auto* operation = static_cast<Operation*>(data);
+  std::shared_ptr<Comm> comm = operation->comm;
+  delete operation;
+  --comm->in_graphs;
+}
+
+// Has the graph that a stream captures free the operation.
+bool leave_to_graph(Operation* operation) {
+  auto capture_info = driver<int (*)(void*, int*, uint64_t*, void**, const void***, size_t*)>("cuStreamGetCaptureInfo_v2");
+  auto create = driver<int (*)(void**, void*, void (*)(void*), unsigned, unsigned)>("cuUserObjectCreate");
+  auto retain = driver<int (*)(void*, void*, unsigned, unsigned)>("cuGraphRetainUserObject");
+  int status = 0;
+  uint64_t id = 0;
+  void *graph = nullptr, *object = nullptr;
+  constexpr unsigned kMove = 1;
+  if (!capture_info || !create || !retain) return false;
+  if (capture_info(operation->stream, &status, &id, &graph, nullptr, nullptr) != 0 || !graph) return false;
+  ++operation->comm->in_graphs;
+  return create(&object, operation, forget, 1, 1) == 0 && retain(graph, object, 1, kMove) == 0;
+}
+
 // Puts an operation on its stream, on its job's thread.
 void launch(Operation* operation) {
   std::shared_ptr<Comm> comm = operation->comm;
@@ -377,10 +406,12 @@ void launch(Operation* operation) {
   }
   operation->captured = captured != 0;
   if (!captured) ++comm->waiting;
-  // From here on the stream has it, or the graph, of whose end nobody is told.
-  if (enqueue(operation->stream, run, operation) != 0) {
-    if (!captured) --comm->waiting;
-    delete operation;
+  // From here on the stream has it, or the graph.
+  if ((captured && !leave_to_graph(operation)) || enqueue(operation->stream, run, operation) != 0) {
+    if (!captured) {
+      --comm->waiting;
+      delete operation;
+    }
     comm->state = fail(kUnhandledCudaError, "the driver does not take the call");
     return;
   }
@@ -514,6 +545,7 @@ API int ncclCommFinalize(void* handle) {
   comm->join();
   comm->job = std::thread([comm] {
     for (int turn = 0; comm->waiting > 0 && !comm->aborted; ++turn) pause_after(turn);
+    await_graphs(*comm);
     comm->state = kSuccess;
   });
   return kInProgress;
@@ -526,6 +558,7 @@ API int ncclCommAbort(void* handle) {
   comm->aborted = true;
   comm->join();
   for (int turn = 0; comm->running > 0; ++turn) pause_after(turn);
+  await_graphs(*comm);
   std::lock_guard<std::mutex> hold(comms_lock);
   comms.erase(handle);
   return kSuccess;

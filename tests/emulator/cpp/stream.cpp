@@ -98,9 +98,11 @@ std::unique_ptr<Graph> Stream::end_capture() {
     return std::move(capture_);
 }
 
-bool Stream::capturing() {
+bool Stream::capturing() { return captured() != nullptr; }
+
+Graph* Stream::captured() {
     std::lock_guard lock(capture_mutex_);
-    return capture_ != nullptr;
+    return capture_.get();
 }
 
 // === impl Event ===

@@ -50,8 +50,19 @@ struct Context {
     Stream* default_stream_;
 };
 
+// What a graph keeps for somebody else, who is told when nobody needs it any more.
+struct UserObject {
+    void* data;
+    void (*destroy)(void*);
+
+    UserObject(void* the_data, void (*the_destroy)(void*)) : data(the_data), destroy(the_destroy) {}
+    ~UserObject() { destroy(data); }
+};
+
+// Copies, and launches that have not ended, keep what the graph does.
 struct Graph {
     std::vector<Operation> operations;
+    std::vector<std::shared_ptr<UserObject>> retained;
 };
 
 // An OS thread that runs operations in order, while whoever submits them goes on.
@@ -71,6 +82,7 @@ class Stream {
     void begin_capture();
     std::unique_ptr<Graph> end_capture();  // null if there is no capture
     bool capturing();
+    Graph* captured();  // so far; null if there is no capture
 
     Context& context;
 

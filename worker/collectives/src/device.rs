@@ -21,10 +21,23 @@
 //!
 //! # Graphs
 //!
-//! Calls may be captured in a CUDA graph (after the same calls were made once outside of one, since NCCL connects at
-//! first use; and never with a wait between). They count when they are captured, on every rank alike; a launch of the
-//! graph counts by [`launched`](DeviceCollective::launched). Graphs must be dropped before the group's end is: NCCL
-//! waits for them.
+//! Calls may be captured in a CUDA graph, between [`begin_capture`](DeviceCollective::begin_capture) and
+//! [`end_capture`](DeviceCollective::end_capture), which gives the [`Captured`] that
+//! [`launch`](DeviceCollective::launch) asks for. They are numbered and count when they are captured and again at each
+//! launch, on every rank alike: all capture the same calls at the same place among the others, and launch the graph of
+//! that capture together, as NCCL asks. Launches and calls outside of graphs may follow one another without a wait, since
+//! communicators are made for that (NCCL's `graphUsageMode` 2, its default). Three more things NCCL wants:
+//!
+//! - The same calls were made once outside of a graph before, for it connects to peers at first use.
+//! - A process has one GPU. With several, a launch may block until the other's is made.
+//! - An epoch ends in this order:
+//!   1. The communicator is aborted, at the first error on this rank. Then kernels that wait for a peer end, those of a
+//!      graph that is on the stream as well, and the call that fails returns when the stream is idle.
+//!   2. All graphs of the epoch are dropped, each with its [`Captured`]. Until then NCCL keeps the communicator's memory.
+//!   3. The group's end is dropped, which waits for the rest if no graph is left.
+//!
+//!   To change 2 and 3 is no error, but the memory of the old communicator then stays beside that of the next epoch's. A
+//!   graph is never launched on another epoch's group: it holds the addresses of a communicator that is gone.
 
 use std::{any::Any, ffi::c_void, fmt, marker::PhantomData, sync::Arc};
 
@@ -33,6 +46,8 @@ use crate::{
     endpoint::Calls,
     nccl::{communicator::Communicator, transfer::Transfer},
 };
+
+pub use crate::nccl::communicator::Captured;
 
 /// The stream on which a rank's device computes, in the device's primary context. Clones are the same stream.
 #[derive(Clone)]
@@ -223,9 +238,34 @@ impl<'a> DeviceCollective<'a> {
         self.communicator.settle(result)
     }
 
-    /// Notes that a graph that has captured `n_calls` calls was launched.
-    pub fn launched(&mut self, n_calls: u64) {
-        self.calls.count(n_calls);
+    /// From now on calls go into the graph that the device's stream captures, until [`end_capture`](Self::end_capture).
+    /// Meanwhile nothing may be waited for.
+    pub fn begin_capture(&mut self) {
+        self.communicator.begin_capture();
+    }
+
+    /// The calls that were captured.
+    ///
+    /// # Panics
+    ///
+    /// If no capture has begun.
+    pub fn end_capture(&mut self) -> Captured {
+        self.communicator.end_capture()
+    }
+
+    /// Makes the calls that a graph has captured, by `launch`, which puts the graph on the device's stream.
+    ///
+    /// # Panics
+    ///
+    /// If they were captured in another epoch.
+    pub fn launch(
+        &mut self,
+        captured: &Captured,
+        launch: impl FnOnce() -> Result<(), String>,
+    ) -> Result<(), CollectiveError> {
+        let make = |_: &_, first_index, _: &_| self.communicator.launch(captured, first_index, launch);
+        let result = self.calls.make(captured.n_calls(), make);
+        self.communicator.settle(result)
     }
 
     fn check_lengths(&self, lengths: &[usize]) {
@@ -233,7 +273,7 @@ impl<'a> DeviceCollective<'a> {
     }
 
     fn enqueue(&mut self, op: Op, lengths: &[usize], transfer: &Transfer<'_>) -> Result<(), CollectiveError> {
-        let result = self.calls.make(|member, index, patience| {
+        let result = self.calls.make(1, |member, index, patience| {
             let call = Call::of_floats(index, op, lengths, member.rank);
             self.communicator.enqueue(call, transfer, patience)
         });

@@ -97,22 +97,23 @@ impl Exchange<'_> {
 // === impl Calls ===
 
 impl Calls {
-    /// Makes the next call, unless one has failed.
+    /// Makes the next `n_calls` as one, unless one has failed. `call` is told the number of the first.
     pub(crate) fn make(
         &mut self,
+        n_calls: u64,
         call: impl FnOnce(&Member, u64, &Patience) -> Result<(), CollectiveError>,
     ) -> Result<(), CollectiveError> {
         if let Some(error) = &self.failed {
             return Err(error.clone());
         }
-        self.count(1);
+        self.member.progress.count_calls(n_calls);
         let patience = self.member.patience();
         let result = if patience.abort.is_aborted() {
             Err(CollectiveError::Aborted)
         } else {
             call(&self.member, self.next_index, &patience)
         };
-        self.next_index += 1;
+        self.next_index += n_calls;
         self.failed = result.as_ref().err().cloned();
         result
     }
@@ -129,11 +130,6 @@ impl Calls {
         self.failed = result.as_ref().err().cloned();
         result
     }
-
-    /// Counts calls to which this rank has come.
-    pub(crate) fn count(&self, n_calls: u64) {
-        self.member.progress.count_calls(n_calls);
-    }
 }
 
 // === impl Endpoint ===
@@ -147,7 +143,7 @@ impl Endpoint {
         let link = &mut *self.link;
         let exchange =
             |_: &_, index, patience: &_| link.exchange(Exchange { index, op, mine, lengths, theirs }, patience);
-        let result = self.calls.make(exchange);
+        let result = self.calls.make(1, exchange);
         match self.link.communicator() {
             Some(communicator) => communicator.settle(result),
             None => result,

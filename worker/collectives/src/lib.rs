@@ -37,7 +37,7 @@ pub mod timed;
 pub use abort::AbortHandle;
 pub use call::{Call, Op};
 pub use collective::Collective;
-pub use device::{DeviceCollective, DeviceSlice, DeviceSliceMut, DeviceStream};
+pub use device::{Captured, DeviceCollective, DeviceSlice, DeviceSliceMut, DeviceStream};
 pub use endpoint::Endpoint;
 pub use error::{Awaited, CollectiveError};
 pub use member::Member;

@@ -1,5 +1,7 @@
 //! A follower's loop: joins epochs, and runs the plans that rank 0 sends.
 
+use std::time::Duration;
+
 use lockstep_collectives::Collective;
 use lockstep_proto::server::Readiness;
 use tracing::warn;
@@ -13,6 +15,10 @@ use crate::{
     model::{StepError, output::StepOutput},
     model_runner::{RunStep, warm_up},
 };
+
+/// How long the next plan is waited for while a step is under way. The leader needs nothing of this rank's host to finish a
+/// step, so the plan mostly comes at once; this is for when there is nothing more to do.
+const PATIENCE: Duration = Duration::from_millis(5);
 
 /// The engine of a rank that is not 0.
 #[derive(Debug)]
@@ -80,10 +86,21 @@ impl Follower {
         warm_up(runner, collective)?;
         self.readiness.set_ready(true);
         let (mut clock, mut out) = (StepClock::default(), StepOutput::default());
+        let max_under_way = if runner.runs_ahead(collective) { 2 } else { 1 };
+        let mut n_under_way = 0;
         loop {
-            let plan = self.group.next_plan()?;
-            clock.start(collective, |collective| runner.start(&plan, &[], collective))?;
-            clock.finish(&self.metrics, collective, |collective| runner.finish(collective, &mut out)).0?;
+            let plan = match n_under_way {
+                0 => Some(self.group.next_plan()?),
+                n if n < max_under_way => self.group.next_plan_within(PATIENCE)?,
+                _ => None,
+            };
+            if let Some(plan) = plan {
+                clock.start(collective, |collective| runner.start(&plan, &[], collective))?;
+                n_under_way += 1;
+            } else {
+                clock.finish(&self.metrics, collective, |collective| runner.finish(collective, &mut out)).0?;
+                n_under_way -= 1;
+            }
         }
     }
 }

@@ -235,6 +235,7 @@ impl Leader {
         self.group.send_plan(&plan, self.live.announce(&plan))?;
         let runner = self.runner.as_mut();
         self.clock.start(collective, |collective| runner.start(&plan, &rules.unwrap_or_default(), collective))?;
+        self.metrics.steps_ahead.inc_by(u64::from(!self.under_way.is_empty()));
         self.under_way.push_back(plan);
         Ok(true)
     }

@@ -23,6 +23,8 @@ pub struct Metrics {
     pub collective: Histogram,
     /// Time that a step waited for the draft model.
     pub draft: Histogram,
+    /// Steps that were started while the one before them ran.
+    pub steps_ahead: Counter,
     /// Prompt tokens of admitted jobs.
     pub prompt_tokens: Counter,
     /// Tokens sampled.
@@ -58,7 +60,8 @@ impl Metrics {
             step: Histogram::new(step_buckets()),
             collective: Histogram::new(step_buckets()),
             draft: Histogram::new(step_buckets()),
-            prompt_tokens: Counter::<u64, AtomicU64>::default(),
+            steps_ahead: Counter::<u64, AtomicU64>::default(),
+            prompt_tokens: Counter::default(),
             generated_tokens: Counter::default(),
             drafted_tokens: Counter::default(),
             accepted_tokens: Counter::default(),
@@ -82,6 +85,8 @@ impl Metrics {
         }
         let help = "Time that a step waited for the draft model";
         sub.register_with_unit("draft", help, Unit::Seconds, metrics.draft.clone());
+        let help = "Steps that were started while the one before them ran";
+        sub.register("steps_ahead", help, metrics.steps_ahead.clone());
         sub.register("prompt_tokens", "Prompt tokens of admitted jobs", metrics.prompt_tokens.clone());
         sub.register("generated_tokens", "Tokens sampled", metrics.generated_tokens.clone());
         sub.register("drafted_tokens", "Tokens guessed in advance", metrics.drafted_tokens.clone());

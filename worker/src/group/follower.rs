@@ -202,6 +202,23 @@ impl FollowerGroup {
         plan.filter(|_| self.is_alive()).ok_or_else(|| self.ended())
     }
 
+    /// As [`FollowerGroup::next_plan`]; `None` if there is none within `patience`.
+    ///
+    /// # Errors
+    ///
+    /// As there.
+    ///
+    /// # Panics
+    ///
+    /// As there.
+    pub fn next_plan_within(&mut self, patience: Duration) -> Result<Option<StepPlan>, GroupError> {
+        let Some(enrolled) = &mut self.enrolled else { return Err(self.ended()) };
+        match self.runtime.block_on(async { tokio::time::timeout(patience, enrolled.plans.recv()).await }) {
+            Err(_) => Ok(None),
+            Ok(plan) => plan.filter(|_| self.is_alive()).map(Some).ok_or_else(|| self.ended()),
+        }
+    }
+
     /// Why no epoch lives; `None` while one does.
     pub fn is_broken(&self) -> Option<GroupError> {
         (!self.is_alive()).then(|| self.ended())

@@ -6,11 +6,17 @@
 //! peer, and for ever if that does not come; a *blocking* communicator would then neither see an abort nor a deadline.
 //!
 //! The thread that has the communicator makes all calls. Only its end is left to another one (see [`Communicator::end`]).
+//!
+//! Calls may be captured in graphs. What NCCL keeps for those it frees when the graphs are destroyed, for which a
+//! communicator waits before it comes to its end, an aborted one, too (`commDestroySync` of `src/init.cc`, 2.30).
 
 use std::{
     ffi::c_int,
     fmt,
-    sync::mpsc,
+    sync::{
+        Arc,
+        mpsc::{self, Receiver, TryRecvError},
+    },
     thread,
     time::{Duration, Instant},
 };
@@ -32,16 +38,31 @@ pub(crate) struct Communicator {
     member: Member,
     /// The newest call on the stream.
     newest: Option<Call>,
+    /// What a graph is capturing.
+    capture: Option<Captured>,
+    /// Shared with all that graphs have captured.
+    identity: Arc<()>,
     life: Life,
+}
+
+/// The calls that a graph has captured. It is kept beside the graph and dropped with it, whereby the group knows how long
+/// NCCL must keep what the graph uses.
+#[derive(Debug)]
+pub struct Captured {
+    n_calls: u64,
+    newest: Option<Call>,
+    communicator: Arc<()>,
 }
 
 /// Whether there is a communicator.
 enum Life {
     Alive(RawComm),
-    /// It has been destroyed or aborted.
+    /// A thread has it destroyed or aborted, and says when NCCL has come back from that.
+    Ending {
+        has_ended: Receiver<()>,
+        deadline: Instant,
+    },
     Ended,
-    /// NCCL has not come back from that: the stream may never become idle.
-    Stuck,
 }
 
 /// How a communicator ends.
@@ -69,7 +90,7 @@ const SLEEP: Duration = Duration::from_micros(100);
 /// How long a rank that leaves waits for what it has put on the stream.
 const FINALIZE_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// How long it waits for NCCL to come back from its end, which normally takes milliseconds.
+/// How long it waits for its end, which normally takes milliseconds.
 const END_TIMEOUT: Duration = Duration::from_secs(5);
 
 // === impl Communicator ===
@@ -90,7 +111,8 @@ impl Communicator {
         // SAFETY: the context is current.
         let (comm, code) = unsafe { library.init(id, member.rank as c_int, member.world_size as c_int) };
         let life = if comm.is_null() { Life::Ended } else { Life::Alive(comm) };
-        let mut communicator = Self { library, stream, member, newest: None, life };
+        let (capture, identity) = (None, Arc::new(()));
+        let mut communicator = Self { library, stream, member, newest: None, capture, identity, life };
         let state = library.check(code).map_err(Trouble::Failed).and_then(|()| communicator.until_ready(patience));
         state.map_err(|trouble| {
             communicator.end(Ending::Abort);
@@ -121,7 +143,40 @@ impl Communicator {
         let awaited = Awaited::Enqueued(call);
         let result = self.start(transfer).map_err(Trouble::Failed).and_then(|()| self.until_ready(patience));
         result.map_err(|trouble| trouble.during(awaited, patience))?;
-        self.newest = Some(call);
+        match &mut self.capture {
+            None => self.newest = Some(call),
+            Some(capture) => {
+                capture.n_calls += 1;
+                capture.newest = Some(call);
+            }
+        }
+        Ok(())
+    }
+
+    /// From now on, calls go into a graph.
+    pub(crate) fn begin_capture(&mut self) {
+        self.capture = Some(Captured { n_calls: 0, newest: None, communicator: Arc::clone(&self.identity) });
+    }
+
+    /// The calls since then.
+    pub(crate) fn end_capture(&mut self) -> Captured {
+        self.capture.take().expect("a capture has begun")
+    }
+
+    /// Launches a graph, whose calls are numbered from `first_index` on.
+    pub(crate) fn launch(
+        &mut self,
+        captured: &Captured,
+        first_index: u64,
+        launch: impl FnOnce() -> Result<(), String>,
+    ) -> Result<(), CollectiveError> {
+        assert!(Arc::ptr_eq(&captured.communicator, &self.identity), "a graph of this epoch");
+        let index = first_index + captured.n_calls.saturating_sub(1);
+        let newest = captured.newest.map(|call| Call { index, ..call });
+        let awaited = newest.map_or(Awaited::Device { newest: self.newest }, Awaited::Enqueued);
+        let launched = driver::enter(&self.stream).and_then(|()| launch());
+        launched.map_err(|reason| CollectiveError::Failed { awaited, reason })?;
+        self.newest = newest.or(self.newest);
         Ok(())
     }
 
@@ -154,26 +209,49 @@ impl Communicator {
     /// Leaves the group. Returns whether the stream can become idle.
     pub(super) fn leave(&mut self) -> bool {
         self.end(if self.member.abort.is_aborted() { Ending::Abort } else { Ending::Finalize });
-        matches!(self.life, Life::Ended)
+        matches!(self.life, Life::Ended) || self.is_idle() == Ok(true)
     }
 
     /// Ends the communicator, if that has not happened. NCCL does that in the calling thread, and may wait there for
-    /// ever: for a graph that was not dropped, for a device that hangs. So the thread is one that can be left alone.
+    /// ever: for a graph that is not dropped, for a device that hangs. So the thread is one that can be left alone.
     fn end(&mut self, ending: Ending) {
-        let Life::Alive(comm) = self.life else { return };
-        self.life = Life::Stuck;
-        let (library, stream, comm) = (self.library, self.stream.clone(), Handed(comm));
-        let (ended, has_ended) = mpsc::sync_channel(1);
-        let ending = thread::Builder::new().name("nccl-end".into()).spawn(move || {
-            let Handed(comm) = { comm };
-            // Without a context NCCL finds the device by itself.
-            let _entered = driver::enter(&stream);
-            end(library, comm, ending);
-            let _too_late = ended.send(());
-        });
-        if ending.is_ok() && has_ended.recv_timeout(END_TIMEOUT).is_ok() {
-            self.life = Life::Ended;
+        if let Life::Alive(comm) = self.life {
+            let (library, stream, comm) = (self.library, self.stream.clone(), Handed(comm));
+            let (ended, has_ended) = mpsc::sync_channel(1);
+            let thread = thread::Builder::new().name("nccl-end".into()).spawn(move || {
+                let Handed(comm) = { comm };
+                // Without a context NCCL finds the device by itself.
+                let _entered = driver::enter(&stream);
+                end(library, comm, ending);
+                let _too_late = ended.send(());
+            });
+            let ending = Life::Ending { has_ended, deadline: Instant::now() + END_TIMEOUT };
+            self.life = if thread.is_ok() { ending } else { Life::Ended };
         }
+        self.await_end();
+    }
+
+    /// Waits until the communicator is at its end, or all that can be waited for is: while there are graphs it is not, but
+    /// the stream becomes idle.
+    fn await_end(&mut self) {
+        while let Life::Ending { has_ended, deadline } = &self.life {
+            if has_ended.try_recv() != Err(TryRecvError::Empty) {
+                self.life = Life::Ended;
+            } else if Instant::now() >= *deadline || (self.has_graphs() && self.is_idle() != Ok(false)) {
+                return;
+            } else {
+                thread::sleep(SLEEP);
+            }
+        }
+    }
+
+    fn is_idle(&self) -> Result<bool, String> {
+        driver::enter(&self.stream).and_then(|()| driver::is_idle(&self.stream))
+    }
+
+    /// Whether there are graphs that have captured calls.
+    fn has_graphs(&self) -> bool {
+        Arc::strong_count(&self.identity) > 1
     }
 
     /// Waits until NCCL has carried out the last call, so that the stream holds it.
@@ -204,7 +282,7 @@ impl Communicator {
             // SAFETY: it is alive.
             Life::Alive(comm) => unsafe { self.library.state(comm) },
             // No call comes here after the first error.
-            Life::Ended | Life::Stuck => SUCCESS,
+            Life::Ending { .. } | Life::Ended => SUCCESS,
         }
     }
 
@@ -229,6 +307,15 @@ impl Drop for Communicator {
 impl fmt::Debug for Communicator {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Communicator").field("member", &self.member).finish_non_exhaustive()
+    }
+}
+
+// === impl Captured ===
+
+impl Captured {
+    /// How many they are.
+    pub fn n_calls(&self) -> u64 {
+        self.n_calls
     }
 }
 

@@ -60,10 +60,6 @@ impl Gpu {
         unsafe { DeviceStream::new(context, stream, format!("gpu {}", self.ordinal), Arc::new(())) }
     }
 
-    pub(crate) fn raw_stream(&self) -> CUstream {
-        self.stream
-    }
-
     /// To be called in each thread that uses the device.
     pub(crate) fn enter(&self) {
         // SAFETY: the context stays.

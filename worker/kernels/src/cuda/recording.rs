@@ -36,6 +36,11 @@ impl Recording {
         let (result, step) = computed.expect("what was captured ended well");
         Ok(Self { graph, shape, step, result })
     }
+
+    /// What the last step of it that is queued ends in.
+    pub fn result(&self) -> &GpuTensor {
+        &self.result
+    }
 }
 
 impl Gpu {
@@ -44,16 +49,10 @@ impl Gpu {
     ///
     /// # Errors
     /// As [`Gpu::begin`], or the driver's.
-    pub fn replay<'a>(
-        &mut self,
-        recording: &'a mut Recording,
-        rows: &StepRows<'_>,
-        kv: &GpuKvCache,
-    ) -> Result<&'a GpuTensor, CudaError> {
+    pub fn replay(&mut self, recording: &mut Recording, rows: &StepRows<'_>, kv: &GpuKvCache) -> Result<(), CudaError> {
         self.send_again(&mut recording.step, rows, kv, recording.shape)?;
         // SAFETY: what was recorded were launches of ours with these addresses: the pool's, which live as long as this
         // Gpu, and those of weights and of the cache, which the caller keeps.
-        unsafe { recording.graph.launch()? };
-        Ok(&recording.result)
+        unsafe { recording.graph.launch() }
     }
 }

@@ -4,6 +4,8 @@
 
 #![allow(clippy::unwrap_used, reason = "a panic is how a test fails")]
 
+mod ranks;
+
 use std::{
     fs,
     path::{Path, PathBuf},

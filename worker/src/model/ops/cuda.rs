@@ -6,7 +6,7 @@
 
 use std::{collections::HashMap, ops::Range};
 
-use lockstep_collectives::{Collective, CollectiveError};
+use lockstep_collectives::{Collective, CollectiveError, device::Captured};
 use lockstep_kernels::{
     EncodedRows, RopeTable,
     cuda::{
@@ -38,8 +38,6 @@ pub struct CudaBackend {
     gpu: Gpu,
     step: Option<GpuStep>,
     vocab: Option<GpuVocab>,
-    /// Calls between devices that were made.
-    n_calls: u64,
     /// Steps that were started.
     n_steps: u64,
     /// Planes on their way to other ranks.
@@ -51,8 +49,8 @@ pub struct CudaBackend {
 struct Recorded {
     /// There from the second such step on.
     recording: Option<Recording>,
-    /// Calls between devices that are part of it.
-    n_calls: u64,
+    /// Calls between devices that are part of it, in the epoch in which it was made.
+    calls: Option<Captured>,
     /// The number of the step that was the last of its shape.
     last_step: u64,
 }
@@ -76,15 +74,7 @@ impl CudaBackend {
         let RopeSpec { rope_dim, base, ref factors, n_positions, style } = *rope;
         let rope = RopeTable::new(head_dim, rope_dim, base, factors.as_deref(), n_positions, style)?;
         let gpu = Gpu::new(device, GpuHeads { n_heads, n_kv_heads, head_dim }, &rope)?;
-        Ok(Self {
-            recordings: HashMap::new(),
-            gpu,
-            step: None,
-            vocab: None,
-            n_calls: 0,
-            n_steps: 0,
-            planes: Vec::new(),
-        })
+        Ok(Self { recordings: HashMap::new(), gpu, step: None, vocab: None, n_steps: 0, planes: Vec::new() })
     }
 
     fn step(&self) -> &GpuStep {
@@ -101,19 +91,21 @@ impl CudaBackend {
     ) -> Result<(), StepError> {
         if !self.recordings.contains_key(&shape) {
             self.forget_a_recording();
-            self.recordings.insert(shape, Recorded { recording: None, n_calls: 0, last_step: self.n_steps });
+            self.recordings.insert(shape, Recorded { recording: None, calls: None, last_step: self.n_steps });
             return Ok(());
         }
         self.step = Some(self.gpu.begin(rows, run.kv, Some(shape))?);
         let device = self.gpu.device().clone();
-        let calls_before = self.n_calls;
+        if let Some(mut device) = run.collective.device() {
+            device.begin_capture();
+        }
         let recording = Recording::new(&device, shape, || {
             let logits = forward(self, run)?.expect("all rows of a step that has a shape need logits");
             let logits = self.conclude(run, logits)?;
             Ok::<_, StepError>((logits, self.step.take().expect("the step that was computed")))
         })?;
-        let n_calls = self.n_calls - calls_before;
-        self.recordings.insert(shape, Recorded { recording: Some(recording), n_calls, last_step: self.n_steps });
+        let calls = run.collective.device().map(|mut device| device.end_capture());
+        self.recordings.insert(shape, Recorded { recording: Some(recording), calls, last_step: self.n_steps });
         Ok(())
     }
 
@@ -140,7 +132,6 @@ impl CudaBackend {
             let mut room = is_first.then(|| self.gpu.gather_room(n_rows, vocab_size)).transpose()?;
             let out = room.as_mut().map(GpuTensor::collective_slice_mut);
             device.gather(0, whole.collective_slice(), &lengths, out)?;
-            self.n_calls += 1;
             whole = room.unwrap_or(whole);
         }
         let ends = || run.vocab.iter().map(|range| range.end as u32).collect::<Vec<_>>();
@@ -155,7 +146,6 @@ impl CudaBackend {
             }
             if !is_alone && let Some(mut device) = run.collective.device() {
                 device.broadcast(0, self.gpu.choices_slice_mut(n_rows))?;
-                self.n_calls += 1;
             }
         } else if is_first && !is_alone && run.collective.device().is_some() {
             whole = self.gpu.join_columns(&whole, &ends())?;
@@ -193,17 +183,38 @@ impl CudaStarted {
     fn wait(&self, collective: &mut dyn Collective) -> Result<(), StepError> {
         let Some(mut device) = collective.device() else { return Ok(()) };
         let mut failure = None;
-        let waited: Result<(), CollectiveError> = device.wait_until(|| {
-            self.is_there().map_err(|error| {
-                let text = error.to_string();
-                failure = Some(error);
-                text
-            })
-        });
-        match failure {
-            Some(failure) => Err(failure.into()),
-            None => Ok(waited?),
-        }
+        let waited = device.wait_until(|| keep(self.is_there(), &mut failure));
+        first_of(failure, waited)
+    }
+}
+
+impl Recorded {
+    /// Queues another step of its shape, with its calls between devices.
+    fn replay(
+        &mut self,
+        gpu: &mut Gpu,
+        rows: &StepRows<'_>,
+        run: &mut StepRun<'_, GpuKvCache>,
+    ) -> Result<(), StepError> {
+        let recording = self.recording.as_mut().expect("a step was recorded");
+        let (Some(mut device), Some(calls)) = (run.collective.device(), &self.calls) else {
+            return Ok(gpu.replay(recording, rows, run.kv)?);
+        };
+        let mut failure = None;
+        let launched = device.launch(calls, || keep(gpu.replay(recording, rows, run.kv), &mut failure));
+        first_of(failure, launched)
+    }
+}
+
+/// Keeps a GPU's own error, of which a collective passes on the text alone.
+fn keep<T>(result: Result<T, CudaError>, failure: &mut Option<CudaError>) -> Result<T, String> {
+    result.map_err(|error| failure.insert(error).to_string())
+}
+
+fn first_of(failure: Option<CudaError>, result: Result<(), CollectiveError>) -> Result<(), StepError> {
+    match failure {
+        Some(failure) => Err(failure.into()),
+        None => Ok(result?),
     }
 }
 
@@ -284,15 +295,12 @@ impl Backend for CudaBackend {
         let rows = rows_of(run.batch, &tokens);
         let shape = StepShape::of(&rows).filter(|_| self.runs_ahead(run.collective));
         if let Some(shape) = shape
-            && let Some(recorded) = self.recordings.get_mut(&shape)
-            && let Some(recording) = &mut recorded.recording
+            && let Some(recorded) = self.recordings.get_mut(&shape).filter(|recorded| recorded.recording.is_some())
         {
             recorded.last_step = self.n_steps;
-            let logits = self.gpu.replay(recording, &rows, run.kv)?;
-            if let Some(mut device) = run.collective.device() {
-                device.launched(recorded.n_calls);
-            }
-            return Ok(Self::queue_answer(&mut self.gpu, &mut run, Some(logits))?);
+            recorded.replay(&mut self.gpu, &rows, &mut run)?;
+            let logits = recorded.recording.as_ref().map(Recording::result);
+            return Ok(Self::queue_answer(&mut self.gpu, &mut run, logits)?);
         }
         self.step = Some(self.gpu.begin(&rows, run.kv, shape)?);
         let logits = forward(self, &mut run)?;
@@ -339,7 +347,7 @@ impl Backend for CudaBackend {
 
     /// NCCL waits for graphs that call it. The others need no group.
     fn abandon_steps(&mut self) {
-        self.recordings.retain(|_, recorded| recorded.n_calls == 0);
+        self.recordings.retain(|_, recorded| recorded.calls.is_none());
         self.step = None;
     }
 
@@ -385,7 +393,6 @@ impl Backend for CudaBackend {
         let mut terms = self.gpu.matmul_partial(weight, x, first)?;
         if let Some(mut device) = collective.device() {
             device.all_gather(&reduction.lengths(terms.plane_len()), terms.collective_slice_mut())?;
-            self.n_calls += 1;
         } else if collective.world_size() > 1 {
             terms.download(&mut self.planes)?;
             gather_planes(&mut self.planes, terms.plane_len(), reduction, collective)?;

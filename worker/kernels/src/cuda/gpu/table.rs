@@ -40,7 +40,7 @@ pub struct GpuTable {
 
 #[derive(Debug)]
 enum Rows {
-    Packed(GpuMatrix),
+    Packed(Box<GpuMatrix>),
     /// As in the file.
     Floats(Buffer<u8>),
 }
@@ -70,7 +70,7 @@ impl Gpu {
         }
         let embed = self.device.kernel(&program(encoding), "embed")?;
         let rows = match float_kind(encoding) {
-            None => Rows::Packed(GpuMatrix::new(&self.device, source, None)?),
+            None => Rows::Packed(Box::new(GpuMatrix::new(&self.device, source, None)?)),
             Some(_) => Rows::Floats(upload_rows(&self.device, source)?),
         };
         self.table_rows = Some(n_rows);
