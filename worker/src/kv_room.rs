@@ -10,7 +10,7 @@ use lockstep_kernels::{KvEncoding, cuda};
 
 use crate::{
     device::Device,
-    model::{LoadError, load::Source},
+    model::{LoadError, embedding::EmbeddingTable, load::Source},
 };
 
 /// Tokens where memory is the system's, which gives it only when it is used.
@@ -70,10 +70,15 @@ impl Share {
             let file_bits = 8.0 * tensor.encoding.block_bytes() as f64 / tensor.encoding.block_len() as f64;
             source.held_bytes(&tensor) as f64 * cuda::bits_per_weight(tensor.encoding) / file_bits
         });
+        // Every rank has the whole embedding table, beside its part of the output matrix, even if they are one in the file.
+        let table = source.checkpoint().find(EmbeddingTable::TENSOR).map_or(0.0, |table| {
+            let n_values = table.n_rows() as f64 * table.n_cols() as f64;
+            n_values * cuda::table_bits_per_weight(table.encoding) / 8.0
+        });
         let config = source.config();
         let head_bytes = encoding.head_bytes(config.head_dim);
         Self {
-            weight_bytes: bytes.sum::<f64>().ceil() as usize,
+            weight_bytes: (bytes.sum::<f64>() + table).ceil() as usize,
             kv_bytes_per_token: config.n_layers * source.plan().kv_heads.len() * head_bytes,
         }
     }

@@ -14,7 +14,8 @@ pub struct EmbeddingTable {
 }
 
 impl EmbeddingTable {
-    pub(super) const TENSOR: &str = "token_embd.weight";
+    /// Its name.
+    pub const TENSOR: &str = "token_embd.weight";
 
     /// `checkpoint` must have the table, `[vocab_size, hidden_dim]`, as it is in the file.
     pub(super) fn new(checkpoint: Arc<Checkpoint>, hidden_dim: usize) -> Self {

@@ -33,7 +33,7 @@ pub use attention::GpuKvCache;
 pub(super) use choice::MAX_VOCAB;
 pub use choice::{ChoiceRule, GpuVocab, MAX_CHOICES};
 pub use steps::GpuStep;
-pub use table::GpuTable;
+pub use table::{GpuTable, table_bits_per_weight};
 pub use tensors::{GpuInput, GpuTensor, GpuTerms};
 
 pub(super) use table::table_programs;

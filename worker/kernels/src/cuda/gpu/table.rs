@@ -18,7 +18,7 @@ use super::{
     super::{
         Arg, Buffer, CudaError, Device, Kernel, Program, Source,
         matrix::{GpuMatrix, MatrixArg},
-        packing::Form,
+        packing::{Form, bits_per_weight},
     },
     Gpu, GpuStep, GpuTensor,
 };
@@ -132,6 +132,14 @@ fn float_kind(encoding: Encoding) -> Option<i64> {
         Encoding::F16 => Some(2),
         Encoding::BF16 => Some(3),
         _ => None,
+    }
+}
+
+/// Bits that a value of an embedding table takes on a device.
+pub fn table_bits_per_weight(encoding: Encoding) -> f64 {
+    match float_kind(encoding) {
+        Some(_) => 8.0 * encoding.block_bytes() as f64,
+        None => bits_per_weight(encoding),
     }
 }
 
