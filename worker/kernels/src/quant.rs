@@ -13,7 +13,7 @@
 
 mod blocks;
 
-use half::{bf16, f16};
+use half::{bf16, f16, slice::HalfFloatSliceExt};
 use lockstep_checkpoint::Encoding;
 
 pub(crate) use blocks::{Block, decoder};
@@ -105,8 +105,13 @@ pub fn dequantize(encoding: Encoding, bytes: &[u8], out: &mut [f32]) {
             out.iter_mut().zip(words).for_each(|(value, word)| *value = f32::from_le_bytes(*word));
         }
         Encoding::F16 => {
-            let (words, _) = bytes.as_chunks::<2>();
-            out.iter_mut().zip(words).for_each(|(value, word)| *value = f16::from_le_bytes(*word).to_f32());
+            let mut halves = [f16::ZERO; 64];
+            for (values, words) in out.chunks_mut(halves.len()).zip(bytes.as_chunks::<2>().0.chunks(halves.len())) {
+                let halves = &mut halves[..words.len()];
+                halves.iter_mut().zip(words).for_each(|(half, word)| *half = f16::from_le_bytes(*word));
+                // Processors convert many at once.
+                halves.convert_to_f32_slice(values);
+            }
         }
         Encoding::BF16 => {
             let (words, _) = bytes.as_chunks::<2>();
