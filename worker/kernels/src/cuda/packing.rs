@@ -29,6 +29,8 @@ use crate::{
 
 /// Outputs, and inputs, of a tile.
 pub(super) const TILE: usize = 32;
+/// Inputs that are packed at once: whole blocks of every encoding.
+const RUN: usize = 256;
 
 /// What a kernel of products is compiled for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -137,9 +139,10 @@ impl Form {
         self.has_minimum
     }
 
-    /// The first of four neighbouring inputs that lane `t` of four has in `step`.
-    fn input(self, t: usize, step: usize) -> usize {
-        if self.group_len == TILE { 8 * t + 4 * step } else { 16 * step + 4 * t }
+    /// What lanes 0 to 3 have, both steps of each, of 32 inputs in fours.
+    fn by_lane<T: Copy>(self, fours: [T; 8]) -> [T; 8] {
+        let [a, b, c, d, e, f, g, h] = fours;
+        if self.group_len == TILE { fours } else { [a, e, b, f, c, g, d, h] }
     }
 
     fn words_per_lane(self) -> usize {
@@ -249,69 +252,127 @@ impl TileRow<'_> {
     /// Packs the outputs from `first` on, as many as there are.
     fn pack_blocks(&mut self, source: &EncodedRows<'_>, form: Form, first: usize) {
         let encoding = source.encoding();
-        let (block_len, decode) = (encoding.block_len(), quant::decoder(encoding));
-        let groups_per_block = block_len / form.group_len;
+        let (block_len, block_bytes) = (encoding.block_len(), encoding.block_bytes());
+        let decode = quant::decoder(encoding);
         let mut block = Block::default();
-        for (output, row_idx) in (first..source.n_rows()).take(TILE).enumerate() {
-            let place = output % 8 * 4 + output / 8;
-            for (block_idx, bytes) in source.row(row_idx).chunks_exact(encoding.block_bytes()).enumerate() {
-                decode(bytes, &mut block);
-                let scales_per_block = if form.two_level { 1 } else { groups_per_block };
-                for i in block_idx * scales_per_block..(block_idx + 1) * scales_per_block {
-                    self.scales[i * TILE + place] = block.scale.to_bits();
-                    if form.has_minimum {
-                        self.minimums[i * TILE + place] = block.minimum.to_bits();
-                    }
+        let mut codes = [[0; RUN]; TILE];
+        for run in (0..source.n_cols()).step_by(RUN) {
+            let blocks = run / block_len..source.n_cols().min(run + RUN) / block_len;
+            for (output, row_idx) in (first..source.n_rows()).take(TILE).enumerate() {
+                let bytes = &source.row(row_idx)[blocks.start * block_bytes..blocks.end * block_bytes];
+                let bytes = bytes.chunks_exact(block_bytes);
+                let codes = codes[output].chunks_exact_mut(block_len);
+                for ((block_idx, bytes), codes) in blocks.clone().zip(bytes).zip(codes) {
+                    decode(bytes, &mut block);
+                    codes.copy_from_slice(&block.codes[..block_len]);
+                    self.put_scales(form, block_len, block_idx, output, &block);
                 }
-                if form.two_level {
-                    for i in 0..groups_per_block {
-                        let at = (block_idx * groups_per_block + i) * TILE + place;
-                        self.sub_scales[at] = block.sub_scales[i];
-                        if form.has_minimum {
-                            self.sub_minimums[at] = block.sub_minimums[i];
-                        }
-                    }
-                }
-                for (i, codes) in block.codes[..block_len].chunks_exact(TILE).enumerate() {
-                    self.put(form, block_idx * block_len / TILE + i, output, |input| u32::from(codes[input]));
+            }
+            for (i, tile) in self.tiles(form, run).enumerate() {
+                put_codes(tile, form, &codes, i * TILE);
+            }
+        }
+    }
+
+    /// Puts the scales and minimums of an output's block in their places.
+    fn put_scales(&mut self, form: Form, block_len: usize, block_idx: usize, output: usize, block: &Block) {
+        let place = output % 8 * 4 + output / 8;
+        let groups_per_block = block_len / form.group_len;
+        let scales_per_block = if form.two_level { 1 } else { groups_per_block };
+        for i in block_idx * scales_per_block..(block_idx + 1) * scales_per_block {
+            self.scales[i * TILE + place] = block.scale.to_bits();
+            if form.has_minimum {
+                self.minimums[i * TILE + place] = block.minimum.to_bits();
+            }
+        }
+        if form.two_level {
+            for i in 0..groups_per_block {
+                let at = (block_idx * groups_per_block + i) * TILE + place;
+                self.sub_scales[at] = block.sub_scales[i];
+                if form.has_minimum {
+                    self.sub_minimums[at] = block.sub_minimums[i];
                 }
             }
         }
     }
 
+    /// As [`Self::pack_blocks`], for floats, rounded to bf16.
     fn pack_floats(&mut self, source: &EncodedRows<'_>, form: Form, first: usize) {
-        let mut values = vec![0.0; source.n_cols()];
-        for (output, row_idx) in (first..source.n_rows()).take(TILE).enumerate() {
-            dequantize(source.encoding(), source.row(row_idx), &mut values);
-            for (in_tile, values) in values.chunks_exact(TILE).enumerate() {
-                let bits = |input: usize| u32::from(bf16::from_f32(values[input]).to_bits());
-                self.put(form, in_tile, output, bits);
+        let value_bytes = source.encoding().block_bytes();
+        let mut bits = [[0; RUN]; TILE];
+        for run in (0..source.n_cols()).step_by(RUN) {
+            let end = source.n_cols().min(run + RUN);
+            for (bits, row_idx) in bits.iter_mut().zip(first..source.n_rows()) {
+                let bytes = &source.row(row_idx)[run * value_bytes..end * value_bytes];
+                round_to_bf16(source.encoding(), bytes, &mut bits[..end - run]);
+            }
+            for (i, tile) in self.tiles(form, run).enumerate() {
+                put_bf16(tile, form, &bits, i * TILE);
             }
         }
     }
 
-    /// Puts the 32 values of one output and in tile in their places.
-    fn put(&mut self, form: Form, in_tile: usize, output: usize, value: impl Fn(usize) -> u32) {
-        let words = form.words_per_lane();
-        let tile = &mut self.codes[in_tile * TILE * words..][..TILE * words];
-        let (m, in_half) = (output / 16, output % 16);
-        let (g, upper) = (in_half % 8, in_half / 8);
-        for t in 0..4 {
-            let lane = 4 * g + t;
-            for step in 0..2 {
-                let input = form.input(t, step);
-                for i in 0..4 {
-                    // Registers 0 and 1 have the first two inputs, 2 and 3 the others.
-                    let (register, j) = (upper + i / 2 * 2, i % 2);
-                    let (word, shift) = match form.bits {
-                        4 => (2 * m + step, 4 * register + 16 * j),
-                        16 => (8 * m + 4 * step + register, 16 * j),
-                        _ => (4 * m + 2 * step + register / 2, 16 * (register % 2) + 8 * j),
-                    };
-                    // Vectors of four words go lane by lane.
-                    tile[(word / 4 * TILE + lane) * 4 + word % 4] |= value(input + i) << shift;
+    /// The tiles of the run of inputs that begins at `run`.
+    fn tiles(&mut self, form: Form, run: usize) -> impl Iterator<Item = &mut [u32]> {
+        let tile_words = TILE * form.words_per_lane();
+        self.codes.chunks_exact_mut(tile_words).skip(run / TILE).take(RUN / TILE)
+    }
+}
+
+/// Puts the codes of the tile from input `first` of a run on in their places.
+fn put_codes(tile: &mut [u32], form: Form, codes: &[[u8; RUN]; TILE], first: usize) {
+    let codes = |output: usize| -> [u32; 8] {
+        let codes: &[u8; TILE] = codes[output][first..].first_chunk().expect("a run is whole tiles");
+        form.by_lane(bytemuck::cast(*codes))
+    };
+    // Vectors of four words go lane by lane.
+    let (vectors, _) = tile.as_chunks_mut::<4>();
+    for pair in 0..TILE / 2 {
+        let (m, g) = (pair / 8, pair % 8);
+        // Registers 0 and 2, and 1 and 3: the first two inputs are in the lower ones.
+        let (even, odd) = (codes(16 * m + g), codes(16 * m + g + 8));
+        let steps = even.as_chunks::<2>().0.iter().zip(odd.as_chunks::<2>().0);
+        if form.bits == 4 {
+            for (vector, (even, odd)) in vectors[4 * g..4 * g + 4].iter_mut().zip(steps) {
+                for step in 0..2 {
+                    let all = even[step] | odd[step] << 4;
+                    vector[2 * m + step] = all & 0xff00_00ff | all << 8 & 0xff_0000 | all >> 8 & 0xff00;
                 }
             }
+        } else {
+            let first = TILE * m + 4 * g;
+            for (vector, (even, odd)) in vectors[first..first + 4].iter_mut().zip(steps) {
+                let low = |step: usize| even[step] & 0xffff | odd[step] << 16;
+                let high = |step: usize| even[step] >> 16 | odd[step] & 0xffff_0000;
+                *vector = [low(0), high(0), low(1), high(1)];
+            }
+        }
+    }
+}
+
+fn round_to_bf16(encoding: Encoding, bytes: &[u8], bits: &mut [u16]) {
+    if encoding == Encoding::BF16 {
+        bits.iter_mut().zip(bytes.as_chunks().0).for_each(|(bits, bytes)| *bits = u16::from_le_bytes(*bytes));
+        return;
+    }
+    let values = &mut [0.0; RUN][..bits.len()];
+    dequantize(encoding, bytes, values);
+    bits.iter_mut().zip(values).for_each(|(bits, value)| *bits = bf16::from_f32(*value).to_bits());
+}
+
+/// As [`put_codes`], for weights in bf16.
+fn put_bf16(tile: &mut [u32], form: Form, bits: &[[u16; RUN]; TILE], first: usize) {
+    let bits = |output: usize| -> [[u32; 2]; 8] {
+        let bits: &[u16; TILE] = bits[output][first..].first_chunk().expect("a run is whole tiles");
+        form.by_lane(bytemuck::cast(*bits))
+    };
+    let (vectors, _) = tile.as_chunks_mut::<4>();
+    for pair in 0..TILE / 2 {
+        let (m, g) = (pair / 8, pair % 8);
+        let (even, odd) = (bits(16 * m + g), bits(16 * m + g + 8));
+        for (i, ([a0, a2], [a1, a3])) in even.into_iter().zip(odd).enumerate() {
+            let (lane, step) = (4 * g + i / 2, i % 2);
+            vectors[TILE * (2 * m + step) + lane] = [a0, a1, a2, a3];
         }
     }
 }
@@ -362,7 +423,8 @@ mod tests {
     #[test]
     fn a_packed_matrix_holds_what_the_file_does() {
         for encoding in Encoding::ALL {
-            let (n_out, n_in) = (70, 512);
+            // Two runs of inputs, and a part of one.
+            let (n_out, n_in) = (70, if encoding.block_len() > TILE { 512 } else { 544 });
             let n_bytes = n_out * encoding.row_bytes(n_in).unwrap();
             // Bytes below 0x40 keep every float and scale finite.
             let bytes: Vec<u8> =
