@@ -141,8 +141,8 @@ impl Gpu {
             table_rows: None,
             choices: device.zeros(MAX_CHOICES)?,
             begun: Arc::new(begun),
-            answers: Pages::new(&device)?,
-            rows: Pages::new(&device)?,
+            answers: Pages::new(&device, MAX_CHOICES)?,
+            rows: Pages::new(&device, 0)?,
             device,
         })
     }

@@ -9,7 +9,8 @@ use super::{CudaError, Device, Event, HostBuffer, pool::Target};
 /// Longest time that a step may take. A device that is busy for longer hangs.
 pub(super) const MAX_STEP: Duration = Duration::from_secs(60);
 
-/// Room for the values of one copy. It grows with them, and stays as large.
+/// Room for the values of one copy. It grows with them, and stays as large. To grow is to wait for all that is queued, since
+/// page-locked memory comes and goes only when a device is idle: what is wanted in every step is best made large at once.
 #[derive(Debug)]
 pub(super) struct Page<T: Pod> {
     device: Device,
@@ -21,8 +22,9 @@ pub(super) struct Page<T: Pod> {
 // === impl Page ===
 
 impl<T: Pod> Page<T> {
-    pub(super) fn new(device: &Device) -> Result<Self, CudaError> {
-        Ok(Self { device: device.clone(), values: device.host_buffer(0)?, copied: device.event()? })
+    /// Room for `len` values for a start.
+    pub(super) fn new(device: &Device, len: usize) -> Result<Self, CudaError> {
+        Ok(Self { device: device.clone(), values: device.host_buffer(len)?, copied: device.event()? })
     }
 
     /// Queues that `values` go to the beginning of `to`, whose pool must still be there. Waits until the last copy is done.

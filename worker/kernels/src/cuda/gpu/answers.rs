@@ -46,7 +46,7 @@ impl Gpu {
         self.answers.fetch(Target::of(&self.choices), n_rows, &self.begun)
     }
 
-    /// Queues that the first rows of a tensor come to the host.
+    /// Queues that the first rows of a tensor come to the host. Waits for the device if no answer had so many values before.
     ///
     /// # Errors
     /// Two such answers are there already, or the driver's.
@@ -101,8 +101,9 @@ impl<T: Pod> Drop for Answer<T> {
 // === impl Pages ===
 
 impl<T: Pod> Pages<T> {
-    pub(super) fn new(device: &Device) -> Result<Self, CudaError> {
-        let pages = (0..MAX_ANSWERS).map(|_| Page::new(device)).collect::<Result<_, _>>()?;
+    /// With room for `len` values each for a start.
+    pub(super) fn new(device: &Device, len: usize) -> Result<Self, CudaError> {
+        let pages = (0..MAX_ANSWERS).map(|_| Page::new(device, len)).collect::<Result<_, _>>()?;
         Ok(Self(Arc::new(Mutex::new(pages))))
     }
 

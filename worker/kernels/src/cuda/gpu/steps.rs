@@ -12,6 +12,9 @@ use super::{
     Gpu, GpuKvCache, MAX_CHOICES,
 };
 
+/// Words of a step that there is room for from the start: 256 rows of sequences of 3,500 tokens in blocks of 16.
+const WORDS: usize = 1 << 16;
+
 /// The rows of a step, on the device.
 #[derive(Debug)]
 pub struct GpuStep {
@@ -32,7 +35,7 @@ pub(super) struct Staging {
 
 impl Gpu {
     /// Brings the rows of a step to the device, filled up if it has a shape. Does not wait for the step before, only for that
-    /// before it to begin.
+    /// before it to begin; and for all of the device if no step had so many words before.
     ///
     /// # Errors
     /// A token, a slot, a block or a position that is not there, or a step of another shape; more choices than
@@ -119,7 +122,7 @@ impl GpuStep {
 
 impl Staging {
     pub(super) fn new(device: &Device) -> Result<Self, CudaError> {
-        Ok(Self { pages: [Page::new(device)?, Page::new(device)?], words: Vec::new() })
+        Ok(Self { pages: [Page::new(device, WORDS)?, Page::new(device, WORDS)?], words: Vec::new() })
     }
 
     /// Queues that `words` go to the beginning of `to`. Waits until what was sent before the last has gone.
