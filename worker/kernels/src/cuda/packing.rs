@@ -22,6 +22,7 @@ use lockstep_checkpoint::Encoding;
 
 use crate::{
     EncodedRows, KernelError, dequantize,
+    memory::{Array, Pieces},
     packed::{packing_threads, share},
     quant::{self, Block, Format},
     segments::SegmentPlan,
@@ -64,15 +65,15 @@ pub(super) struct Packed {
     pub(super) n_out: usize,
     pub(super) n_in: usize,
     /// `[out tiles, in tiles, lanes, words of a lane]`; vectors of four words go lane by lane.
-    pub(super) codes: Vec<u32>,
+    pub(super) codes: Array<u32>,
     /// f16 bits: `[out tiles, scales of an output, 8, 4]`.
-    pub(super) scales: Vec<u16>,
+    pub(super) scales: Array<u16>,
     /// As `scales`; empty without minimums.
-    pub(super) minimums: Vec<u16>,
+    pub(super) minimums: Array<u16>,
     /// `[out tiles, groups, 8, 4]`; empty with one level.
-    pub(super) sub_scales: Vec<i8>,
+    pub(super) sub_scales: Array<i8>,
     /// As `sub_scales`.
-    pub(super) sub_minimums: Vec<i8>,
+    pub(super) sub_minimums: Array<i8>,
     /// Scales of an output.
     pub(super) n_scales: usize,
     pub(super) segments: Vec<Segment>,
@@ -189,48 +190,40 @@ impl Packed {
         };
         let n_sub_scales = if form.two_level { n_groups } else { 0 };
         let with_minimum = |n: usize| if form.has_minimum { n } else { 0 };
-        let per_tile = |n: usize| out_tiles * n * TILE;
-        let mut packed = Self {
+        let mut codes = Pieces::new(out_tiles, in_tiles * TILE * form.words_per_lane());
+        let mut scales = Pieces::new(out_tiles, n_scales * TILE);
+        let mut minimums = Pieces::new(out_tiles, with_minimum(n_scales) * TILE);
+        let mut sub_scales = Pieces::new(out_tiles, n_sub_scales * TILE);
+        let mut sub_minimums = Pieces::new(out_tiles, with_minimum(n_sub_scales) * TILE);
+        let levels = scales.iter_mut().zip(minimums.iter_mut());
+        let sub_levels = sub_scales.iter_mut().zip(sub_minimums.iter_mut());
+        let rows = codes.iter_mut().zip(levels).zip(sub_levels).enumerate();
+        let is_float = Format::of(encoding).is_none();
+        share(packing_threads(source), rows, |(tile, ((codes, (scales, minimums)), (sub_scales, sub_minimums)))| {
+            let mut row = TileRow {
+                codes: codes.fill(0),
+                scales: scales.fill(0),
+                minimums: minimums.fill(0),
+                sub_scales: sub_scales.fill(0),
+                sub_minimums: sub_minimums.fill(0),
+            };
+            let pack = if is_float { TileRow::pack_floats } else { TileRow::pack_blocks };
+            pack(&mut row, source, form, tile * TILE);
+        });
+        Ok(Self {
             form,
             n_out,
             n_in,
-            codes: vec![0; out_tiles * in_tiles * TILE * form.words_per_lane()],
-            scales: vec![0; per_tile(n_scales)],
-            minimums: vec![0; per_tile(with_minimum(n_scales))],
-            sub_scales: vec![0; per_tile(n_sub_scales)],
-            sub_minimums: vec![0; per_tile(with_minimum(n_sub_scales))],
+            codes: codes.into_array(),
+            scales: scales.into_array(),
+            minimums: minimums.into_array(),
+            sub_scales: sub_scales.into_array(),
+            sub_minimums: sub_minimums.into_array(),
             n_scales,
             segments: segments(plan),
             n_planes: plan.n_partials(),
-        };
-        let rows = packed.tile_rows(out_tiles);
-        share(packing_threads(source), rows.into_iter().enumerate(), |(tile, mut row)| match Format::of(encoding) {
-            Some(_) => row.pack_blocks(source, form, tile * TILE),
-            None => row.pack_floats(source, form, tile * TILE),
-        });
-        Ok(packed)
+        })
     }
-
-    fn tile_rows(&mut self, out_tiles: usize) -> Vec<TileRow<'_>> {
-        let mut codes = split(&mut self.codes, out_tiles);
-        let (mut scales, mut minimums) = (split(&mut self.scales, out_tiles), split(&mut self.minimums, out_tiles));
-        let (mut sub_scales, mut sub_minimums) =
-            (split(&mut self.sub_scales, out_tiles), split(&mut self.sub_minimums, out_tiles));
-        let next = || TileRow {
-            codes: codes.next().unwrap_or_default(),
-            scales: scales.next().unwrap_or_default(),
-            minimums: minimums.next().unwrap_or_default(),
-            sub_scales: sub_scales.next().unwrap_or_default(),
-            sub_minimums: sub_minimums.next().unwrap_or_default(),
-        };
-        std::iter::repeat_with(next).take(out_tiles).collect()
-    }
-}
-
-/// Parts of equal length; none of an empty array.
-fn split<T>(values: &mut [T], n: usize) -> impl Iterator<Item = &mut [T]> {
-    let len = (values.len() / n).max(1);
-    values.chunks_exact_mut(len)
 }
 
 fn segments(plan: &SegmentPlan) -> Vec<Segment> {
