@@ -40,6 +40,7 @@ GOALS = {
     "prefill, prompt of 2k": 30_000,
     "prefill, prompt of 4k": 30_000,
     "file in memory to first token, kernels compiled": 5,
+    "decode, 1 sequence: time in which the device is idle": 5,
 }
 
 
@@ -211,13 +212,13 @@ def speed(check):
                        seconds=time.monotonic() - start))
         if why:
             return
-        bench(check, "decode, 1 sequence, context 1k", model, "decode", 960, 128, repeat=3)
+        report = bench(check, "decode, 1 sequence, context 1k", model, "decode", 960, 128, repeat=3)
+        idle(check, report)
         bench(check, "decode, 32 sequences, context 1k", model, "decode", 960, 128, batch=32)
         bench(check, "decode, 256 sequences, context 512", model, "decode", 448, 128, batch=256)
         bench(check, "prefill, prompt of 2k", model, "prefill", 2048, 2, repeat=5)
         bench(check, "prefill, prompt of 4k", model, "prefill", 4096, 2, repeat=5)
         first_token(check, model)
-    check.add(Line("speed", "time of a step outside of kernels", "SKIP", "bench engine does not tell it yet; goal: 5 %"))
     found = python_tool(check, "speed", "yardstick.py", YARDSTICK_LIMIT)
     if found:
         note = f"transformers {found['transformers']}, static cache, compiled"
@@ -234,13 +235,13 @@ def rehearsed_speed(check):
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "tiny.gguf"
         check.worker("make-model", "--shape", "tiny", model)
-        bench(check, "decode, 2 sequences, rehearsed", model, "decode", 16, 4, batch=2)
+        idle(check, bench(check, "decode, 2 sequences, rehearsed", model, "decode", 16, 4, batch=2))
         bench(check, "prefill, rehearsed", model, "prefill", 32, 2)
         first_token(check, model)
 
 
 def bench(check, what, model, phase, prompt, generate, batch=1, repeat=1):
-    """One measurement; a goal is the least."""
+    """One measurement; a goal is the least. Returns the report, if there is one."""
     start = time.monotonic()
     command = ["bench", "engine", model, "--device", "cuda", "--gpu", 0, "--prompt", prompt, "--generate", generate,
                "--batch", batch, "--chunk", 2048, "--repeat", repeat, "--json"]
@@ -248,9 +249,20 @@ def bench(check, what, model, phase, prompt, generate, batch=1, repeat=1):
     seconds = time.monotonic() - start
     if why:
         return check.add(Line("speed", what, "FAIL", f"{why}: {last_line(output)}", seconds=seconds))
-    value = json.loads(last_line(output))[phase + "_tokens_per_s"]
+    report = json.loads(last_line(output))
+    value = report[phase + "_tokens_per_s"]
     verdict, note = judge(check, what, lambda goal: value >= goal, "at least")
     check.add(Line("speed", what, verdict, note, value, "tok/s", seconds))
+    return report
+
+
+def idle(check, report):
+    """What the host costs a decode step: the device has nothing to do."""
+    if report is None:
+        return
+    what, value = "decode, 1 sequence: time in which the device is idle", report["decode_idle_percent"]
+    verdict, note = judge(check, what, lambda goal: value <= goal, "at most")
+    check.add(Line("speed", what, verdict, note, value, "%"))
 
 
 def first_token(check, model):
