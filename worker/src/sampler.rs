@@ -6,14 +6,17 @@
 //! In the order of work: [`processors`] change the logits, [`select`] takes the best or draws among those that the
 //! warpers leave, with a number from [`random`]; [`softmax`] is the arithmetic under both drawing and log-probabilities.
 //!
+//! [`choice_rule`] says what a GPU needs to know to choose by itself, the same token.
+//!
 //! Logits that are NaN count as impossible, infinite ones as the largest number; neither is an error here.
+
+use lockstep_kernels::cuda::ChoiceRule;
 
 mod processors;
 mod random;
 mod select;
 mod softmax;
 
-use lockstep_kernels::cuda::ChoiceRule;
 use select::Candidates;
 use softmax::{BLOCK_LEN, clean, exp_block};
 
@@ -84,27 +87,6 @@ pub struct TokenLogprobs {
     pub top: Vec<Logprob>,
 }
 
-/// What a device needs to know to choose the token after `n_prompt` and `n_emitted` others, as [`Sampler::sample`] does.
-/// `None` if it cannot, because parameters change the logits themselves, or sort tokens by how usual they are.
-pub fn choice_rule(params: &SamplingParams, n_prompt: usize, n_emitted: usize, choice: u32) -> Option<ChoiceRule> {
-    if processors::are_active(params, n_emitted) {
-        return None;
-    }
-    let &SamplingParams { temperature, top_k, top_p, min_p, typical_p, seed, .. } = params;
-    if !(temperature > 0.0) {
-        return Some(ChoiceRule::default());
-    }
-    let uniform = random::uniform_bits(seed, choice, (n_prompt + n_emitted) as u64);
-    // NaN is on neither side of a limit; it is left to the host.
-    (typical_p >= 1.0).then_some(ChoiceRule {
-        temperature,
-        top_k,
-        top_p,
-        min_p,
-        uniform: [uniform as u32, (uniform >> 32) as u32],
-    })
-}
-
 /// Chooses tokens. Owns the scratch for it, and nothing that outlives a call.
 #[derive(Debug)]
 pub struct Sampler {
@@ -143,18 +125,31 @@ impl Sampler {
         emitted: &[u32],
         choice: u32,
     ) -> u32 {
+        let position = (prompt.len() + emitted.len()) as u64;
+        if let Some(rule) = choice_rule(params, position, emitted.len(), choice) {
+            return self.choose(logits, &rule);
+        }
         self.check_len(logits);
-        let logits = if processors::are_active(params, emitted.len()) {
-            self.logits.copy_from_slice(logits);
-            processors::apply(&mut self.logits, params, prompt, emitted, &mut self.counts);
-            &self.logits
-        } else {
-            logits
-        };
+        self.logits.copy_from_slice(logits);
+        processors::apply(&mut self.logits, params, prompt, emitted, &mut self.counts);
         if params.temperature > 0.0 {
-            let position = (prompt.len() + emitted.len()) as u64;
             let uniform = random::uniform(params.seed, choice, position);
-            self.candidates.choose(logits, params, uniform)
+            self.candidates.choose(&self.logits, params, uniform)
+        } else {
+            select::argmax(&self.logits)
+        }
+    }
+
+    /// The token that a rule chooses: what a GPU does, here.
+    ///
+    /// # Panics
+    /// If there are more or fewer logits than the vocabulary has tokens.
+    pub fn choose(&mut self, logits: &[f32], rule: &ChoiceRule) -> u32 {
+        self.check_len(logits);
+        let ChoiceRule { temperature, top_k, top_p, min_p, uniform: [low, high] } = *rule;
+        if temperature > 0.0 {
+            let params = SamplingParams { temperature, top_k, top_p, min_p, ..SamplingParams::default() };
+            self.candidates.choose(logits, &params, u64::from(high) << 32 | u64::from(low))
         } else {
             select::argmax(logits)
         }
@@ -183,6 +178,23 @@ impl Sampler {
     fn check_len(&self, logits: &[f32]) {
         assert_eq!(logits.len(), self.logits.len(), "the vocabulary's size");
     }
+}
+
+/// How a GPU is to choose what [`Sampler::sample`] would at `position` (of the whole sequence, prompt included), after
+/// `n_emitted` tokens of output. `None` if it cannot: where logits are changed first, and with `typical_p`.
+pub fn choice_rule(params: &SamplingParams, position: u64, n_emitted: usize, choice: u32) -> Option<ChoiceRule> {
+    // Every field is named, so that the compiler leads a new one here.
+    #[rustfmt::skip]
+    let SamplingParams {
+        temperature, top_k, top_p, min_p, typical_p, seed,
+        repetition_penalty: _, presence_penalty: _, frequency_penalty: _, logit_bias: _, stop_token_ids: _, min_new_tokens: _,
+    } = *params;
+    let samples = temperature > 0.0;
+    if processors::are_active(params, n_emitted) || (samples && typical_p < 1.0) {
+        return None;
+    }
+    let uniform = if samples { random::uniform(seed, choice, position) } else { 0 };
+    Some(ChoiceRule { temperature, top_k, top_p, min_p, uniform: [uniform as u32, (uniform >> 32) as u32] })
 }
 
 /// The sum of all weights, relative to that of `max_logit`.

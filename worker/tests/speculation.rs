@@ -195,7 +195,7 @@ impl RunStep for Parrot {
         let mut out = StepOutput::default();
         self.chosen.clear();
         if plan.chooses {
-            assert!(rules.iter().all(|rule| *rule == ChoiceRule::default()), "the likeliest of all rows: {rules:?}");
+            assert!(rules.iter().all(|rule| rule.temperature == 0.0), "the likeliest of all rows: {rules:?}");
             out.token_ids = logits.chunks_exact(VOCAB_SIZE).map(argmax).collect();
             assert_eq!(out.token_ids.len(), rules.len());
             let steps = plan.sequences.iter().filter(|step| step.logits != LogitsRows::None);

@@ -149,8 +149,9 @@ impl LiveJobs {
             let end = step.start_position as usize + step.token_ids.len();
             for row in (0..step.n_logits_rows()).rev() {
                 // Tokens up to the row's own; those of the prompt are known.
-                let n_emitted = (end - row).checked_sub(job.prompt.len())?;
-                rules.push(sampler::choice_rule(&job.params, job.prompt.len(), n_emitted, sequence.choice)?);
+                let position = end - row;
+                let n_emitted = position.checked_sub(job.prompt.len())?;
+                rules.push(sampler::choice_rule(&job.params, position as u64, n_emitted, sequence.choice)?);
             }
         }
         Some(rules)

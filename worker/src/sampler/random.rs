@@ -9,17 +9,15 @@ const MULTIPLIERS: [u32; 2] = [0xD251_1F53, 0xCD9E_8D57];
 const KEY_STEPS: [u32; 2] = [0x9E37_79B9, 0xBB67_AE85];
 const N_ROUNDS: usize = 10;
 
-/// The uniform number in [0, 1) that decides the token at `position` (of the whole sequence, prompt included) of one
-/// choice. It is a multiple of 2^-53, so it is never 1.
-pub(super) fn uniform(seed: u64, choice: u32, position: u64) -> f64 {
-    uniform_bits(seed, choice, position) as f64 / (1u64 << 53) as f64
-}
+/// Binary places of a uniform number.
+pub(super) const UNIFORM_BITS: u32 = 53;
 
-/// [`uniform`] in units of 2^-53.
-pub(super) fn uniform_bits(seed: u64, choice: u32, position: u64) -> u64 {
+/// The uniform number in [0, 1) that decides the token at `position` (of the whole sequence, prompt included) of one
+/// choice, times 2^53.
+pub(super) fn uniform(seed: u64, choice: u32, position: u64) -> u64 {
     let [lo, hi] = words(position);
     let [first, second, ..] = philox(words(seed), [lo, hi, choice, 0]);
-    (u64::from(second) << 32 | u64::from(first)) >> 11
+    (u64::from(second) << 32 | u64::from(first)) >> (u64::BITS - UNIFORM_BITS)
 }
 
 fn words(number: u64) -> [u32; 2] {
@@ -75,8 +73,8 @@ mod tests {
         let mut bins = [0u32; 10];
         for position in 0..N {
             let number = uniform(7, 0, position);
-            assert!((0.0..1.0).contains(&number));
-            bins[(number * 10.0) as usize] += 1;
+            assert!(number < 1 << UNIFORM_BITS);
+            bins[(number * 10 >> UNIFORM_BITS) as usize] += 1;
         }
         let expected = N as f64 / 10.0;
         let chi_square: f64 = bins.iter().map(|&count| (f64::from(count) - expected).powi(2) / expected).sum();

@@ -3,13 +3,26 @@
 //! Either the likeliest ([`argmax`]), or one of the [`Candidates`] that the warpers leave. Warpers are those of
 //! `transformers` 5.23 in its order (`generation/utils.py`): temperature, `top_k`, `top_p`, `min_p`, `typical_p`. Each
 //! sees the distribution that the one before has left, renormalized, and each leaves at least one candidate. Where that
-//! library leaves open which of equally likely tokens goes first, the lower id does here. Masses are summed in f64 and
-//! in a fixed order, so the outcome depends on nothing but logits and parameters.
+//! library leaves open which of equally likely tokens goes first, the lower id does here.
+//!
+//! A token's weight is an integer, in proportion to its probability (`weigh_block` in `softmax.rs`, of the logit less the
+//! highest one, over the temperature): sums are exact, so the outcome depends on nothing but logits and parameters, and a
+//! GPU that adds in another order chooses the same token (`worker/kernels/cuda/choose.cu`). Tokens of weight 0 are never
+//! chosen. With the sum of all weights that are left as the total:
+//!
+//! - `top_k` keeps the k highest logits, and what equals the last of them.
+//! - `top_p` keeps the first tokens by descending weight, of equal ones the lower id first, up to the one with which their
+//!   sum reaches ceil(`top_p` * total). (The total is rounded to f64, then the product is; the ceiling is exact.)
+//! - `min_p` keeps weights of at least `min_p` * 2^44, which is exact: 2^44 is the likeliest token's.
+//! - `typical_p` keeps by a distance in f64 up to a sum as that of `top_p`. (It is the only rule that no GPU has.)
+//! - The draw: with u the uniform number times 2^53, the first id at which the sum of all weights up to there exceeds
+//!   floor(u * total / 2^53), which is exact.
 
 use std::cmp::Ordering;
 
 use super::SamplingParams;
-use super::softmax::{BLOCK_LEN, clean, exp_block};
+use super::random::UNIFORM_BITS;
+use super::softmax::{BLOCK_LEN, FULL_WEIGHT, clean, weigh_block};
 
 /// How many ranked candidates are sorted first; four times as many each further time.
 const FIRST_RANKS: usize = 64;
@@ -45,21 +58,21 @@ pub(super) fn argmax(logits: &[f32]) -> u32 {
 struct Candidate {
     token_id: u32,
     logit: f32,
-    /// Its probability, times a factor that is the same for all; the likeliest one's is 1.
-    weight: f64,
+    /// Its probability, times a factor that is the same for all; the likeliest one's is [`FULL_WEIGHT`].
+    weight: u64,
 }
 
 /// Where a candidate stands in an order that a warper cuts.
 #[derive(Clone, Copy, Debug)]
 struct Rank {
-    key: f64,
+    key: u64,
     token_id: u32,
-    weight: f64,
+    weight: u64,
 }
 
 impl Rank {
     fn cmp(&self, other: &Self) -> Ordering {
-        self.key.total_cmp(&other.key).then(self.token_id.cmp(&other.token_id))
+        self.key.cmp(&other.key).then(self.token_id.cmp(&other.token_id))
     }
 }
 
@@ -84,9 +97,9 @@ impl Candidates {
         }
     }
 
-    /// Chooses by the number `uniform` in [0, 1): the first token, by id, at which the cumulative probability exceeds it.
-    /// 0 if no logit is above minus infinity.
-    pub(super) fn choose(&mut self, logits: &[f32], params: &SamplingParams, uniform: f64) -> u32 {
+    /// Chooses by a number in [0, 1), of which `uniform` is 2^53 times: the first token, by id, at which the cumulative
+    /// probability exceeds it. 0 if no logit is above minus infinity.
+    pub(super) fn choose(&mut self, logits: &[f32], params: &SamplingParams, uniform: u64) -> u32 {
         self.narrow(logits, params);
         self.at_cumulative(uniform)
     }
@@ -103,7 +116,7 @@ impl Candidates {
             self.keep_min_p(f64::from(params.min_p));
         }
         if params.typical_p < 1.0 {
-            self.keep_typical_p(f64::from(params.typical_p), f64::from(params.temperature));
+            self.keep_typical_p(f64::from(params.typical_p), params.temperature);
         }
     }
 
@@ -112,7 +125,9 @@ impl Candidates {
     pub(super) fn distribution(&mut self, logits: &[f32], params: &SamplingParams) -> Vec<(u32, f64)> {
         self.narrow(logits, params);
         let total = self.total_weight();
-        self.candidates.iter().map(|candidate| (candidate.token_id, candidate.weight / total)).collect()
+        let share = |weight: u64| weight as f64 / total as f64;
+        let possible = self.candidates.iter().filter(|candidate| candidate.weight > 0);
+        possible.map(|candidate| (candidate.token_id, share(candidate.weight))).collect()
     }
 
     /// Takes in the `top_k` highest logits (0: all), and all that equal the lowest of these. One pass, which drops the
@@ -129,7 +144,7 @@ impl Candidates {
                 continue;
             }
             self.max_logit = self.max_logit.max(logit);
-            self.candidates.push(Candidate { token_id, logit, weight: 0.0 });
+            self.candidates.push(Candidate { token_id, logit, weight: 0 });
             if self.candidates.len() >= capacity {
                 floor = self.keep_top_k(top_k);
                 // Ties may have left more than top_k; looking again at each further one would take quadratic time.
@@ -150,46 +165,41 @@ impl Candidates {
         floor
     }
 
-    /// Turns logits into weights. Drops those that are 0 in f64.
+    /// Turns logits into weights. Those that are 0 change no sum; looking for them takes longer than carrying them along.
     fn weigh(&mut self, temperature: f32) {
-        let (max_logit, temperature) = (f64::from(self.max_logit), f64::from(temperature));
+        let (max_logit, scale) = (f64::from(self.max_logit), scale(temperature));
         for block in self.candidates.chunks_mut(BLOCK_LEN) {
-            let mut weights = [0.0; BLOCK_LEN];
-            for (weight, candidate) in weights.iter_mut().zip(&*block) {
-                *weight = (f64::from(candidate.logit) - max_logit) / temperature;
+            let mut scaled = [0.0; BLOCK_LEN];
+            for (scaled, candidate) in scaled.iter_mut().zip(&*block) {
+                *scaled = (f64::from(candidate.logit) - max_logit) * scale;
             }
-            exp_block(&mut weights);
-            for (candidate, weight) in block.iter_mut().zip(weights) {
+            for (candidate, weight) in block.iter_mut().zip(weigh_block(&scaled)) {
                 candidate.weight = weight;
             }
         }
-        self.candidates.retain(|candidate| candidate.weight > 0.0);
     }
 
-    fn total_weight(&self) -> f64 {
+    fn total_weight(&self) -> u64 {
         self.candidates.iter().map(|candidate| candidate.weight).sum()
     }
 
     /// Keeps the likeliest candidates up to the one with which they have the mass `top_p`.
     fn keep_top_p(&mut self, top_p: f64) {
         let total = self.total_weight();
+        let mass = share_of(total, top_p);
         // All candidates below this together have less than what top_p leaves out, and they are the last in the order:
-        // the cut is before them. On a peaked distribution that is nearly all, and they need not be ranked. (The
-        // likeliest, of weight 1, always is.)
-        let floor = ((1.0 - top_p) * total / self.candidates.len() as f64).min(1.0);
-        let key = |candidate: &Candidate| -f64::from(candidate.logit);
-        if let Some(last) = self.rank_at_mass(top_p * total, floor, key) {
-            self.candidates.retain(|candidate| {
-                let key = -f64::from(candidate.logit);
-                key < last.key || (key == last.key && candidate.token_id <= last.token_id)
-            });
+        // the cut is before them. On a peaked distribution that is nearly all, and they need not be ranked.
+        let floor = total.saturating_sub(mass) / (self.candidates.len() as u64).max(1);
+        let key = |candidate: &Candidate| !candidate.weight;
+        if let Some(last) = self.rank_at_mass(mass, floor, key) {
+            self.candidates.retain(|candidate| (key(candidate), candidate.token_id) <= (last.key, last.token_id));
         }
     }
 
     /// Drops candidates less likely than `min_p` times the likeliest.
     fn keep_min_p(&mut self, min_p: f64) {
-        // The likeliest one has weight 1, and stays.
-        let floor = min_p.min(1.0);
+        // The likeliest one stays.
+        let floor = (min_p.min(1.0) * FULL_WEIGHT as f64).ceil() as u64;
         self.candidates.retain(|candidate| candidate.weight >= floor);
     }
 
@@ -198,21 +208,22 @@ impl Candidates {
     ///
     /// With x the logit over the temperature and Z the total weight, a candidate's information is ln Z - x and the
     /// entropy, the mean of that, is ln Z - mean(x): they differ by |mean(x) - x|.
-    fn keep_typical_p(&mut self, typical_p: f64, temperature: f64) {
-        let max_logit = f64::from(self.max_logit);
-        let scaled = |candidate: &Candidate| (f64::from(candidate.logit) - max_logit) / temperature;
+    fn keep_typical_p(&mut self, typical_p: f64, temperature: f32) {
+        let (max_logit, scale) = (f64::from(self.max_logit), scale(temperature));
+        let scaled = |candidate: &Candidate| (f64::from(candidate.logit) - max_logit) * scale;
         let total = self.total_weight();
-        let weighted: f64 = self.candidates.iter().map(|candidate| candidate.weight * scaled(candidate)).sum();
-        let mean = weighted / total;
-        let distance = |candidate: &Candidate| (mean - scaled(candidate)).abs();
-        if let Some(last) = self.rank_at_mass(typical_p * total, 0.0, distance) {
+        let weighted: f64 = self.candidates.iter().map(|candidate| candidate.weight as f64 * scaled(candidate)).sum();
+        let mean = weighted / total as f64;
+        // The bits of what is not negative are in its order.
+        let distance = |candidate: &Candidate| (mean - scaled(candidate)).abs().to_bits();
+        if let Some(last) = self.rank_at_mass(share_of(total, typical_p), 0, distance) {
             self.candidates.retain(|candidate| distance(candidate) <= last.key);
         }
     }
 
     /// Adds up the weights that are at least `floor`, by ascending key, then id, and returns where the sum reaches `mass`.
     /// None if it never does. Sorts no more than it needs: most often the first few hold nearly all of the mass.
-    fn rank_at_mass(&mut self, mass: f64, floor: f64, key: impl Fn(&Candidate) -> f64) -> Option<Rank> {
+    fn rank_at_mass(&mut self, mass: u64, floor: u64, key: impl Fn(&Candidate) -> u64) -> Option<Rank> {
         let ranked = self.candidates.iter().filter(|candidate| candidate.weight >= floor);
         self.ranks.clear();
         self.ranks.extend(ranked.map(|candidate| Rank {
@@ -222,7 +233,7 @@ impl Candidates {
         }));
         let mut unsorted = self.ranks.as_mut_slice();
         let mut n_sorted = FIRST_RANKS;
-        let mut sum = 0.0;
+        let mut sum = 0;
         while !unsorted.is_empty() {
             if n_sorted < unsorted.len() {
                 unsorted.select_nth_unstable_by(n_sorted, Rank::cmp);
@@ -241,18 +252,27 @@ impl Candidates {
         None
     }
 
-    fn at_cumulative(&self, uniform: f64) -> u32 {
-        let target = uniform * self.total_weight();
-        let mut sum = 0.0;
+    fn at_cumulative(&self, uniform: u64) -> u32 {
+        let target = (u128::from(uniform) * u128::from(self.total_weight())) >> UNIFORM_BITS;
+        let mut sum = 0;
         for candidate in &self.candidates {
             sum += candidate.weight;
-            if sum > target {
+            if u128::from(sum) > target {
                 return candidate.token_id;
             }
         }
-        // Only rounding can make the target the whole sum: then it is the last one's.
-        self.candidates.last().map_or(0, |candidate| candidate.token_id)
+        0
     }
+}
+
+/// By what differences between logits are multiplied.
+fn scale(temperature: f32) -> f64 {
+    1.0 / f64::from(temperature)
+}
+
+/// The least sum that has this share of the total.
+fn share_of(total: u64, share: f64) -> u64 {
+    (share * total as f64).ceil() as u64
 }
 
 #[cfg(test)]
@@ -263,12 +283,16 @@ mod tests {
         probabilities.iter().map(|probability| probability.ln()).collect()
     }
 
+    fn uniform(number: f64) -> u64 {
+        (number * 2f64.powi(53)) as u64
+    }
+
     /// The tokens that can come out at all, over a fine grid of numbers.
     #[track_caller]
     fn check(logits: &[f32], params: SamplingParams, expected: &[u32]) {
         let mut candidates = Candidates::new(logits.len());
         let mut chosen: Vec<u32> =
-            (0..1000).map(|step| candidates.choose(logits, &params, f64::from(step) / 1000.0)).collect();
+            (0..1000).map(|step| candidates.choose(logits, &params, uniform(f64::from(step) / 1000.0))).collect();
         assert!(chosen.is_sorted(), "ids ascend with the number");
         chosen.dedup();
         assert_eq!(chosen, expected);
@@ -298,9 +322,9 @@ mod tests {
     fn the_number_is_compared_with_the_cumulative_probability() {
         let mut candidates = Candidates::new(4);
         let logits = ln(&[0.25, 0.25, 0.0, 0.5]);
-        for (uniform, expected) in [(0.0, 0), (0.249, 0), (0.251, 1), (0.499, 1), (0.501, 3), (1.0 - 2f64.powi(-53), 3)]
-        {
-            assert_eq!(candidates.choose(&logits, &off(), uniform), expected, "{uniform}");
+        let below_one = 1.0 - 2f64.powi(-53);
+        for (number, expected) in [(0.0, 0), (0.249, 0), (0.251, 1), (0.499, 1), (0.501, 3), (below_one, 3)] {
+            assert_eq!(candidates.choose(&logits, &off(), uniform(number)), expected, "{number}");
         }
     }
 

@@ -1,8 +1,9 @@
-//! Softmax weights: `exp` of what is never above 0, in f64, the same bits on every machine.
+//! Softmax weights: `exp` of what is never above 0, the same bits on every machine; in f64 for log-probabilities, and in
+//! integers for what is drawn, so that sums of weights are exact in whatever order.
 //!
 //! The standard library's `exp` is the platform's, and platforms differ in the last bit: enough for two replicas to
-//! sample different tokens. This one uses only additions, multiplications and shifts, which are exact by definition, and
-//! has no branches, so that it vectorizes.
+//! sample different tokens. This one uses only additions, multiplications and shifts, whose results are defined to the
+//! last bit, and has no branches, so that it vectorizes. `worker/kernels/cuda/choose.cu` has it once more, for GPUs.
 
 /// Below this the result is 0. (The last normal number is near `exp(-708.4)`.)
 const MIN_EXPONENT: f64 = -708.0;
@@ -43,6 +44,17 @@ pub(super) fn exp_block(xs: &mut [f64; BLOCK_LEN]) {
     }
 }
 
+/// The weight of the likeliest token. Those of 2^18 tokens add up to less than 2^63.
+pub(super) const FULL_WEIGHT: u64 = 1 << 44;
+/// A number below it that is added to it is rounded to an integer, ties to even, which is left in the low bits.
+const TO_INTEGER: f64 = 4_503_599_627_370_496.0; // 2^52
+
+/// `exp` of each, times [`FULL_WEIGHT`], rounded to the next integer, ties to even.
+#[inline]
+pub(super) fn weigh_block(xs: &[f64; BLOCK_LEN]) -> [u64; BLOCK_LEN] {
+    xs.map(|x| (exp(x) * FULL_WEIGHT as f64 + TO_INTEGER).to_bits() - TO_INTEGER.to_bits())
+}
+
 /// A logit as the sampler reads it: NaN is as good as impossible, and an infinite one as the largest number.
 #[inline]
 pub(super) fn clean(logit: f32) -> f32 {
@@ -70,6 +82,21 @@ mod tests {
         assert_eq!(exp(-1e-300), 1.0);
         assert!(exp(-708.0) > 0.0);
         assert_eq!((exp(-708.1), exp(f64::MIN), exp(f64::NEG_INFINITY)), (0.0, 0.0, 0.0));
+    }
+
+    #[test]
+    fn weights_are_rounded_to_the_next_integer() {
+        let full = FULL_WEIGHT as f64;
+        let mut xs: [f64; BLOCK_LEN] = std::array::from_fn(|i| -(i as f64));
+        xs[31] = f64::NEG_INFINITY;
+        for (x, weight) in xs.iter().zip(weigh_block(&xs)) {
+            assert!((weight as f64 - exp(*x) * full).abs() <= 0.5, "{x}: {weight}");
+        }
+        assert_eq!(weigh_block(&[0.0; BLOCK_LEN])[0], FULL_WEIGHT);
+        // Half of the smallest weight, and a little more.
+        let half = -45.0 * std::f64::consts::LN_2;
+        let [none, one, ..] = weigh_block(&std::array::from_fn(|i| half + [-1e-9, 1e-9][i % 2]));
+        assert_eq!((none, one), (0, 1));
     }
 
     #[test]
