@@ -2,19 +2,24 @@
 
 #include "kv_cache.cuh"
 
-// The scale of 8-bit codes for a head whose value here is `value`: a 127th of the largest. One warp.
+// What is stored is finite, whatever came: tiles are multiplied whole, and zero times infinity or NaN at a position that a
+// row does not see would be NaN in the row.
+__device__ __forceinline__ float limited(float value, float limit) { return fminf(fmaxf(value, -limit), limit); }
+
+// The scale of 8-bit codes for a head of which `largest` is the largest magnitude here: a 127th of the largest of all.
+// One warp.
 __device__ __forceinline__ float scale_of(float largest) {
     #pragma unroll
     for (int distance = 16; distance > 0; distance /= 2)
         largest = fmaxf(largest, __shfl_xor_sync(0xffffffff, largest, distance));
-    return largest / 127.0f;
+    return limited(largest, 3.402823466e+38f) / 127.0f;
 }
 
 __device__ __forceinline__ Code code_of(float value, float scale) {
 #if KV_BITS == 16
-    return f32_to_f16(value);
+    return f32_to_f16(limited(value, 65504.0f));
 #else
-    return (Code)(__float2int_rn(scale == 0.0f ? 0.0f : value / scale) + 128);
+    return (Code)(__float2int_rn(scale == 0.0f ? 0.0f : limited(value / scale, 127.0f)) + 128);
 #endif
 }
 

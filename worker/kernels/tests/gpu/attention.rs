@@ -228,3 +228,22 @@ fn a_row_has_the_same_bits_in_any_chunk_and_any_company() {
         assert_eq!(checked, 3 + 12 + 1);
     }
 }
+
+#[test]
+fn what_no_cache_can_store_is_seen_by_later_rows_alone() {
+    for shape in SHAPES {
+        let mut sequences = Sequences::new(device(), shape, &[100]);
+        // As one prompt, and as a few rows.
+        let rows: [Vec<_>; 2] = [rows_of(0, 0..90).collect(), rows_of(0, 80..90).collect()];
+        let expected = rows.clone().map(|rows| sequences.attend(&rows));
+        let width = shape.n_kv_heads * shape.head_dim;
+        for (i, bad) in [f32::INFINITY, f32::NEG_INFINITY, f32::NAN, 1e38, -70_000.0].into_iter().enumerate() {
+            sequences.keys[0][(90 + i) * width..][..width].fill(bad);
+            sequences.values[0][(90 + i) * width..][..width].fill(bad);
+        }
+        sequences.write(0);
+        for (rows, expected) in rows.iter().zip(&expected) {
+            assert_same_bits(&sequences.attend(rows), expected, &format_args!("{shape:?}, {} rows", rows.len()));
+        }
+    }
+}
