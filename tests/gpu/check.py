@@ -167,8 +167,8 @@ def python_tool(check, part, script, limit):
 # === Right ===
 
 def kernel_tests(check):
-    """Every test of kernels and of whole models, each in a process of its own: a GPU that fails, fails a process."""
-    for part in ["kernels", "models"]:
+    """Every test of kernels, of choices and of whole models, each in a process of its own: a GPU that fails, fails a process."""
+    for part in ["kernels", "choices", "models"]:
         path = check.folder / "deps" / part
         output, why = check.run([path, "--list"], TOOL_LIMIT)
         ignored, _ = check.run([path, "--list", "--ignored"], TOOL_LIMIT)

@@ -6,9 +6,9 @@ set -eu -o pipefail
 cd "$(dirname "$0")/../.."
 folder=${1:-target/gpu}
 cargo build --release --locked --workspace --bins
-tests=$(cargo test --release --locked --workspace --test gpu --test cuda --no-run --message-format=json |
+tests=$(cargo test --release --locked --workspace --test gpu --test choice --test cuda --no-run --message-format=json |
   python3 -c 'import json, sys
-names = {"worker/kernels/tests/gpu/main.rs": "kernels", "tests/tests/cuda.rs": "models"}
+names = {"worker/kernels/tests/gpu/main.rs": "kernels", "worker/tests/choice.rs": "choices", "tests/tests/cuda.rs": "models"}
 for line in sys.stdin:
     built = json.loads(line)
     if built.get("executable"):

@@ -86,6 +86,7 @@ float powf(float, float) noexcept;
 float sinf(float) noexcept;
 float cosf(float) noexcept;
 float tanhf(float) noexcept;
+double ceil(double) noexcept;
 int abs(int) noexcept;
 int printf(const char*, ...);
 }
@@ -99,6 +100,8 @@ inline unsigned __float_as_uint(float x) { return bit_cast_to<unsigned>(x); }
 inline int __float_as_int(float x) { return bit_cast_to<int>(x); }
 inline float __uint_as_float(unsigned x) { return bit_cast_to<float>(x); }
 inline float __int_as_float(int x) { return bit_cast_to<float>(x); }
+inline long long __double_as_longlong(double x) { return bit_cast_to<long long>(x); }
+inline double __longlong_as_double(long long x) { return bit_cast_to<double>(x); }
 
 inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 inline float __expf(float x) { return expf(x); }
@@ -123,7 +126,18 @@ inline unsigned __float2uint_rn(float x) {
     return x > 0 ? unsigned((long long)rintf(x)) : 0;
 }
 
+inline double __dadd_rn(double x, double y) { return x + y; }
+inline double __dsub_rn(double x, double y) { return x - y; }
+inline double __dmul_rn(double x, double y) { return x * y; }
+inline double __ddiv_rn(double x, double y) { return x / y; }
+inline double __ull2double_rn(u64 x) { return double(x); }
+inline u64 __double2ull_ru(double x) {
+    if (x >= 18446744073709551616.0) return ~0ull;
+    return x > 0 ? u64(ceil(x)) : 0;
+}
+
 inline unsigned __umulhi(unsigned x, unsigned y) { return unsigned((u64(x) * y) >> 32); }
+inline u64 __umul64hi(u64 x, u64 y) { return u64(((unsigned __int128)x * y) >> 64); }
 inline int __mulhi(int x, int y) { return int(((long long)x * y) >> 32); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
 inline int __ffsll(long long x) { return __builtin_ffsll(x); }

@@ -138,6 +138,24 @@ fn integers_and_bits() {
 }
 
 #[test]
+fn wide_numbers() {
+    let source = r#"
+        extern "C" __global__ void wide(const float* in, float* out) {
+            double third = __ddiv_rn(1.0, 3.0);
+            u64 results[] = {
+                __umul64hi(1ull << 63, 6), __double2ull_ru(2.25), __double2ull_ru(2.0), __double2ull_ru(-1.0),
+                __double2ull_ru(1e30) >> 40, u64(__ull2double_rn((1ull << 53) + 1)) - (1ull << 53),
+                u64(__double_as_longlong(third)) >> 40,
+                // The error of the product is lost, as without a fused sum.
+                u64(__dsub_rn(__dmul_rn(third, 3.0), 1.0)), u64(__dadd_rn(__longlong_as_double(0x3ff0000000000000), 4.0)),
+            };
+            for (u32 i = 0; i < sizeof results / sizeof results[0]; i++) out[i] = float(results[i]);
+        }"#;
+    let found = Gpu::open().map(source, "wide", shape(1, 1), &[0.0], 9);
+    assert_eq!(found, [3.0, 3.0, 2.0, 0.0, 16_777_215.0, 0.0, 4_183_381.0, 0.0, 5.0]);
+}
+
+#[test]
 fn lanes_exchange() {
     let source = r#"
         extern "C" __global__ void exchange(const float* in, float* out) {

@@ -1,4 +1,5 @@
-//! Choosing tokens: the likeliest, against a plain search.
+//! Choosing tokens: the likeliest, against a plain search. What is drawn is held against the worker's sampler, in
+//! `worker/tests/choice.rs`.
 
 use lockstep_kernels::{
     AttentionRow, KvEncoding,
@@ -76,10 +77,12 @@ fn the_best_token_is_the_lowest_id_of_the_highest_logit_on_any_number_of_ranks()
             }
         }
         let expected: Vec<u32> = rows.iter().map(|row| likeliest(row)).collect();
-        // What else is said does not matter.
+        // What else is said does not matter; and of the likeliest ones alone, the least number draws the first. (That takes
+        // infinity for the largest number.)
         let rule = |i: usize| ChoiceRule {
-            temperature: [0.0, -0.0, -1.0, f32::NAN][i % 4],
+            temperature: if i % 5 == 2 { f32::NAN } else { [0.0, 1.0, -1.0, 0.3, -0.0, 1e9][i % 6] },
             top_k: 1,
+            top_p: 0.5,
             ..ChoiceRule::default()
         };
         let rules: Vec<_> = (0..n_rows).map(rule).collect();

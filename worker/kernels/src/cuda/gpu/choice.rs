@@ -14,6 +14,8 @@ pub(in crate::cuda) const MAX_VOCAB: usize = 1 << 19;
 
 /// Threads of a block of `choose.cu`.
 const THREADS: u32 = 512;
+/// Its shared memory: 16 sums for each thread.
+const SHARED_BYTES: u32 = 16 * THREADS * 8;
 
 /// How the token of one row of logits is chosen: what the worker's sampler does with the same numbers, bit for bit. The
 /// default takes the likeliest.
@@ -78,7 +80,7 @@ impl Gpu {
         ];
         // SAFETY: the kernel's parameters; logits have a row for each block and a column for each token, there is a rule
         // for each row, and room for MAX_CHOICES, which `begin` held the step against.
-        unsafe { self.kernels.choose.launch([n_rows as u32, 1, 1], THREADS, 0, &args) }
+        unsafe { self.kernels.choose.launch([n_rows as u32, 1, 1], THREADS, SHARED_BYTES, &args) }
     }
 
     /// What was chosen last, for the first rows, once all that is queued is done.
