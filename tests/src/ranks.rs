@@ -51,6 +51,7 @@ impl Ranks {
                 block_size: BLOCK_SIZE,
                 kv_encoding,
                 context_length: source.config().context_length.min(n_tokens),
+                deterministic: true,
             };
             runners.push(model_runner::build(&source, &settings)?);
         }

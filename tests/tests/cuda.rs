@@ -385,6 +385,26 @@ async fn a_gpu_chooses_the_tokens_that_the_host_would() -> Result<()> {
 }
 
 #[tokio::test]
+async fn ranks_that_give_up_the_order_of_their_sums_say_what_one_rank_says_up_to_rounding() -> Result<()> {
+    let model = Model::write("Q4_K", &shared_heads());
+    let alone = cluster(&model.path)?.start().await?;
+    let wanted = generate(&alone).await?;
+    alone.stop().await?;
+    let three = cluster(&model.path)?
+        .world_size(3)
+        .transport("nccl")
+        .worker_arg("--engine.deterministic=false")
+        .worker_env("NCCL_MULTI_RANK_GPU_ENABLE", "1");
+    let three = (0..3).fold(three, |three, rank| three.rank_env(rank, "NCCL_HOSTID", format!("lockstep-test-{rank}")));
+    let three = three.start().await?;
+    let found = generate(&three).await?;
+    // Later ones are of other tokens if two of them are as likely.
+    let first = |said: &[TokenLogprob]| said[0].token.as_ref().map_or(f32::NAN, |token| token.logprob);
+    assert!((first(&found) - first(&wanted)).abs() < 0.01, "{found:?} for {wanted:?}");
+    three.stop().await
+}
+
+#[tokio::test]
 async fn a_killed_rank_fails_its_requests_and_the_group_forms_anew() -> Result<()> {
     let model = Model::write("Q4_0", &narrow_heads());
     let mut cluster = cluster(&model.path)?.world_size(2).start().await?;

@@ -36,8 +36,11 @@ async fn a_worker_without_a_gpu_says_why_and_computes_on_the_cpu() -> Result<()>
     if has_driver() {
         return Ok(());
     }
-    let cluster = Cluster::builder().device("auto").start().await?;
+    let unordered = Cluster::builder().device("auto").worker_arg("--engine.deterministic=false");
+    let cluster = unordered.start().await?;
     let log = cluster.groups[0][0].log();
+    let told = "engine.deterministic = false changes nothing: this rank does not compute on a GPU";
+    assert_eq!(log.matches(told).count(), 1, "{log}");
     let lines: Vec<&str> = log.lines().filter(|line| line.contains("computing on")).collect();
     let [line] = lines.as_slice() else { panic!("not one line: {log}") };
     for part in

@@ -182,6 +182,7 @@ impl EngineBench {
             block_size: BLOCK_SIZE,
             kv_encoding: self.kv_cache_encoding,
             context_length: self.prompt + self.generate,
+            deterministic: true,
         };
         let mut vocab_size = 0;
         let mut devices = Vec::new();

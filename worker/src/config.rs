@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     device::{Device, DeviceChoice, DeviceSettings},
-    group::{self, GroupConfig},
+    group::{self, GroupConfig, Transport},
     kv_room,
     model::{LoadError, load::Source},
     model_runner::RunnerSettings,
@@ -74,6 +74,8 @@ pub struct EngineSettings {
     pub gpu_memory_fraction: f64,
     /// How keys and values are stored.
     pub kv_cache_encoding: KvEncoding,
+    /// Whether sums over ranks are added in one order, whatever the group.
+    pub deterministic: bool,
     /// Positions in a block.
     pub block_size: usize,
     /// Longest sequence; 0: what the model was trained for.
@@ -148,6 +150,14 @@ pub const KEYS: &[Key] = &[
                hundredths. Default: f16. Ranks must have the same, and so should all groups that serve a model.",
     },
     Key {
+        path: "engine.deterministic",
+        help: "true, or false: sums over ranks on GPUs are added in whatever order NCCL finds fastest, which depends on the \
+               number of ranks and on what else is in a step. Then a seed no longer gives the same tokens in every group \
+               and at every load, a stream that is resumed elsewhere may go on differently, and speculation may change \
+               what comes. Default: true. false changes nothing without GPUs, on a single rank, or with group.transport = shm \
+               or tcp. Ranks must have the same.",
+    },
+    Key {
         path: "engine.block_size",
         help: "Positions in a KV block. Default: 16. Larger blocks share prefixes more coarsely.",
     },
@@ -216,6 +226,7 @@ impl Default for EngineSettings {
             kv_cache_tokens: 0,
             gpu_memory_fraction: 0.9,
             kv_cache_encoding: KvEncoding::F16,
+            deterministic: true,
             block_size: 16,
             context_length: 0,
             max_step_tokens: 512,
@@ -283,6 +294,16 @@ impl WorkerConfig {
         }
     }
 
+    /// Why `engine.deterministic = false` changes nothing for a rank that computes on `device`, if it does not.
+    pub fn is_deterministic_anyway(&self, device: &Device) -> Option<&'static str> {
+        match (device, self.group.world_size, self.group.transport) {
+            (Device::Cpu | Device::Reference, ..) => Some("this rank does not compute on a GPU"),
+            (Device::Cuda(_), 1, _) => Some("there is one rank"),
+            (Device::Cuda(_), _, Transport::Shm | Transport::Tcp) => Some("group.transport is not nccl"),
+            (Device::Cuda(_), _, Transport::Auto | Transport::Nccl) => None,
+        }
+    }
+
     /// What the server needs.
     pub fn server(&self) -> ServerSettings {
         ServerSettings {
@@ -330,6 +351,7 @@ impl EngineSettings {
             block_size,
             kv_encoding: encoding,
             context_length: if self.context_length == 0 { trained } else { self.context_length },
+            deterministic: self.deterministic,
         })
     }
 
@@ -358,11 +380,28 @@ pub(crate) fn default_kernel_cache() -> Option<PathBuf> {
 
 #[cfg(test)]
 mod tests {
+    use lockstep_kernels::cuda;
+
     use super::*;
 
     #[test]
     fn every_setting_has_a_key() {
         lockstep_proto::config::assert_keys_match_fields::<WorkerConfig>();
+    }
+
+    #[test]
+    fn order_is_given_up_where_it_costs_something_alone() {
+        let mut config = WorkerConfig::default();
+        config.group.world_size = 2;
+        let why = config.is_deterministic_anyway(&Device::Cpu).unwrap();
+        assert_eq!(why, "this rank does not compute on a GPU");
+        lockstep_cuda_emulator::load_into_this_process().unwrap();
+        let gpu = Device::Cuda(cuda::Device::open(0, cuda::KernelCache::new(None)).unwrap());
+        assert_eq!(config.is_deterministic_anyway(&gpu), None);
+        config.group.transport = Transport::Tcp;
+        assert_eq!(config.is_deterministic_anyway(&gpu), Some("group.transport is not nccl"));
+        config.group = GroupConfig::default();
+        assert_eq!(config.is_deterministic_anyway(&gpu), Some("there is one rank"));
     }
 
     #[test]

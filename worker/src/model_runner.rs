@@ -46,6 +46,8 @@ pub struct RunnerSettings {
     pub kv_encoding: KvEncoding,
     /// Longest sequence.
     pub context_length: usize,
+    /// Whether sums over ranks are added in one order, whatever the group. GPUs alone can do without.
+    pub deterministic: bool,
 }
 
 /// Loads a rank's shard and makes a runner of it.
@@ -57,7 +59,7 @@ pub fn build(source: &Source, settings: &RunnerSettings) -> Result<Box<dyn RunSt
     match &settings.device {
         Device::Cpu => build_on(cpu(settings, shape)?, source, settings),
         Device::Reference => build_on(reference(shape), source, settings),
-        Device::Cuda(device) => build_on(gpu(device, &shape)?, source, settings),
+        Device::Cuda(device) => build_on(gpu(device, &shape, settings)?, source, settings),
     }
 }
 
@@ -74,7 +76,7 @@ pub fn build_profiled(
     match &settings.device {
         Device::Cpu => build_on(Profiled::new(cpu(settings, shape)?, profile), source, settings),
         Device::Reference => build_on(Profiled::new(reference(shape), profile), source, settings),
-        Device::Cuda(device) => build_on(Profiled::new(gpu(device, &shape)?, profile), source, settings),
+        Device::Cuda(device) => build_on(Profiled::new(gpu(device, &shape, settings)?, profile), source, settings),
     }
 }
 
@@ -97,8 +99,8 @@ fn reference(shape: AttentionShape) -> ReferenceBackend {
     ReferenceBackend::new(candle_core::Device::Cpu, shape)
 }
 
-fn gpu(device: &cuda::Device, shape: &AttentionShape) -> Result<CudaBackend, LoadError> {
-    CudaBackend::new(device.clone(), shape)
+fn gpu(device: &cuda::Device, shape: &AttentionShape, settings: &RunnerSettings) -> Result<CudaBackend, LoadError> {
+    CudaBackend::new(device.clone(), shape, settings.deterministic)
         .map_err(|source| LoadError::Tensor { tensor: "rotary table".into(), source })
 }
 

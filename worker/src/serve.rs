@@ -127,7 +127,9 @@ fn load(config: &WorkerConfig) -> Result<Shard> {
     let draft_source = open_draft_model(config, &source)?;
     let device = config.engine.device(rank).open().context("engine.device = cuda")?;
     check_draft_room(config, &device)?;
+    let deterministic = is_deterministic(config, &device);
     let settings = config.engine.runner(&source, device).with_context(|| path.display().to_string())?;
+    let settings = RunnerSettings { deterministic, ..settings };
     let runner = model_runner::build(&source, &settings).with_context(|| path.display().to_string())?;
     let digest = hex(&digest.join().map_err(|_| anyhow!("the digest panicked"))?);
     let vocab_size = source.config().vocab_size;
@@ -145,6 +147,18 @@ fn load(config: &WorkerConfig) -> Result<Shard> {
         },
         settings,
     })
+}
+
+/// Whether sums over ranks keep their order. If that is not wanted and cannot be helped, the log says so.
+fn is_deterministic(config: &WorkerConfig, device: &Device) -> bool {
+    if config.engine.deterministic {
+        return true;
+    }
+    let anyway = config.is_deterministic_anyway(device);
+    if let Some(why) = anyway {
+        info!("engine.deterministic = false changes nothing: {why}");
+    }
+    anyway.is_some()
 }
 
 /// How much a draft model leaves, rank 0 alone could reckon, and all ranks must know.
@@ -181,8 +195,9 @@ fn load_draft_model(source: &Source, target: &RunnerSettings) -> Result<DraftMod
 
 /// SHA-256 of all that decides a model's logits, whatever group runs it: groups of one digest are replicas.
 fn model_digest(weights_digest: &str, settings: &RunnerSettings) -> String {
-    let RunnerSettings { device, kv_encoding, .. } = settings;
-    hex(&Sha256::digest(format!("{weights_digest} {device} {kv_encoding:?}")))
+    let RunnerSettings { device, kv_encoding, deterministic, .. } = settings;
+    let order = if *deterministic { "" } else { " in any order" };
+    hex(&Sha256::digest(format!("{weights_digest} {device} {kv_encoding:?}{order}")))
 }
 
 fn hex(bytes: &[u8]) -> String {
@@ -198,6 +213,7 @@ pub fn attest(digest: &str, settings: &RunnerSettings, world_size: usize) -> Att
         ("device", settings.device.to_string()),
         ("block_size", settings.block_size.to_string()),
         ("kv_cache_encoding", format!("{:?}", settings.kv_encoding).to_lowercase()),
+        ("deterministic", settings.deterministic.to_string()),
         ("n_blocks", settings.n_blocks.to_string()),
         ("context_length", settings.context_length.to_string()),
     ];
@@ -298,14 +314,17 @@ mod tests {
             block_size: 16,
             kv_encoding: KvEncoding::F16,
             context_length: 512,
+            deterministic: true,
         };
         let same = RunnerSettings { threads: 1, n_blocks: 8, block_size: 32, ..settings.clone() };
         let other_encoding = RunnerSettings { kv_encoding: KvEncoding::Int8, ..settings.clone() };
         let other_device = RunnerSettings { device: Device::Reference, ..settings.clone() };
+        let other_order = RunnerSettings { deterministic: false, ..settings.clone() };
         let digest = model_digest("ab12", &settings);
         assert_eq!(model_digest("ab12", &same), digest);
         assert_ne!(model_digest("ab12", &other_encoding), digest);
         assert_ne!(model_digest("ab12", &other_device), digest);
+        assert_ne!(model_digest("ab12", &other_order), digest);
         assert_ne!(model_digest("cd34", &settings), digest);
     }
 }

@@ -130,6 +130,7 @@ fn choose(gpu: &mut Gpu, kv: &GpuKvCache, cases: &[Case], rules: &[ChoiceRule], 
     let n_rows = cases.len();
     let attention: Vec<_> = (0..n_rows).map(|table| AttentionRow { position: 0, table }).collect();
     let step = StepRows {
+        tokens: &vec![0; n_rows],
         slots: &vec![0; n_rows],
         rows: &attention,
         logits_rows: &(0..n_rows as u32).collect::<Vec<_>>(),

@@ -262,6 +262,7 @@ impl Engine {
                 block_size: BLOCK_SIZE,
                 kv_encoding: KvEncoding::F16,
                 context_length: 100,
+                deterministic: true,
             };
             let n_runs = Arc::clone(&n_draft_runs);
             DraftModel::new(Box::new(Parrot { n_runs, n_runs_max, ..Parrot::new(setting.speech, 0) }), &settings)

@@ -219,7 +219,7 @@ impl<'a> DeviceCollective<'a> {
     /// Enqueues a sum: `values` become, element by element, the sums of those of all ranks, which pass equally many.
     ///
     /// The order of a sum is NCCL's: it changes with the number of ranks, of elements, and NCCL's version. So this
-    /// breaks the lockstep rule; it is there to measure what that rule costs.
+    /// breaks the lockstep rule, and is for those who give it up for speed.
     pub fn all_reduce(&mut self, values: DeviceSliceMut<'_, f32>) -> Result<(), CollectiveError> {
         let lengths = vec![values.len; self.calls.member.world_size];
         self.enqueue(Op::AllReduce, &lengths, &Transfer::AllReduce { values: values.address, len: values.len })

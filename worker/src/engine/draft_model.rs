@@ -326,6 +326,7 @@ mod tests {
             block_size: BLOCK_SIZE,
             kv_encoding: KvEncoding::F16,
             context_length: n_tokens,
+            deterministic: true,
         };
         let runner = Box::new(Stubborn { step_time: draft_step_time, logits: Vec::new() });
         (scheduler.unwrap(), DraftModel { clock: now, ..DraftModel::new(runner, &settings) })

@@ -91,18 +91,28 @@ fn a_rank_that_differs_is_refused_with_both_values() {
 }
 
 #[test]
-fn a_rank_whose_cache_is_encoded_otherwise_is_refused_by_name() {
-    let attestation = |kv_encoding| {
-        let (device, n_blocks) = (Device::Cpu, 8);
-        let settings =
-            RunnerSettings { device, threads: 1, n_blocks, block_size: 16, kv_encoding, context_length: 128 };
-        attest("ab12", &settings, 2)
+fn a_rank_whose_settings_differ_is_refused_by_name() {
+    let settings = RunnerSettings {
+        device: Device::Cpu,
+        threads: 1,
+        n_blocks: 8,
+        block_size: 16,
+        kv_encoding: KvEncoding::F16,
+        context_length: 128,
+        deterministic: true,
     };
-    let mut group = Membership { attestation: attestation(KvEncoding::F16), ..membership(2) };
-    let differs = Join { attestation: attestation(KvEncoding::Int8), ..join(1) };
-    let actions = group.join(Ticket(7), differs, Instant::now());
-    let [Action::Refuse { refusal, .. }] = actions.as_slice() else { panic!("{actions:?}") };
-    assert_eq!(refusal.to_string(), "rank 1 differs in kv_cache_encoding: leader f16, rank 1 int8");
+    let encoded = RunnerSettings { kv_encoding: KvEncoding::Int8, ..settings.clone() };
+    let unordered = RunnerSettings { deterministic: false, ..settings.clone() };
+    for (other, why) in [
+        (encoded, "rank 1 differs in kv_cache_encoding: leader f16, rank 1 int8"),
+        (unordered, "rank 1 differs in deterministic: leader true, rank 1 false"),
+    ] {
+        let mut group = Membership { attestation: attest("ab12", &settings, 2), ..membership(2) };
+        let differs = Join { attestation: attest("ab12", &other, 2), ..join(1) };
+        let actions = group.join(Ticket(7), differs, Instant::now());
+        let [Action::Refuse { refusal, .. }] = actions.as_slice() else { panic!("{actions:?}") };
+        assert_eq!(refusal.to_string(), why);
+    }
 }
 
 #[test]

@@ -4,11 +4,11 @@
 //! A step is queued and not waited for, so that the next one can be queued behind it. Where other ranks are reached
 //! through the host, it waits for its own sums in between.
 
-use std::{collections::HashMap, ops::Range};
+use std::{collections::HashMap, ops::Range, slice};
 
 use lockstep_collectives::{Collective, CollectiveError, device::Captured};
 use lockstep_kernels::{
-    EncodedRows, RopeTable,
+    EncodedRows, RopeTable, SumTree,
     cuda::{
         Answer, CHOSEN, CudaError, Device, Gpu, GpuHeads, GpuInput, GpuKvCache, GpuMatrix, GpuStep, GpuTable,
         GpuTensor, GpuTerms, GpuVocab, Recording, RowChoice, RowParallelSum, StepRows, StepShape,
@@ -36,6 +36,8 @@ pub struct CudaBackend {
     // Recordings go before what they point to.
     recordings: HashMap<StepShape, Recorded>,
     gpu: Gpu,
+    /// Whether sums over ranks are added in the order of their tree.
+    deterministic: bool,
     step: Option<GpuStep>,
     vocab: Option<GpuVocab>,
     /// Steps that were started.
@@ -65,16 +67,45 @@ pub enum CudaStarted {
 }
 
 impl CudaBackend {
-    /// A backend on `device` for attention of one shape.
+    /// A backend on `device` for attention of one shape. If it is not `deterministic`, its sums over ranks are added in
+    /// whichever order is the fastest.
     ///
     /// # Errors
     /// What [`RopeTable::new`] and [`Gpu::new`] refuse.
-    pub fn new(device: Device, shape: &AttentionShape) -> Result<Self, OpError> {
+    pub fn new(device: Device, shape: &AttentionShape, deterministic: bool) -> Result<Self, OpError> {
         let AttentionShape { n_heads, n_kv_heads, head_dim, ref rope } = *shape;
         let RopeSpec { rope_dim, base, ref factors, n_positions, style } = *rope;
         let rope = RopeTable::new(head_dim, rope_dim, base, factors.as_deref(), n_positions, style)?;
         let gpu = Gpu::new(device, GpuHeads { n_heads, n_kv_heads, head_dim }, &rope)?;
-        Ok(Self { recordings: HashMap::new(), gpu, step: None, vocab: None, n_steps: 0, planes: Vec::new() })
+        Ok(Self {
+            recordings: HashMap::new(),
+            gpu,
+            deterministic,
+            step: None,
+            vocab: None,
+            n_steps: 0,
+            planes: Vec::new(),
+        })
+    }
+
+    /// Adds the sums of all ranks up, a plane of each, in an order that depends on the group.
+    fn all_reduce(&mut self, terms: &mut GpuTerms, collective: &mut dyn Collective) -> Result<(), StepError> {
+        let (rank, world_size, plane) = (collective.rank(), collective.world_size(), terms.plane_len());
+        if let Some(mut device) = collective.device() {
+            return Ok(device.all_reduce(terms.collective_slice_mut())?);
+        }
+        if world_size == 1 {
+            return Ok(());
+        }
+        terms.download(&mut self.planes)?; // [1, plane]
+        let mut all = vec![0.0; world_size * plane];
+        all[rank * plane..][..plane].copy_from_slice(&self.planes);
+        collective.all_gather(&vec![plane; world_size], &mut all)?;
+        self.planes.fill(0.0);
+        for (i, term) in all.iter().enumerate() {
+            self.planes[i % plane] += term;
+        }
+        Ok(terms.upload(&self.planes)?)
     }
 
     fn step(&self) -> &GpuStep {
@@ -249,12 +280,12 @@ impl Backend for CudaBackend {
     type Kv = GpuKvCache;
 
     fn load_matrix(&mut self, source: &EncodedRows<'_>, reduction: Option<&Reduction>) -> Result<GpuMatrix, OpError> {
-        let sum = reduction.map(|reduction| RowParallelSum {
-            segment_ends: &reduction.segment_ends,
-            subtrees: &reduction.local_subtrees,
-            order: &reduction.order,
-        });
-        Ok(self.gpu.load_matrix(source, sum)?)
+        let Some(reduction) = reduction else { return Ok(self.gpu.load_matrix(source, None)?) };
+        let (order, whole) = (SumTree::new(1).order(slice::from_ref(&(0..1))), 0..reduction.segment_ends.len());
+        let sum =
+            RowParallelSum { segment_ends: &reduction.segment_ends, subtrees: slice::from_ref(&whole), order: &order };
+        let in_order = RowParallelSum { subtrees: &reduction.local_subtrees, order: &reduction.order, ..sum };
+        Ok(self.gpu.load_matrix(source, Some(if self.deterministic { in_order } else { sum }))?)
     }
 
     fn load_gated(&mut self, sources: [&EncodedRows<'_>; 2]) -> Result<[GpuMatrix; 2], OpError> {
@@ -389,6 +420,11 @@ impl Backend for CudaBackend {
         reduction: &Reduction,
         collective: &mut dyn Collective,
     ) -> Result<GpuTerms, StepError> {
+        if !self.deterministic {
+            let mut terms = self.gpu.matmul_partial(weight, x, 0)?;
+            self.all_reduce(&mut terms, collective)?;
+            return Ok(terms);
+        }
         let first = reduction.partials(collective.rank()).start;
         let mut terms = self.gpu.matmul_partial(weight, x, first)?;
         if let Some(mut device) = collective.device() {
@@ -433,5 +469,164 @@ impl Backend for CudaBackend {
 
     fn logits_rows(&mut self, x: GpuTensor, _batch: &Batch) -> Result<GpuTensor, OpError> {
         Ok(self.gpu.select_rows(&x, self.step())?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    //! Sums over ranks, which are threads with a GPU of the emulator each.
+
+    use std::{
+        sync::Arc,
+        thread,
+        time::{Duration, Instant},
+    };
+
+    use lockstep_checkpoint::Encoding;
+    use lockstep_collectives::{Member, local, nccl};
+    use lockstep_kernels::{RopeStyle, cuda::KernelCache};
+
+    use super::*;
+    use crate::model::{
+        config::ModelConfig,
+        shard::{RowParallelBlocks, ShardPlan},
+    };
+
+    const N_ROWS: usize = 3;
+    const WIDTH: usize = 64;
+    /// Of the attention's output, in segments of 32: eight, which three ranks share unevenly.
+    const N_IN: usize = 256;
+
+    /// How ranks meet.
+    #[derive(Clone, Copy, Debug, PartialEq)]
+    enum Meeting {
+        Devices,
+        Hosts,
+    }
+
+    fn plan(rank: usize, world_size: usize) -> ShardPlan {
+        let config = ModelConfig {
+            n_layers: 1,
+            hidden_dim: WIDTH,
+            n_heads: 8,
+            n_kv_heads: 8,
+            head_dim: N_IN / 8,
+            ffn_dim: N_IN,
+            vocab_size: 100,
+            context_length: 16,
+            rms_eps: 1e-5,
+            rope_base: 1e4,
+            rope_dim: 32,
+            rope_scale: 1.0,
+            rope_style: RopeStyle::Adjacent,
+        };
+        ShardPlan::new(&config, rank, world_size, RowParallelBlocks { o: 1, down: 1 }).unwrap()
+    }
+
+    /// Values that are exact in bf16, and whose sums of all are not in f32, so that an order shows.
+    fn values(n: usize, seed: usize) -> Vec<f32> {
+        let value = |i: usize| {
+            let hash = (i + seed).wrapping_mul(0x9E37_79B1) >> 3;
+            ((hash % 255) as f32 - 127.0) * [1.0, 1e-3, 300.0][hash % 3]
+        };
+        (0..n).map(|i| half::bf16::from_f32(value(i)).to_f32()).collect()
+    }
+
+    fn backend(rank: usize, deterministic: bool) -> CudaBackend {
+        lockstep_cuda_emulator::load_into_this_process().unwrap();
+        let cache = lockstep_cuda_emulator::build().unwrap().join("kernels");
+        let device = Device::open(rank, KernelCache::new(Some(cache))).unwrap();
+        let rope = RopeSpec { rope_dim: 32, base: 1e4, factors: None, n_positions: 16, style: RopeStyle::Adjacent };
+        let shape = AttentionShape { n_heads: 8, n_kv_heads: 8, head_dim: 32, rope };
+        CudaBackend::new(device, &shape, deterministic).unwrap()
+    }
+
+    /// The product of one rank's columns, summed over ranks: `[N_ROWS, WIDTH]`, and the planes that it came in.
+    fn product(backend: &mut CudaBackend, collective: &mut dyn Collective) -> (Vec<f32>, usize) {
+        let reduction = plan(collective.rank(), collective.world_size()).attention_sum;
+        let weights: Vec<u8> = values(WIDTH * N_IN, 5).iter().flat_map(|value| value.to_le_bytes()).collect();
+        let source = EncodedRows::new(Encoding::F32, &weights, WIDTH, N_IN).unwrap();
+        let source = source.cols(reduction.columns.clone()).unwrap();
+        let weight = backend.load_matrix(&source, Some(&reduction)).unwrap();
+        let x = values(N_ROWS * N_IN, 7);
+        let x: Vec<f32> = x.chunks_exact(N_IN).flat_map(|row| row[reduction.columns.clone()].to_vec()).collect();
+        let x = backend.gpu.upload_input(&x, reduction.columns.len()).unwrap();
+        let terms = backend.matmul_reduce(&weight, &x, &reduction, collective).unwrap();
+        if let Some(mut device) = collective.device() {
+            device.wait().unwrap();
+        }
+        let mut planes = Vec::new();
+        terms.download(&mut planes).unwrap();
+        let n_planes = planes.len() / terms.plane_len();
+        let mut sum = backend.upload(vec![0.0; N_ROWS * WIDTH], WIDTH).unwrap();
+        let ones = backend.upload(vec![1.0; WIDTH], WIDTH).unwrap();
+        backend.rms_norm(&mut sum, Some(terms), &ones, 1e-5).unwrap();
+        let mut out = Vec::new();
+        backend.gpu.download(&sum, &mut out).unwrap();
+        (out, n_planes)
+    }
+
+    /// The product on every rank of a group.
+    fn products(world_size: usize, deterministic: bool, meeting: Meeting) -> Vec<(Vec<f32>, usize)> {
+        let mut hosts: Vec<_> = local::group(world_size).into_iter().map(Some).collect();
+        let id = Arc::new(std::sync::OnceLock::new());
+        thread::scope(|scope| {
+            let ranks: Vec<_> = hosts
+                .iter_mut()
+                .enumerate()
+                .map(|(rank, host)| {
+                    let (host, id) = (host.take().unwrap(), Arc::clone(&id));
+                    scope.spawn(move || {
+                        let mut backend = backend(rank, deterministic);
+                        if meeting == Meeting::Hosts {
+                            let mut host = host;
+                            return product(&mut backend, &mut host);
+                        }
+                        let id = id.get_or_init(|| nccl::UniqueId::new().unwrap());
+                        let member = Member { rank, world_size, ..Member::default() };
+                        let stream = backend.gpu.device().collective_stream().unwrap();
+                        let deadline = Instant::now() + Duration::from_secs(60);
+                        product(&mut backend, &mut nccl::connect(id, stream, member, deadline).unwrap())
+                    })
+                })
+                .collect();
+            ranks.into_iter().map(|rank| rank.join().unwrap()).collect()
+        })
+    }
+
+    fn bits(values: &[f32]) -> Vec<u32> {
+        values.iter().map(|value| value.to_bits()).collect()
+    }
+
+    #[test]
+    fn without_its_order_a_sum_crosses_in_one_plane_and_is_right_up_to_rounding() {
+        let [(expected, _)] = products(1, true, Meeting::Hosts).try_into().unwrap();
+        let scale = expected.iter().fold(0.0_f32, |max, value| max.max(value.abs()));
+        for world_size in [1, 2, 3] {
+            for meeting in [Meeting::Devices, Meeting::Hosts] {
+                for (found, n_planes) in products(world_size, false, meeting) {
+                    assert_eq!(n_planes, 1, "{world_size} ranks, {meeting:?}");
+                    for (found, expected) in found.iter().zip(&expected) {
+                        assert!((found - expected).abs() <= 1e-5 * scale, "{found} for {expected}, {world_size} ranks");
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn in_its_order_a_sum_has_the_same_bits_on_any_number_of_ranks() {
+        let [(expected, _)] = products(1, true, Meeting::Hosts).try_into().unwrap();
+        let mut differs = false;
+        for world_size in [2, 3] {
+            for meeting in [Meeting::Devices, Meeting::Hosts] {
+                for (found, n_planes) in products(world_size, true, meeting) {
+                    assert!(n_planes >= world_size, "{n_planes} planes of {world_size} ranks");
+                    assert_eq!(bits(&found), bits(&expected), "{world_size} ranks, {meeting:?}");
+                }
+            }
+            differs |= bits(&products(world_size, false, Meeting::Devices)[0].0) != bits(&expected);
+        }
+        assert!(differs, "these values do not show an order");
     }
 }
