@@ -219,6 +219,7 @@ def speed(check):
         bench(check, "prefill, prompt of 2k", model, "prefill", 2048, 2, repeat=5)
         bench(check, "prefill, prompt of 4k", model, "prefill", 4096, 2, repeat=5)
         first_token(check, model)
+    sums(check)
     found = python_tool(check, "speed", "yardstick.py", YARDSTICK_LIMIT)
     if found:
         note = f"transformers {found['transformers']}, static cache, compiled"
@@ -238,6 +239,7 @@ def rehearsed_speed(check):
         idle(check, bench(check, "decode, 2 sequences, rehearsed", model, "decode", 16, 4, batch=2))
         bench(check, "prefill, rehearsed", model, "prefill", 32, 2)
         first_token(check, model)
+    sums(check, "--rows", "1,2", "--width", 64, "--sums", 2, "--repeat", 2)
 
 
 def bench(check, what, model, phase, prompt, generate, batch=1, repeat=1):
@@ -276,6 +278,24 @@ def first_token(check, model):
         return check.add(Line("speed", what, "FAIL", f"{why}: {last_line(output)}", seconds=seconds))
     verdict, note = judge(check, what, lambda goal: seconds <= goal, "at most")
     check.add(Line("speed", what, verdict, note, seconds, "s", seconds))
+
+
+def sums(check, *sizes):
+    """What the lockstep rule costs between GPUs, beside NCCL's all-reduce."""
+    what = "sums over ranks in one order, beside all-reduce"
+    output, why = check.worker("doctor")
+    n_gpus = sum(line.startswith("gpu  ") for line in output.splitlines())
+    if n_gpus < 2:
+        return check.add(Line("speed", what, "SKIP", f"{n_gpus} GPU here, and it takes two"))
+    start = time.monotonic()
+    output, why = check.worker("bench", "sums", "--world-size", min(n_gpus, 8), "--json", *sizes, limit=BENCH_LIMIT)
+    seconds = time.monotonic() - start
+    if why:
+        return check.add(Line("speed", what, "FAIL", f"{why}: {last_line(output)}", seconds=seconds))
+    report = json.loads(last_line(output))
+    for line in report["lines"]:
+        note = f"{line['gather_us']:.1f} us for {line['all_reduce_us']:.1f} us, {report['world_size']} ranks"
+        check.add(Line("speed", f"{what}: {line['n_rows']} rows", "PASS", note, line["ratio"], "times", seconds))
 
 
 def judge(check, what, reaches, bound):

@@ -5,7 +5,7 @@ use std::{
     process::{Command, Output},
 };
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use lockstep_cuda_emulator as emulator;
 use lockstep_tests::cluster::{Cluster, binary, demo_model};
 
@@ -130,5 +130,47 @@ fn kernels_are_not_compiled_without_a_compiler() -> Result<()> {
     let text = String::from_utf8(output.stderr)?;
     // A machine may have a toolkit.
     assert!(output.status.success() || text.contains("libnvrtc.so.13"), "{text}");
+    Ok(())
+}
+
+#[test]
+fn sums_between_gpus_are_measured_by_a_process_for_each_rank() -> Result<()> {
+    let bench = |world_size: &str, n_gpus: &str, more: &[&str]| -> Result<Output> {
+        let sizes = ["--width", "64", "--sums", "2", "--repeat", "3", "--rows", "1,3", "--world-size", world_size];
+        let cache = emulator::build()?.join("kernels");
+        Ok(Command::new(binary("lockstep-worker")?)
+            .args(["bench", "sums"])
+            .args([&sizes[..], more].concat())
+            .env("LD_LIBRARY_PATH", emulator::build()?)
+            .env("LOCKSTEP_EMULATOR_DEVICES", n_gpus)
+            .env("XDG_CACHE_HOME", cache)
+            .output()?)
+    };
+    // Three ranks share eight segments unevenly.
+    for (world_size, n_gpus, shares_gpus) in [("1", "1", false), ("2", "2", false), ("3", "3", false), ("2", "1", true)]
+    {
+        let output = bench(world_size, n_gpus, &["--json"])?;
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        let report: serde_json::Value = serde_json::from_slice(&output.stdout)?;
+        assert_eq!(report["world_size"].to_string(), world_size);
+        assert_eq!(report["shares_gpus"], shares_gpus, "{report}");
+        let lines = report["lines"].as_array().context("lines")?;
+        assert_eq!(lines.iter().map(|line| line["n_rows"].as_u64()).collect::<Vec<_>>(), [Some(1), Some(3)]);
+        for line in lines {
+            let [gather, all_reduce, ratio] = ["gather_us", "all_reduce_us", "ratio"].map(|key| line[key].as_f64());
+            let (gather, all_reduce) = (gather.context("gather_us")?, all_reduce.context("all_reduce_us")?);
+            assert!(gather > 0.0 && all_reduce > 0.0, "{report}");
+            assert!((ratio.context("ratio")? - gather / all_reduce).abs() < 1e-9, "{report}");
+        }
+    }
+    let table = String::from_utf8(bench("2", "1", &[])?.stdout)?;
+    for part in
+        ["2 ranks on CPU emulator of CUDA, NCCL 2.29.7", "ranks share a GPU", "rows  gather, fixed order  all-reduce"]
+    {
+        assert!(table.contains(part), "{part} is not in: {table}");
+    }
+    assert_eq!(table.lines().count(), 6, "{table}");
+    check_refused(&bench("9", "9", &[])?, 1, &["--world-size must be in 1..=--segments"]);
+    check_refused(&bench("2", "0", &[])?, 1, &["no CUDA-capable device"]);
     Ok(())
 }

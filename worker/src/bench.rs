@@ -2,6 +2,7 @@
 
 mod memory;
 mod profile;
+mod sums;
 
 use std::{
     collections::{HashSet, VecDeque},
@@ -35,6 +36,7 @@ use crate::{
 
 pub use memory::MemoryBench;
 use profile::Phase;
+pub use sums::SumsBench;
 
 /// Positions in a block, as the worker's default.
 const BLOCK_SIZE: usize = 16;

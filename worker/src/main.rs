@@ -8,7 +8,7 @@ use anyhow::Result;
 use clap::{Parser, Subcommand};
 use lockstep_proto::config::{self, ConfigError};
 use lockstep_worker::{
-    bench::{EngineBench, MemoryBench},
+    bench::{EngineBench, MemoryBench, SumsBench},
     config::WorkerConfig,
     doctor,
     inspect::Inspect,
@@ -43,6 +43,8 @@ enum Bench {
     Engine(EngineBench),
     /// How fast memory is read: the limit of decoding
     Memory(MemoryBench),
+    /// What it costs to add the partial sums of several GPUs in one order, beside NCCL's all-reduce
+    Sums(SumsBench),
 }
 
 fn main() -> ExitCode {
@@ -73,6 +75,7 @@ fn run_tool(tool: Tool) -> Result<()> {
         Tool::Kernels(kernels) => kernels.run(),
         Tool::Bench(Bench::Engine(bench)) => bench.run(),
         Tool::Bench(Bench::Memory(bench)) => bench.run(),
+        Tool::Bench(Bench::Sums(bench)) => bench.run(),
         Tool::Doctor => {
             doctor::run();
             Ok(())

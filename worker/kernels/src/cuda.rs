@@ -49,8 +49,8 @@ pub use error::CudaError;
 pub use event::Event;
 use gpu::MAX_VOCAB;
 pub use gpu::{
-    Answer, ChoiceRule, Gpu, GpuHeads, GpuInput, GpuKvCache, GpuStep, GpuTable, GpuTensor, GpuTerms, GpuVocab,
-    MAX_CHOICES, MAX_WEIGHTS, table_bits_per_weight,
+    Answer, ChoiceRule, Exchange, ExchangeError, ExchangeShape, Exchanges, Gpu, GpuHeads, GpuInput, GpuKvCache,
+    GpuStep, GpuTable, GpuTensor, GpuTerms, GpuVocab, MAX_CHOICES, MAX_WEIGHTS, table_bits_per_weight,
 };
 pub use graph::Graph;
 pub use host::HostBuffer;

@@ -3,13 +3,14 @@
 //! The methods check that everything a kernel touches is there, so they are safe whatever they are given.
 //!
 //! - `tensors`: activations, on their way to the device and back; `steps`: the rows of a step; `table`: their embeddings;
-//!   `attention`: the cache, too; `ranks`: what crosses between the ranks of a group; `choice`: from logits to token ids;
-//!   `answers`: results that nobody waits for yet.
+//!   `attention`: the cache, too; `ranks`: what crosses between the ranks of a group; `exchange`: what that costs;
+//!   `choice`: from logits to token ids; `answers`: results that nobody waits for yet.
 //! - Here: weights and their products, and what is done row by row.
 
 mod answers;
 mod attention;
 mod choice;
+mod exchange;
 mod ranks;
 mod steps;
 mod table;
@@ -32,6 +33,7 @@ pub use answers::Answer;
 pub use attention::GpuKvCache;
 pub(super) use choice::MAX_VOCAB;
 pub use choice::{ChoiceRule, GpuVocab, MAX_CHOICES};
+pub use exchange::{Exchange, ExchangeError, ExchangeShape, Exchanges};
 pub use steps::GpuStep;
 pub use table::{GpuTable, table_bits_per_weight};
 pub use tensors::{GpuInput, GpuTensor, GpuTerms};

@@ -212,7 +212,7 @@ fn max_pending(segments: &[Segment]) -> usize {
 // === impl GpuSumOrder ===
 
 impl GpuSumOrder {
-    fn new(device: &Device, order: &SumOrder) -> Result<Self, CudaError> {
+    pub(super) fn new(device: &Device, order: &SumOrder) -> Result<Self, CudaError> {
         Ok(Self { merges: Arc::new(device.upload_new(order.merges())?), order: order.clone() })
     }
 }
