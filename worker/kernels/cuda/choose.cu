@@ -2,13 +2,14 @@
 // and cuts are rounded, is said in worker/src/sampler/select.rs; weights are integers, so that they may be added in any
 // order here.
 //
-// One block has a row, which lies in the L2 (513 KB for 128,256 tokens) and is read again by each pass: some 4 us on an
-// H100, for what one multiprocessor reads from there. There are as many passes as the rules need:
+// One block has a row, which lies in the L2 (513 KB for 128,256 tokens) and is read again by each pass. There are as
+// many passes as the rules need:
 //   - one for the highest logit, which is all that temperature 0 takes;
-//   - top_k: one for each 4 bits of the k-th logit until those below differ from it, most often 5;
-//   - one that weighs all tokens, to draw from them, or to begin top_p with: `exp` in f64 makes it the longest, some 40 us
-//     where a multiprocessor has 64 such units (not with top_k, which leaves few to weigh);
-//   - top_p: one for each further 4 bits of the last weight, most often 3, and one for what is left.
+//   - top_k: one for each 4 bits of the k-th logit until those below differ from it, often 5 of 8;
+//   - one that weighs all tokens, to draw from them, or to begin top_p with (with top_k there are few to weigh);
+//   - top_p: one for each further 4 bits of the last weight that is kept, often 3 of 12, and one to draw.
+// Reckoned for an H100, not measured: a pass takes 4 us or more, for what a multiprocessor reads from the L2 (64 bytes
+// a cycle); the one that weighs takes some 40 us, for `exp` in f64 (about 36 operations, 64 a cycle).
 
 #include "device.cuh"
 
@@ -50,8 +51,8 @@ struct Scratch {
 
 #define IMPOSSIBLE __uint_as_float(0xff800000)
 
-// Calls `visit(id, logit)` for the ids of [first, last): in each rank's part of them for every `stride`th, from its `lane`th
-// on, ascending. And some more of IMPOSSIBLE logits.
+// Calls `visit(id, logit)` for the ids of [first, last): in each rank's part of them for every `stride`th, from its
+// `lane`th on, ascending. And for some beyond, as IMPOSSIBLE.
 template <class Visit>
 __device__ __forceinline__ void for_each(const Row& row, u32 first, u32 last, u32 lane, u32 stride, Visit visit) {
     u32 begin = 0;
@@ -86,8 +87,8 @@ __device__ __forceinline__ u64 sum_of(const u64* sums) {
     return total;
 }
 
-// The first id at which the sum of `mass(id, logit)` over all ids up to there exceeds `target(total)`, which is less than
-// the total. Narrows the ids down to one warp's part of them, again and again.
+// The first id at which the sum of `mass(id, logit)` over all ids up to there exceeds `target(total)`, which is less
+// than the total. Narrows the ids down to one warp's part of them, again and again.
 template <class Mass, class Target>
 __device__ __forceinline__ u32 find(const Row& row, const Scratch& scratch, Mass mass, Target target) {
     u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -172,7 +173,8 @@ __device__ __forceinline__ float logit_of(u32 order) {
 __device__ __forceinline__ double exp_of(double x) {
     const double ROUNDER = 6755399441055744.0, LOG2_E = 1.4426950408889634;
     const double LN_2_HI = 6.931471803691238e-1, LN_2_LO = 1.9082149292705877e-10;
-    const double FACTORIALS[10] = {479001600.0, 39916800.0, 3628800.0, 362880.0, 40320.0, 5040.0, 720.0, 120.0, 24.0, 6.0};
+    const double FACTORIALS[10] = {
+        479001600.0, 39916800.0, 3628800.0, 362880.0, 40320.0, 5040.0, 720.0, 120.0, 24.0, 6.0};
     double rounded = __dadd_rn(__dmul_rn(x, LOG2_E), ROUNDER);
     double n = __dsub_rn(rounded, ROUNDER);
     double r = __dsub_rn(__dsub_rn(x, __dmul_rn(n, LN_2_HI)), __dmul_rn(n, LN_2_LO));
@@ -203,8 +205,8 @@ struct Weights {
         return __double_as_longlong(rounded) - __double_as_longlong(TO_INTEGER);
     }
 
-    // Weights below `lowest` do not count from now on, so that most `exp` are spared. One that counts is the rounded value
-    // of more than half of the power of two in `lowest`; the bound has some room.
+    // Weights below `lowest` do not count from now on, so that most `exp` are spared. One that counts was rounded from
+    // half of the power of two in `lowest` or more; the bound has some room.
     __device__ __forceinline__ void narrow(u64 lowest) {
         int exponent = (int)(__double_as_longlong(__ull2double_rn(lowest)) >> 52) - 1023;
         least = (exponent - 45) * LN_2 - 0.01;
@@ -225,8 +227,8 @@ struct TopK {
     __device__ __forceinline__ void narrow(u64) const {}
 };
 
-// By weight, which is the mass. The key is the weight as a floating-point number, so that its digits part weights evenly:
-// the double's bits above those of 1/2, without the last ones, which are 0. The first digit spans a factor of 16.
+// By weight, which is the mass. The key is the weight as a floating-point number, so that its digits part weights
+// evenly: the double's bits above those of 1/2, without the last ones, which are 0. The first digit spans 16 to 1.
 struct TopP {
     Weights weights;
     double share;
@@ -296,7 +298,8 @@ __device__ __forceinline__ u32 draw(const Row& row, const Scratch& scratch, cons
         return weight > lowest || (weight == lowest && id <= last) ? weight : 0;
     };
     u64 uniform = (u64)rule.uniform[1] << 32 | rule.uniform[0];
-    return find(row, scratch, mass, [&](u64 total) { return __umul64hi(uniform, total) << 11 | uniform * total >> 53; });
+    auto target = [&](u64 total) { return __umul64hi(uniform, total) << 11 | uniform * total >> 53; };
+    return find(row, scratch, mass, target);
 }
 
 // Grid: [rows]; shared memory: a Scratch's buckets.

@@ -143,7 +143,8 @@ impl LiveJobs {
         for step in plan.sequences.iter().filter(|step| step.logits != LogitsRows::None) {
             let sequence = self.sequences.get(&step.id)?;
             let job = &self.jobs.get(&sequence.generation)?.job;
-            if job.logprobs.is_some() || job.prompt_logprobs.is_some() {
+            let is_of_prompt = (step.start_position as usize) < job.prompt.len();
+            if job.logprobs.is_some() || (job.prompt_logprobs.is_some() && is_of_prompt) {
                 return None;
             }
             let end = step.start_position as usize + step.token_ids.len();

@@ -74,7 +74,7 @@ mod tests {
         for position in 0..N {
             let number = uniform(7, 0, position);
             assert!(number < 1 << UNIFORM_BITS);
-            bins[(number * 10 >> UNIFORM_BITS) as usize] += 1;
+            bins[((number * 10) >> UNIFORM_BITS) as usize] += 1;
         }
         let expected = N as f64 / 10.0;
         let chi_square: f64 = bins.iter().map(|&count| (f64::from(count) - expected).powi(2) / expected).sum();

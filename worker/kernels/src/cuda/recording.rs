@@ -4,7 +4,7 @@
 //! in pieces of the pool, which come and go: others may have used them since, but not while the recording runs, since all
 //! of it is in the order of one stream. The pool never gives memory back, so they are still there.
 
-use super::{CudaError, Device, Gpu, GpuKvCache, GpuStep, GpuTensor, Graph, StepRows, StepShape};
+use super::{CudaError, Device, Gpu, GpuKvCache, GpuStep, GpuTensor, Graph, StepRows, StepShape, pool::Target};
 
 /// The launches of a step of one shape.
 #[derive(Debug)]
@@ -12,8 +12,15 @@ pub struct Recording {
     graph: Graph,
     shape: StepShape,
     step: GpuStep,
-    /// Where the last activations are.
-    result: GpuTensor,
+    result: RecordedResult,
+}
+
+/// What a recorded step ends in, until anything else is queued: its memory is the pool's again, like all between.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct RecordedResult {
+    pub(super) target: Target,
+    pub(super) n_rows: usize,
+    pub(super) width: usize,
 }
 
 impl Recording {
@@ -34,12 +41,11 @@ impl Recording {
             Ok::<(), E>(())
         })?;
         let (result, step) = computed.expect("what was captured ended well");
-        Ok(Self { graph, shape, step, result })
+        Ok(Self { graph, shape, step, result: result.recorded() })
     }
 
-    /// What the last step of it that is queued ends in.
-    pub fn result(&self) -> &GpuTensor {
-        &self.result
+    pub(super) fn result(&self) -> RecordedResult {
+        self.result
     }
 }
 

@@ -213,7 +213,7 @@ fn a_recorded_step_embeds_other_tokens_each_time() {
     let mut answers = Vec::new();
     for tokens in [[1, 2, 3, 4], [5, 6, 7, 8]] {
         queue.gpu.replay(&mut recording, &Step::new(&tokens).rows(), &queue.kv).unwrap();
-        answers.push((tokens, queue.gpu.queue_rows(recording.result(), 4).unwrap()));
+        answers.push((tokens, queue.gpu.queue_result(&recording, 4).unwrap()));
     }
     for (tokens, answer) in answers {
         queue.check(&tokens, answer.wait().unwrap(), "a replayed step");

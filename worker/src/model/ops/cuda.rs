@@ -57,6 +57,13 @@ struct Recorded {
     last_step: u64,
 }
 
+/// Where the logits of a step are.
+#[derive(Clone, Copy)]
+enum Logits<'a> {
+    Computed(&'a GpuTensor),
+    Recorded(&'a Recording),
+}
+
 /// What a step brings to the host when it is done.
 #[derive(Debug)]
 pub enum CudaStarted {
@@ -188,13 +195,16 @@ impl CudaBackend {
     fn queue_answer(
         gpu: &mut Gpu,
         run: &mut StepRun<'_, GpuKvCache>,
-        logits: Option<&GpuTensor>,
+        logits: Option<Logits<'_>>,
     ) -> Result<CudaStarted, CudaError> {
         let n_rows = run.batch.logits_rows.len();
         // Through the host, every rank's logits are gathered there.
         let has_logits = run.collective.rank() == 0 || run.collective.device().is_none();
         Ok(match logits {
-            Some(logits) if has_logits && !run.batch.chooses => CudaStarted::Logits(gpu.queue_rows(logits, n_rows)?),
+            Some(logits) if has_logits && !run.batch.chooses => CudaStarted::Logits(match logits {
+                Logits::Computed(logits) => gpu.queue_rows(logits, n_rows)?,
+                Logits::Recorded(recording) => gpu.queue_result(recording, n_rows)?,
+            }),
             Some(_) if run.batch.chooses => CudaStarted::Tokens(gpu.queue_choices(n_rows)?),
             _ => CudaStarted::Tokens(gpu.queue_choices(0)?),
         })
@@ -330,8 +340,8 @@ impl Backend for CudaBackend {
         {
             recorded.last_step = self.n_steps;
             recorded.replay(&mut self.gpu, &rows, &mut run)?;
-            let logits = recorded.recording.as_ref().map(Recording::result);
-            return Ok(Self::queue_answer(&mut self.gpu, &mut run, logits)?);
+            let recording = recorded.recording.as_ref();
+            return Ok(Self::queue_answer(&mut self.gpu, &mut run, recording.map(Logits::Recorded))?);
         }
         self.step = Some(self.gpu.begin(&rows, run.kv, shape)?);
         let logits = forward(self, &mut run)?;
@@ -348,7 +358,7 @@ impl Backend for CudaBackend {
         logits: Option<GpuTensor>,
     ) -> Result<CudaStarted, StepError> {
         let logits = logits.map(|logits| self.conclude(run, logits)).transpose()?;
-        Ok(Self::queue_answer(&mut self.gpu, run, logits.as_ref())?)
+        Ok(Self::queue_answer(&mut self.gpu, run, logits.as_ref().map(Logits::Computed))?)
     }
 
     fn finish_step(

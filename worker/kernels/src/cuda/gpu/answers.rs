@@ -8,7 +8,7 @@ use std::{
 use bytemuck::Pod;
 
 use super::{
-    super::{CudaError, Device, Event, page::Page, pool::Target},
+    super::{CudaError, Device, Event, Recording, page::Page, pool::Target, recording::RecordedResult},
     Gpu, GpuTensor,
 };
 
@@ -54,8 +54,23 @@ impl Gpu {
     /// # Panics
     /// If there are not so many.
     pub fn queue_rows(&mut self, tensor: &GpuTensor, n_rows: usize) -> Result<Answer<f32>, CudaError> {
-        assert!(n_rows <= tensor.n_rows, "{n_rows} rows of {}", tensor.n_rows);
-        self.rows.fetch(tensor.values.target(), n_rows * tensor.width, &self.begun)
+        self.queue_recorded(tensor.recorded(), n_rows)
+    }
+
+    /// As [`Gpu::queue_rows`], of what a recording ends in, if nothing has been queued since it was replayed.
+    ///
+    /// # Errors
+    /// As there.
+    ///
+    /// # Panics
+    /// As there.
+    pub fn queue_result(&mut self, recording: &Recording, n_rows: usize) -> Result<Answer<f32>, CudaError> {
+        self.queue_recorded(recording.result(), n_rows)
+    }
+
+    fn queue_recorded(&mut self, result: RecordedResult, n_rows: usize) -> Result<Answer<f32>, CudaError> {
+        assert!(n_rows <= result.n_rows, "{n_rows} rows of {}", result.n_rows);
+        self.rows.fetch(result.target, n_rows * result.width, &self.begun)
     }
 }
 

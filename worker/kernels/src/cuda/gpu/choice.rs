@@ -9,7 +9,7 @@ use super::{
 
 /// Rows of logits of a step whose tokens are chosen, at most: more than a step has, unless it verifies many drafts.
 pub const MAX_CHOICES: usize = 8192;
-/// Tokens of a vocabulary, at most: twice the largest one in use. Sums of their weights, up to 2^44 each, stay below 2^63.
+/// Tokens of a vocabulary, at most: twice the largest one in use. Sums of their weights, of up to 2^44 each, fit 64 bits.
 pub(in crate::cuda) const MAX_VOCAB: usize = 1 << 19;
 
 /// Threads of a block of `choose.cu`.

@@ -4,7 +4,7 @@ use bytemuck::{Pod, Zeroable};
 use half::bf16;
 
 use super::{
-    super::{CudaError, matrix::GpuSumOrder, packing::TILE, pool::Piece},
+    super::{CudaError, matrix::GpuSumOrder, packing::TILE, pool::Piece, recording::RecordedResult},
     Gpu,
 };
 
@@ -159,6 +159,10 @@ impl GpuTensor {
     /// Its rows.
     pub fn n_rows(&self) -> usize {
         self.n_rows
+    }
+
+    pub(in crate::cuda) fn recorded(&self) -> RecordedResult {
+        RecordedResult { target: self.values.target(), n_rows: self.n_rows, width: self.width }
     }
 }
 
