@@ -6,6 +6,7 @@
 //! - `libnvrtc` compiles CUDA C++ with g++ into a shared object (`cpp/nvrtc.cpp`; the twin of the kernels' prelude is
 //!   `cpp/device.cuh`);
 //! - `libcuda` loads it (`cpp/module.cpp`), and runs each thread of a block as a fibre (`cpp/block.cpp`);
+//! - `libcublasLt` multiplies dense matrices (`cpp/cublaslt.cpp`);
 //! - `libnccl` connects ranks, threads or processes of one machine (`cpp/nccl.cpp`, where its settings are, too).
 //!
 //! It is made to show faults, not to forgive them: blocks, warps and lanes run in an order that a seed decides
@@ -84,6 +85,7 @@ const LIBRARIES: &[LibrarySources] = &[
         ],
     },
     LibrarySources { name: "libnvrtc.so.13", link_name: "libnvrtc.so", sources: &["nvrtc.cpp"] },
+    LibrarySources { name: "libcublasLt.so.13", link_name: "libcublasLt.so", sources: &["cublaslt.cpp"] },
     LibrarySources { name: "libnccl.so.2", link_name: "libnccl.so", sources: &["nccl.cpp"] },
 ];
 
@@ -96,6 +98,7 @@ const FILES: &[(&str, &str)] = files![
     "api.h",
     "block.cpp",
     "block.h",
+    "cublaslt.cpp",
     "device.cuh",
     "driver.cpp",
     "environment.cpp",

@@ -35,21 +35,26 @@ fn names_reach_the_emulator() {
     let open = |name: &str| {
         // SAFETY: these libraries do nothing when they are opened.
         let library = unsafe { libloading::Library::new(name) }.unwrap();
-        let symbol = if name.contains("cuda") { "cuDeviceGetName" } else { "nvrtcVersion" };
+        let symbol = match name.split('.').next() {
+            Some("libcuda") => "cuDeviceGetName",
+            Some("libcublasLt") => "cublasLtGetVersion",
+            _ => "nvrtcVersion",
+        };
         // SAFETY: the symbol is not called.
         unsafe { *library.get::<*const c_void>(symbol).unwrap() }
     };
     assert_eq!(open("libcuda.so"), open("libcuda.so.1"));
     assert_eq!(open("libnvrtc.so"), open("libnvrtc.so.13"));
+    assert_eq!(open("libcublasLt.so"), open("libcublasLt.so.13"));
     let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
-    for library in ["libcuda.so.1", "libnvrtc.so.13"] {
+    for library in ["libcuda.so.1", "libnvrtc.so.13", "libcublasLt.so.13"] {
         let mut mapped = maps.lines().filter(|line| line.ends_with(library));
         assert!(mapped.all(|line| line.contains(folder.to_str().unwrap())), "{maps}");
     }
 }
 
 /// Holds the stream until the sender is used.
-fn hold(stream: &CudaStream) -> Sender<()> {
+pub(crate) fn hold(stream: &CudaStream) -> Sender<()> {
     unsafe extern "C" fn wait(receiver: *mut c_void) {
         // SAFETY: it is the box that `hold` gave away.
         let receiver = unsafe { Box::from_raw(receiver.cast::<Receiver<()>>()) };

@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, reason = "a test's helpers panic as tests do")]
 #![cfg(all(target_os = "linux", target_arch = "x86_64"))]
 
+mod cublaslt;
 mod device_code;
 mod driver;
 mod faults;
