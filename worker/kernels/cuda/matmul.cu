@@ -114,7 +114,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS_PER_SM) matmul(c
     u32 which = GATED ? 0 : find_weight(p, out_tile);
     const Matrix w = weights_of(p, which);
     if (CODEBOOK) {
-        make_codebook(codebook, p);
+        make_codebook(codebook, p.codebook);
         __syncthreads();
     }
     const Place place = {p.x, out_tile, lane, blockIdx.x * ROWS};

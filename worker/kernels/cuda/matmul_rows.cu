@@ -208,7 +208,7 @@ __device__ __forceinline__ void store_gated(const Product& p, const Place& place
 extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) matmul_rows(const Product p) {
     Step* steps = (Step*)dynamic_shared();
     __shared__ u32 codebook[CODEBOOK ? 256 : 1];
-    if (CODEBOOK) make_codebook(codebook, p);
+    if (CODEBOOK) make_codebook(codebook, p.codebook);
     const Place place = place_of_warp(p, (float*)(steps + 2));
     const Matrix& w = place.w;
     WarpSums sums;

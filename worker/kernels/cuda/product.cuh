@@ -1,4 +1,5 @@
 // What the products of few rows (`matmul.cu`) and of many (`matmul_rows.cu`) share: weights, and how sums are made of them.
+// `dequantize.cu` reads weights, too.
 //
 // A weight is scale * steps + minimum, where the steps are integers from -128 to 127 and thus exact in bf16. Tensor cores
 // multiply them with the inputs, in bf16, over one group of the weights at a time; scale and minimum are applied to the
@@ -213,10 +214,10 @@ __device__ __forceinline__ float* out_of(const Product& p, u32 i) {
 }
 
 // bf16 of the steps of both codes of a pair, an entry for each thread of a block. A barrier must follow.
-__device__ __forceinline__ void make_codebook(u32* codebook, const Product& p) {
+__device__ __forceinline__ void make_codebook(u32* codebook, const u32 (&bytes)[4]) {
     // 128 has been added to what the argument has.
     u32 low = threadIdx.x & 15, high = threadIdx.x >> 4 & 15;
-    float first = (float)(p.codebook[low / 4] >> (low % 4 * 8) & 0xff) - OFFSET;
-    float second = (float)(p.codebook[high / 4] >> (high % 4 * 8) & 0xff) - OFFSET;
+    float first = (float)(bytes[low / 4] >> (low % 4 * 8) & 0xff) - OFFSET;
+    float second = (float)(bytes[high / 4] >> (high % 4 * 8) & 0xff) - OFFSET;
     codebook[threadIdx.x] = pack_bf16(first, second);
 }

@@ -11,6 +11,7 @@
 //! - [`Program`]: a kernel source of `worker/kernels/cuda` with its defines; [`variants`] lists all that are used.
 //! - [`compile`]: a program to machine code, by NVRTC; [`Resources`]: what that takes; [`KernelCache`]: code on disk.
 //! - [`Kernel`]: an entry point of a program that a device has loaded, and its launches; [`Graph`]: many of them as one.
+//! - `blas`: NVIDIA's library for products of dense matrices, for those who ask for it.
 //! - [`Event`]: how far a device is.
 //! - `collective`: what a group of ranks needs of a device and its buffers.
 //! - [`Gpu`]: the ops, all of them its methods, on [`GpuMatrix`] (packed as `packing` says), [`GpuTable`], [`GpuTensor`],
@@ -19,6 +20,7 @@
 //!   what a step brings to the host when it is done; `page`: the memory that words and answers are copied through.
 
 mod architecture;
+mod blas;
 mod cache;
 mod collective;
 mod compiler;
@@ -42,6 +44,7 @@ mod resources;
 mod step;
 
 pub use architecture::Architecture;
+pub use blas::{BlasVersion, blas_version};
 pub use cache::KernelCache;
 pub use compiler::{Compiled, CompilerVersion, MachineCode, compile, compiler_version};
 pub use device::{Device, DeviceInfo, DeviceLimits, devices, driver_version, unavailable};

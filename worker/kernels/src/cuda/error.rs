@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use cudarc::{driver::result::DriverError, nvrtc::result::NvrtcError};
+use cudarc::{cublaslt::result::CublasError, driver::result::DriverError, nvrtc::result::NvrtcError};
 use thiserror::Error;
 
 use super::{Architecture, CompilerVersion, MemoryInfo, Program};
@@ -158,6 +158,14 @@ pub enum CudaError {
         /// What it reported.
         error: NvrtcError,
     },
+    /// cuBLASLt reported an error.
+    #[error("{op}: {:?}", .error.0)]
+    Blas {
+        /// The function called.
+        op: &'static str,
+        /// What it reported.
+        error: CublasError,
+    },
     /// The driver refused a compiled program.
     #[error(
         "{program}, compiled by NVRTC {compiler}, cannot be loaded by a driver for CUDA {}.{}: {}; NVRTC must not be of a \
@@ -210,6 +218,11 @@ impl CudaError {
     /// For `map_err`: an error that `op` of the compiler reported.
     pub(super) fn compiler(op: &'static str) -> impl Fn(NvrtcError) -> Self {
         move |error| Self::Compiler { op, error }
+    }
+
+    /// For `map_err`: an error that `op` of cuBLASLt reported.
+    pub(super) fn blas(op: &'static str) -> impl Fn(CublasError) -> Self {
+        move |error| Self::Blas { op, error }
     }
 }
 

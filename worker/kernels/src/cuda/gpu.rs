@@ -5,18 +5,19 @@
 //! - `tensors`: activations, on their way to the device and back; `steps`: the rows of a step; `table`: their embeddings;
 //!   `attention`: the cache, too; `ranks`: what crosses between the ranks of a group; `exchange`: what that costs;
 //!   `choice`: from logits to token ids; `answers`: results that nobody waits for yet.
-//! - Here: weights and their products, and what is done row by row.
+//! - Here: weights and their products, and what is done row by row; `dense`: the products that may be a library's.
 
 mod answers;
 mod attention;
 mod choice;
+mod dense;
 mod exchange;
 mod ranks;
 mod steps;
 mod table;
 mod tensors;
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use bytemuck::{Pod, Zeroable};
 
@@ -42,6 +43,7 @@ pub(super) use table::table_programs;
 
 use answers::Pages;
 use attention::GpuRope;
+use dense::Dense;
 use steps::Staging;
 use tensors::{InputArg, TermsArg};
 
@@ -61,6 +63,8 @@ pub struct Gpu {
     head_dim: usize,
     rope: GpuRope,
     kernels: Kernels,
+    /// There if products of many rows may be computed in any order.
+    dense: Option<Mutex<Dense>>,
     staging: Staging,
     /// Rows of the table, once there is one: token ids are below.
     table_rows: Option<usize>,
@@ -136,6 +140,7 @@ impl Gpu {
                 halves: rope.style() == crate::RopeStyle::Halves,
                 n_positions: rope.max_position(),
             },
+            dense: None,
             heads: Heads { n_kv_heads, group_size: n_heads / n_kv_heads },
             head_dim,
             pool: Pool::new(device.clone()),
@@ -164,7 +169,7 @@ impl Gpu {
         sum: Option<RowParallelSum<'_>>,
     ) -> Result<GpuMatrix, CudaError> {
         let mut matrix = GpuMatrix::new(&self.device, source, sum)?;
-        matrix.load_kernels(&self.device, false)?;
+        matrix.load_kernels(&self.device, false, self.dense.is_some())?;
         Ok(matrix)
     }
 
@@ -176,7 +181,7 @@ impl Gpu {
         let (mut gate, mut up) = (GpuMatrix::new(&self.device, gate, None)?, GpuMatrix::new(&self.device, up, None)?);
         let gated = gate.is_like(&up);
         for weights in [&mut gate, &mut up] {
-            weights.load_kernels(&self.device, gated)?;
+            weights.load_kernels(&self.device, gated, self.dense.is_some())?;
         }
         Ok([gate, up])
     }
@@ -227,13 +232,17 @@ impl Gpu {
     pub fn matmul<const N: usize>(&self, weights: [&GpuMatrix; N], x: &GpuInput) -> Result<[GpuTensor; N], CudaError> {
         assert!(weights.iter().all(|weight| weight.n_planes() == 1), "weights that are summed whole");
         let out = weights.iter().map(|weight| self.tensor(x.n_rows, weight.n_out())).collect::<Result<Vec<_>, _>>()?;
-        let mut first = 0;
-        for alike in weights.chunk_by(|a, b| a.is_like(b)) {
-            for (weights, out) in alike.chunks(MAX_WEIGHTS).zip(out[first..first + alike.len()].chunks(MAX_WEIGHTS)) {
-                let pointers: Vec<u64> = out.iter().map(|out| out.values.pointer()).collect();
-                self.multiply(weights, x, &pointers)?;
+        let mut rest = Vec::with_capacity(N);
+        for (weight, out) in weights.into_iter().zip(&out) {
+            if !self.multiply_dense(weight, x, out.values.pointer())? {
+                rest.push((weight, out.values.pointer()));
             }
-            first += alike.len();
+        }
+        for alike in rest.chunk_by(|(a, _), (b, _)| a.is_like(b)) {
+            for alike in alike.chunks(MAX_WEIGHTS) {
+                let (weights, pointers): (Vec<_>, Vec<_>) = alike.iter().copied().unzip();
+                self.multiply(&weights, x, &pointers)?;
+            }
         }
         let mut out = out.into_iter();
         Ok(std::array::from_fn(|_| out.next().expect("one for each weight")))
@@ -253,7 +262,10 @@ impl Gpu {
         assert!(first_plane + weight.n_planes() <= n_planes, "planes of this rank among those of all");
         let plane = x.n_rows * weight.n_out();
         let planes = self.pool.take(n_planes * plane)?;
-        self.multiply(&[weight], x, &[planes.pointer() + (first_plane * plane * size_of::<f32>()) as u64])?;
+        let own_planes = planes.pointer() + (first_plane * plane * size_of::<f32>()) as u64;
+        if !self.multiply_dense(weight, x, own_planes)? {
+            self.multiply(&[weight], x, &[own_planes])?;
+        }
         Ok(GpuTerms { planes, n_rows: x.n_rows, width: weight.n_out(), order })
     }
 
@@ -268,7 +280,7 @@ impl Gpu {
         assert_eq!(gate.n_out(), up.n_out(), "gate and up of one shape");
         let out = self.input(x.n_rows, gate.n_out())?;
         let out_arg = out.arg();
-        if gate.is_like(up) && gate.kernels(true).is_some() {
+        if gate.is_like(up) && gate.kernels(true).is_some() && !self.may_be_dense(x.n_rows) {
             let mut product = ProductArg { gated: out_arg, ..product(&[gate, up], x, &[]) };
             product.end_tile = [gate.out_tiles() as u32; MAX_WEIGHTS];
             self.launch_product(&product, gate, x, gate.out_tiles(), true)?;

@@ -12,6 +12,8 @@ pub(super) enum Library {
     Driver,
     /// The compiler.
     Nvrtc,
+    /// Products of dense matrices.
+    CublasLt,
 }
 
 impl Library {
@@ -20,6 +22,7 @@ impl Library {
         match self {
             Self::Driver => &["libcuda.so", "libcuda.so.1"],
             Self::Nvrtc => &["libnvrtc.so", "libnvrtc.so.13", "libnvrtc.so.12"],
+            Self::CublasLt => &["libcublasLt.so", "libcublasLt.so.13", "libcublasLt.so.12"],
         }
     }
 
@@ -27,6 +30,7 @@ impl Library {
         match self {
             Self::Driver => "NVIDIA's driver",
             Self::Nvrtc => "NVRTC, CUDA's run-time compiler",
+            Self::CublasLt => "cuBLASLt, for products in dense bf16",
         }
     }
 
@@ -37,6 +41,8 @@ impl Library {
             Self::Driver => unsafe { cudarc::driver::sys::is_culib_present() },
             // SAFETY: as above.
             Self::Nvrtc => unsafe { cudarc::nvrtc::sys::is_culib_present() },
+            // SAFETY: as above.
+            Self::CublasLt => unsafe { cudarc::cublaslt::sys::is_culib_present() },
         };
         if found {
             return Ok(());
@@ -55,7 +61,7 @@ mod tests {
 
     #[test]
     fn an_error_names_files_that_are_looked_for() {
-        for (library, stem) in [(Library::Driver, "cuda"), (Library::Nvrtc, "nvrtc")] {
+        for (library, stem) in [(Library::Driver, "cuda"), (Library::Nvrtc, "nvrtc"), (Library::CublasLt, "cublasLt")] {
             let tried = cudarc::get_lib_name_candidates(stem);
             for name in library.names() {
                 assert!(tried.iter().any(|candidate| candidate == name), "{name} is not looked for");

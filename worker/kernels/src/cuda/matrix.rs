@@ -5,7 +5,7 @@ use std::{ops::Range, sync::Arc};
 use bytemuck::{Pod, Zeroable};
 
 use super::{
-    Buffer, CudaError, Device,
+    Buffer, CudaError, Device, Kernel, Program, Source,
     packing::{Form, Packed, Segment, TILE},
     product::{ProductKernels, ProductShape},
 };
@@ -15,6 +15,8 @@ use crate::{EncodedRows, KernelError, SumOrder, SumTree, segments::SegmentPlan};
 const MAX_SEGMENTS_OF_A_WHOLE: usize = 8;
 /// Tiles of inputs below which a segment is not worth a warp.
 const MIN_TILES_OF_A_SEGMENT: usize = 2;
+/// The entry point of what makes bf16 of weights, the only one of its program.
+pub(super) const DEQUANTIZE_ENTRIES: &[&str] = &["dequantize"];
 
 /// The weights of one linear layer's shard, `[n_out, n_in]`, on the device.
 #[derive(Debug)]
@@ -37,6 +39,8 @@ pub struct GpuMatrix {
     products: Option<ProductKernels>,
     /// What multiplies by it and one that is like it, gate and up.
     gated: Option<ProductKernels>,
+    /// What makes bf16 of it, if it was loaded for dense products.
+    dequantize: Option<Kernel>,
 }
 
 /// The order in which the planes of all ranks are added, on the device.
@@ -110,19 +114,27 @@ impl GpuMatrix {
             order,
             products: None,
             gated: None,
+            dequantize: None,
         })
     }
 
     /// Compiles what products may need, while there is no work yet.
-    pub(super) fn load_kernels(&mut self, device: &Device, gated: bool) -> Result<(), CudaError> {
+    pub(super) fn load_kernels(&mut self, device: &Device, gated: bool, dense: bool) -> Result<(), CudaError> {
         self.products = Some(ProductKernels::load(device, self.form, false)?);
         self.gated = gated.then(|| ProductKernels::load(device, self.form, true)).transpose()?;
+        let program = dequantize_program(self.form);
+        self.dequantize = dense.then(|| device.kernel(&program, DEQUANTIZE_ENTRIES[0])).transpose()?;
         Ok(())
     }
 
     /// What multiplies by it, alone or as one of gate and up; `None` if it was not loaded for that.
     pub(super) fn kernels(&self, gated: bool) -> Option<&ProductKernels> {
         if gated { self.gated.as_ref() } else { self.products.as_ref() }
+    }
+
+    /// What makes bf16 of it; `None` if it was not loaded for that.
+    pub(super) fn dequantize(&self) -> Option<&Kernel> {
+        self.dequantize.as_ref()
     }
 
     /// Outputs.
@@ -188,6 +200,11 @@ impl GpuMatrix {
             padding: 0,
         }
     }
+}
+
+/// The program that makes bf16 of weights of one form.
+pub(super) fn dequantize_program(form: Form) -> Program {
+    Program::new(Source::Dequantize, &[&form.defines()[..], &[("GATED", 0)]].concat())
 }
 
 /// The segments of a weight that is summed whole. They depend on its columns alone, which are the same on every rank.

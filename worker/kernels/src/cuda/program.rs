@@ -4,7 +4,13 @@ use std::fmt;
 
 use sha2::{Digest, Sha256};
 
-use super::{Architecture, gpu::table_programs, packing::Form, product::ProductKernel};
+use super::{
+    Architecture,
+    gpu::table_programs,
+    matrix::{DEQUANTIZE_ENTRIES, dequantize_program},
+    packing::Form,
+    product::ProductKernel,
+};
 
 /// The headers of all sources, under the names that they include them by.
 pub(super) const HEADERS: [(&str, &str); 5] = [
@@ -22,6 +28,8 @@ pub enum Source {
     Attention,
     /// Choosing tokens.
     Choose,
+    /// Weights to bf16.
+    Dequantize,
     /// What is done row by row.
     Elementwise,
     /// Rows of the embedding table.
@@ -87,6 +95,7 @@ pub fn variants() -> Vec<Variant> {
         }
     }
     for form in Form::all() {
+        variants.push(Variant { program: dequantize_program(form), entries: DEQUANTIZE_ENTRIES, hot: true });
         for kernel in ProductKernel::ALL {
             for gated in [false, true] {
                 let program = kernel.program(form, gated);
@@ -103,6 +112,7 @@ impl Source {
         match self {
             Self::Attention => "attention",
             Self::Choose => "choose",
+            Self::Dequantize => "dequantize",
             Self::Elementwise => "elementwise",
             Self::Embed => "embed",
             Self::KvCache => "kv_cache",
@@ -117,6 +127,7 @@ impl Source {
         match self {
             Self::Attention => include_str!("../../cuda/attention.cu"),
             Self::Choose => include_str!("../../cuda/choose.cu"),
+            Self::Dequantize => include_str!("../../cuda/dequantize.cu"),
             Self::Elementwise => include_str!("../../cuda/elementwise.cu"),
             Self::Embed => include_str!("../../cuda/embed.cu"),
             Self::KvCache => include_str!("../../cuda/kv_cache.cu"),

@@ -13,8 +13,12 @@ use std::{
     time::{Duration, Instant},
 };
 
+use lockstep_checkpoint::Encoding;
 use lockstep_cuda_emulator as emulator;
-use lockstep_kernels::cuda::{self, Arg, CudaError, Device, Event, KernelCache, Program, Source};
+use lockstep_kernels::{
+    EncodedRows, RopeStyle, RopeTable,
+    cuda::{self, Arg, CudaError, Device, Event, Gpu, GpuHeads, KernelCache, Program, Source},
+};
 use tempfile::TempDir;
 
 /// Tells a test that it is the process of its own, and names its cache.
@@ -141,6 +145,51 @@ fn without_nvrtc() {
 fn kernels_that_are_cached_need_no_compiler() {
     let (folder, _) = filled();
     run_with(&["libcuda.so", "libcuda.so.1"], "without_nvrtc", folder.path());
+}
+
+/// A product of as many rows as dense ones have, where nobody asks for those, and where somebody does.
+fn products_of_many_rows(device: &Device) -> [Vec<f32>; 2] {
+    let (n_rows, n_out, n_in) = (512, 32, 32);
+    // Of many sizes, so that the order of sums shows.
+    let value = |i: usize| ((i * 37 % 101) as f32 / 9.0).exp();
+    let bytes: Vec<u8> = (0..n_out * n_in).flat_map(|i| value(i).to_le_bytes()).collect();
+    let x: Vec<f32> = (0..n_rows * n_in).map(value).collect();
+    let rope = RopeTable::new(64, 64, 10_000.0, None, 100, RopeStyle::Adjacent).unwrap();
+    let gpu = || Gpu::new(device.clone(), GpuHeads { n_heads: 2, n_kv_heads: 1, head_dim: 64 }, &rope).unwrap();
+    [gpu(), gpu().with_dense_prompts().unwrap()].map(|gpu| {
+        let source = EncodedRows::new(Encoding::F32, &bytes, n_out, n_in).unwrap();
+        let weight = gpu.load_matrix(&source, None).unwrap();
+        let [out] = gpu.matmul([&weight], &gpu.upload_input(&x, n_in).unwrap()).unwrap();
+        let mut values = Vec::new();
+        gpu.download(&out, &mut values).unwrap();
+        values
+    })
+}
+
+#[test]
+#[ignore = "needs a process without cuBLASLt: without_cublaslt_prompts_keep_the_rule starts one"]
+fn without_cublaslt() {
+    let Some(cache) = child() else { return };
+    let Err(error) = cuda::blas_version() else {
+        println!("this machine has cuBLASLt");
+        return;
+    };
+    let error = error.to_string();
+    for part in ["libcublasLt.so.13", "LD_LIBRARY_PATH (/"] {
+        assert!(error.contains(part), "{part} is not in: {error}");
+    }
+    let [own, dense] = products_of_many_rows(&Device::open(0, cache).unwrap());
+    assert_eq!(own, dense);
+}
+
+#[test]
+fn without_cublaslt_prompts_keep_the_rule() {
+    let folder = tempfile::tempdir().unwrap();
+    let [own, dense] = products_of_many_rows(&open(folder.path()));
+    assert_ne!(own, dense, "another order of sums");
+    assert_eq!(cuda::blas_version().unwrap().to_string(), "13.0");
+    let others = ["libcuda.so", "libcuda.so.1", "libnvrtc.so", "libnvrtc.so.13"];
+    run_with(&others, "without_cublaslt", folder.path());
 }
 
 #[test]

@@ -6,6 +6,7 @@
 
 mod attention;
 mod choice;
+mod dense;
 mod elementwise;
 mod embeddings;
 mod products;
