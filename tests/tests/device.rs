@@ -104,6 +104,7 @@ fn the_doctor_says_what_it_sees() -> Result<()> {
         "GPU 7: ",
         "compute capability 9.0",
         "nvrtc         13.",
+        "cublaslt      13.0 multiplies prompts",
         "nccl          2.29.7",
     ] {
         assert!(text.contains(part), "{part} is not in: {text}");
@@ -113,6 +114,7 @@ fn the_doctor_says_what_it_sees() -> Result<()> {
         for part in [
             "gpu           none that can be used: NVIDIA's driver was not found",
             "nvrtc         missing",
+            "cublaslt      missing",
             "nccl          missing",
         ] {
             assert!(text.contains(part), "{part} is not in: {text}");

@@ -41,6 +41,10 @@ fn print_gpus() {
             println!("nvrtc         missing, so GPUs run only kernels that are in engine.kernel_cache: {error}")
         }
     }
+    match cuda::blas_version() {
+        Ok(version) => println!("cublaslt      {version} multiplies prompts where engine.deterministic is false"),
+        Err(error) => println!("cublaslt      missing, so our own kernels multiply prompts in any case: {error}"),
+    }
     match nccl::version() {
         Ok(version) => {
             let (name, value) = nccl::shared_gpu_environment(version, 0);
