@@ -4,10 +4,10 @@
 #     tests/gpu/check.sh [FOLDER] [--emulator]        FOLDER: from pack.sh; default: target/gpu
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
-# pip puts NVRTC and NCCL into folders of their own, where the loader does not look.
+# pip puts NVRTC, cuBLASLt and NCCL into folders of their own, where the loader does not look.
 pip=$(python3 - <<'PYTHON'
 import glob, sysconfig
-folders = {path.rsplit("/", 1)[0] for name in ("libnvrtc.so.*", "libnccl.so.2")
+folders = {path.rsplit("/", 1)[0] for name in ("libnvrtc.so.*", "libcublasLt.so.*", "libnccl.so.2")
            for path in glob.glob(sysconfig.get_path("purelib") + "/nvidia/*/lib/" + name)}
 print(":".join(sorted(folders)))
 PYTHON
