@@ -73,6 +73,9 @@ pub struct EngineBench {
     /// Number of the GPU; by default each rank's modulo the number of GPUs
     #[arg(long)]
     gpu: Option<usize>,
+    /// Let GPUs give up the lockstep rule, as `engine.deterministic = false` does
+    #[arg(long)]
+    no_deterministic: bool,
     /// How keys and values are stored: f16 or int8
     #[arg(long, default_value = "f16", value_parser = parse::<KvEncoding>)]
     kv_cache_encoding: KvEncoding,
@@ -184,7 +187,7 @@ impl EngineBench {
             block_size: BLOCK_SIZE,
             kv_encoding: self.kv_cache_encoding,
             context_length: self.prompt + self.generate,
-            deterministic: true,
+            deterministic: !self.no_deterministic,
         };
         let mut vocab_size = 0;
         let mut devices = Vec::new();

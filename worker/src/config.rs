@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     device::{Device, DeviceChoice, DeviceSettings},
-    group::{self, GroupConfig, Transport},
+    group::{self, GroupConfig},
     kv_room,
     model::{LoadError, load::Source},
     model_runner::RunnerSettings,
@@ -74,17 +74,17 @@ pub struct EngineSettings {
     pub gpu_memory_fraction: f64,
     /// How keys and values are stored.
     pub kv_cache_encoding: KvEncoding,
-    /// Whether sums over ranks are added in one order, whatever the group.
+    /// Whether GPUs keep the lockstep rule. Others always do.
     pub deterministic: bool,
     /// Positions in a block.
     pub block_size: usize,
     /// Longest sequence; 0: what the model was trained for.
     pub context_length: usize,
-    /// Rows of a step.
+    /// Rows of a step; 0: as many as the device likes.
     pub max_step_tokens: usize,
-    /// Rows of one sequence in a step.
+    /// Rows of one sequence in a step; 0: as many as the device likes.
     pub max_prefill_chunk: usize,
-    /// Sequences that run at a time.
+    /// Sequences that run at a time; 0: as many as the device likes.
     pub max_running: usize,
     /// Sequences that may wait.
     pub max_waiting: usize,
@@ -167,15 +167,15 @@ pub const KEYS: &[Key] = &[
     },
     Key {
         path: "engine.max_step_tokens",
-        help: "Rows of a step. Default: 512. More make prefills faster and gaps between tokens longer.",
+        help: "Rows of a step; 0 is 512, on a GPU 2048. Default: 0. More make prefills faster and gaps between tokens longer.",
     },
     Key {
         path: "engine.max_prefill_chunk",
-        help: "Rows of one sequence in a step. Default: 256. Fewer let prompts share steps more evenly.",
+        help: "Rows of one sequence in a step; 0 is 256, on a GPU 2048. Default: 0. Fewer let prompts share steps more evenly.",
     },
     Key {
         path: "engine.max_running",
-        help: "Sequences that run at a time. Default: 64. More raise throughput and slow each stream.",
+        help: "Sequences that run at a time; 0 is 64, on a GPU 256. Default: 0. More raise throughput and slow each stream.",
     },
     Key {
         path: "engine.max_waiting",
@@ -229,9 +229,9 @@ impl Default for EngineSettings {
             deterministic: true,
             block_size: 16,
             context_length: 0,
-            max_step_tokens: 512,
-            max_prefill_chunk: 256,
-            max_running: 64,
+            max_step_tokens: 0,
+            max_prefill_chunk: 0,
+            max_running: 0,
             max_waiting: 256,
             speculation: Speculation::Ngram,
             stall_after_ms: 60_000,
@@ -248,26 +248,26 @@ impl Settings for WorkerConfig {
             return Err(ConfigError::invalid("model.path", "``", "must name a GGUF file or a Hugging Face folder"));
         }
         let engine = &self.engine;
-        for (key, value) in [
-            ("engine.block_size", engine.block_size),
-            ("engine.max_step_tokens", engine.max_step_tokens),
-            ("engine.max_prefill_chunk", engine.max_prefill_chunk),
-            ("engine.max_running", engine.max_running),
-            ("engine.max_waiting", engine.max_waiting),
-        ] {
+        for (key, value) in [("engine.block_size", engine.block_size), ("engine.max_waiting", engine.max_waiting)] {
             if !(1..=1 << 30).contains(&value) {
                 return Err(ConfigError::invalid(key, value, "must be in 1..=1073741824"));
             }
         }
-        if engine.kv_cache_tokens > 1 << 30 {
-            let rule = "must be in 0..=1073741824";
-            return Err(ConfigError::invalid("engine.kv_cache_tokens", engine.kv_cache_tokens, rule));
+        for (key, value) in [
+            ("engine.kv_cache_tokens", engine.kv_cache_tokens),
+            ("engine.max_step_tokens", engine.max_step_tokens),
+            ("engine.max_prefill_chunk", engine.max_prefill_chunk),
+            ("engine.max_running", engine.max_running),
+        ] {
+            if value > 1 << 30 {
+                return Err(ConfigError::invalid(key, value, "must be in 0..=1073741824"));
+            }
         }
         if !(engine.gpu_memory_fraction > 0.0 && engine.gpu_memory_fraction <= 1.0) {
             let rule = "must be over 0 and at most 1";
             return Err(ConfigError::invalid("engine.gpu_memory_fraction", engine.gpu_memory_fraction, rule));
         }
-        if engine.max_step_tokens < engine.max_running {
+        if engine.max_step_tokens != 0 && engine.max_step_tokens < engine.max_running {
             let rule = format!("must be at least engine.max_running = {}", engine.max_running);
             return Err(ConfigError::invalid("engine.max_step_tokens", engine.max_step_tokens, rule));
         }
@@ -291,16 +291,6 @@ impl WorkerConfig {
                 Err(ConfigError::invalid("model.draft_path", path.display(), rule))
             }
             _ => Ok(()),
-        }
-    }
-
-    /// Why `engine.deterministic = false` changes nothing for a rank that computes on `device`, if it does not.
-    pub fn is_deterministic_anyway(&self, device: &Device) -> Option<&'static str> {
-        match (device, self.group.world_size, self.group.transport) {
-            (Device::Cpu | Device::Reference, ..) => Some("this rank does not compute on a GPU"),
-            (Device::Cuda(_), 1, _) => Some("there is one rank"),
-            (Device::Cuda(_), _, Transport::Shm | Transport::Tcp) => Some("group.transport is not nccl"),
-            (Device::Cuda(_), _, Transport::Auto | Transport::Nccl) => None,
         }
     }
 
@@ -357,11 +347,18 @@ impl EngineSettings {
 
     /// How rank 0 schedules.
     pub fn scheduler(&self, runner: &RunnerSettings) -> SchedulerConfig {
+        let [step_tokens, prefill_chunk, running] = match runner.device {
+            // Enough rows for every multiprocessor of a large one to have some of each product.
+            Device::Cuda(_) => [2048, 2048, 256],
+            Device::Cpu | Device::Reference => [512, 256, 64],
+        };
+        let chosen = |setting: usize, else_this: usize| if setting == 0 { else_this } else { setting };
+        let max_step_tokens = chosen(self.max_step_tokens, step_tokens.max(self.max_running));
         SchedulerConfig {
-            max_step_tokens: self.max_step_tokens,
-            max_prefill_chunk: self.max_prefill_chunk,
+            max_step_tokens,
+            max_prefill_chunk: chosen(self.max_prefill_chunk, prefill_chunk),
+            max_running: chosen(self.max_running, running.min(max_step_tokens)),
             max_prompt_logits_rows: MAX_PROMPT_LOGITS_ROWS,
-            max_running: self.max_running,
             max_waiting: self.max_waiting,
             n_blocks: runner.n_blocks as u32,
             block_size: runner.block_size as u32,
@@ -380,28 +377,12 @@ pub(crate) fn default_kernel_cache() -> Option<PathBuf> {
 
 #[cfg(test)]
 mod tests {
-    use lockstep_kernels::cuda;
 
     use super::*;
 
     #[test]
     fn every_setting_has_a_key() {
         lockstep_proto::config::assert_keys_match_fields::<WorkerConfig>();
-    }
-
-    #[test]
-    fn order_is_given_up_where_it_costs_something_alone() {
-        let mut config = WorkerConfig::default();
-        config.group.world_size = 2;
-        let why = config.is_deterministic_anyway(&Device::Cpu).unwrap();
-        assert_eq!(why, "this rank does not compute on a GPU");
-        lockstep_cuda_emulator::load_into_this_process().unwrap();
-        let gpu = Device::Cuda(cuda::Device::open(0, cuda::KernelCache::new(None)).unwrap());
-        assert_eq!(config.is_deterministic_anyway(&gpu), None);
-        config.group.transport = Transport::Tcp;
-        assert_eq!(config.is_deterministic_anyway(&gpu), Some("group.transport is not nccl"));
-        config.group = GroupConfig::default();
-        assert_eq!(config.is_deterministic_anyway(&gpu), Some("there is one rank"));
     }
 
     #[test]

@@ -187,7 +187,7 @@ impl StepShape {
 
     /// Whether the step's rows and tables fit; its queries are another matter ([`QueryTiles::filled_up`]).
     fn has_room_for(self, step: &StepRows<'_>) -> bool {
-        Self::all_count(step) && step.rows.len() <= self.n_rows && self.chooses == !step.choices.is_empty()
+        Self::all_count(step) && step.rows.len() <= self.n_rows && self.chooses != step.choices.is_empty()
     }
 }
 

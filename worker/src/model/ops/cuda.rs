@@ -83,7 +83,10 @@ impl CudaBackend {
         let AttentionShape { n_heads, n_kv_heads, head_dim, ref rope } = *shape;
         let RopeSpec { rope_dim, base, ref factors, n_positions, style } = *rope;
         let rope = RopeTable::new(head_dim, rope_dim, base, factors.as_deref(), n_positions, style)?;
-        let gpu = Gpu::new(device, GpuHeads { n_heads, n_kv_heads, head_dim }, &rope)?;
+        let mut gpu = Gpu::new(device, GpuHeads { n_heads, n_kv_heads, head_dim }, &rope)?;
+        if !deterministic {
+            gpu = gpu.with_dense_prompts()?;
+        }
         Ok(Self {
             recordings: HashMap::new(),
             gpu,
