@@ -66,6 +66,30 @@ enum CUdevice_attribute : int {
     MEMORY_POOLS_SUPPORTED = 115,
 };
 
+namespace emulator {
+class Stream;
+}
+
+enum CUlaunchAttributeID : int {
+    PROGRAMMATIC_STREAM_SERIALIZATION = 6,
+};
+
+struct CUlaunchAttribute {
+    CUlaunchAttributeID id;
+    char padding[4];
+    int value;
+    char rest_of_value[60];
+};
+
+struct CUlaunchConfig {
+    unsigned grid_x, grid_y, grid_z;
+    unsigned block_x, block_y, block_z;
+    unsigned dynamic_shared_bytes;
+    emulator::Stream* stream;
+    const CUlaunchAttribute* attributes;
+    unsigned n_attributes;
+};
+
 enum CUfunction_attribute : int {
     FUNC_MAX_THREADS_PER_BLOCK = 0,
     FUNC_SHARED_SIZE_BYTES = 1,

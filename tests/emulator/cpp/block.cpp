@@ -76,6 +76,10 @@ void suspend(Thread* self) {
 }
 
 void exit_thread(Thread* self) {
+    const Block& block = *warp_of(self).block;
+    if (block.launch->overlaps && !self->begun) {
+        abort_thread(block, *self, "ended without begin_kernel(), though it may overlap the kernel before it", nullptr);
+    }
     warp_of(self).exited |= 1u << self->lane;
     suspend(self);
 }
@@ -193,6 +197,7 @@ void Block::start_thread(unsigned i, unsigned char* dynamic_shared) {
     thread.warp = &warps[i / LANES];
     thread.dynamic_shared = dynamic_shared;
     thread.n_copies = thread.n_copy_groups = 0;
+    thread.begun = false;
 
     // Stacks that all began at the same offset of a page would share a few sets of the cache.
     size_t colour = i % LANES * 192;

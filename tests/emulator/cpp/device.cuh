@@ -35,6 +35,9 @@ inline const Runtime* runtime;
 #define gridDim (self->grid_dim)
 constexpr int warpSize = emulator::LANES;
 
+// Kernels run one after the other here. That none forgets this call, the driver checks.
+inline void begin_kernel() { self->begun = true; }
+
 // ---- Vector types ----
 
 struct __align__(8) uint2 {

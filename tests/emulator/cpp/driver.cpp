@@ -34,6 +34,7 @@ constexpr int BLOCKS_PER_MULTIPROCESSOR_MAX = 32;
 constexpr int THREADS_PER_MULTIPROCESSOR_MAX = 2048;
 
 std::atomic<bool> initialized{false};
+std::atomic<unsigned long long> n_overlapping{0};
 thread_local Context* current_context = nullptr;
 
 Context* context_of(CUdevice device) {
@@ -93,7 +94,7 @@ API CUresult cuInit(unsigned) {
 }
 
 API CUresult cuDriverGetVersion(int* version) {
-    *version = 13000;
+    *version = environment().driver;
     return CUDA_SUCCESS;
 }
 
@@ -439,7 +440,7 @@ static CUresult check_launch(const Function& function, Dim3 grid, Dim3 block, si
 
 // Parameters are copied now: the caller's may be gone when the launch runs.
 static std::shared_ptr<Launch> make_launch(const Function& function, Dim3 grid, Dim3 block, size_t dynamic_shared_bytes,
-                                           void** parameters) {
+                                           void** parameters, bool overlaps) {
     constexpr size_t SLOT_BYTES = 16;  // aligned for every type
     auto launch = std::make_shared<Launch>();
     launch->module = function.module->module;
@@ -450,6 +451,7 @@ static std::shared_ptr<Launch> make_launch(const Function& function, Dim3 grid, 
     launch->dynamic_shared_bytes = dynamic_shared_bytes;
     launch->grid = grid;
     launch->block = block;
+    launch->overlaps = overlaps;
 
     const Kernel& kernel = *function.kernel;
     std::vector<size_t> offsets;
@@ -466,14 +468,29 @@ static std::shared_ptr<Launch> make_launch(const Function& function, Dim3 grid, 
     return launch;
 }
 
-API CUresult cuLaunchKernel(Function* function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,
-                            unsigned block_y, unsigned block_z, unsigned dynamic_shared_bytes, Stream* stream,
-                            void** parameters, void** extra) {
+// Whether the attributes say that the kernel may start before the one ahead of it has ended.
+static CUresult read_attributes(const CUlaunchConfig& config, bool& overlaps) {
+    overlaps = false;
+    for (unsigned i = 0; i < config.n_attributes; i++) {
+        const CUlaunchAttribute& attribute = config.attributes[i];
+        if (attribute.id != PROGRAMMATIC_STREAM_SERIALIZATION) return CUDA_ERROR_NOT_SUPPORTED;
+        overlaps = attribute.value != 0;
+    }
+    return overlaps && environment().architecture < 90 ? CUDA_ERROR_NOT_SUPPORTED : CUDA_SUCCESS;
+}
+
+API CUresult cuLaunchKernelEx(const CUlaunchConfig* config, Function* function, void** parameters, void** extra) {
     CHECK(check_context());
     if (extra) return CUDA_ERROR_NOT_SUPPORTED;
-    Dim3 grid = {grid_x, grid_y, grid_z}, block = {block_x, block_y, block_z};
+    bool overlaps;
+    CHECK(read_attributes(*config, overlaps));
+    Dim3 grid = {config->grid_x, config->grid_y, config->grid_z};
+    Dim3 block = {config->block_x, config->block_y, config->block_z};
+    size_t dynamic_shared_bytes = config->dynamic_shared_bytes;
     CHECK(check_launch(*function, grid, block, dynamic_shared_bytes));
-    submit(resolve(stream), [launch = make_launch(*function, grid, block, dynamic_shared_bytes, parameters)] {
+    auto launch = make_launch(*function, grid, block, dynamic_shared_bytes, parameters, overlaps);
+    if (overlaps) n_overlapping++;
+    submit(resolve(config->stream), [launch] {
         static std::atomic<unsigned long long> n_launches{0};
         if (++n_launches == environment().fail_launch) return CUDA_ERROR_LAUNCH_FAILED;
         run_launch(*launch);
@@ -481,6 +498,17 @@ API CUresult cuLaunchKernel(Function* function, unsigned grid_x, unsigned grid_y
     });
     return CUDA_SUCCESS;
 }
+
+API CUresult cuLaunchKernel(Function* function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,
+                            unsigned block_y, unsigned block_z, unsigned dynamic_shared_bytes, Stream* stream,
+                            void** parameters, void** extra) {
+    CUlaunchConfig config = {grid_x,  grid_y, grid_z, block_x, block_y, block_z, dynamic_shared_bytes, stream,
+                             nullptr, 0};
+    return cuLaunchKernelEx(&config, function, parameters, extra);
+}
+
+// Of our own: how many launches might overlap the kernel before them, for `overlapping_launches` of `lib.rs`.
+API unsigned long long emulator_overlapping_launches() { return n_overlapping; }
 
 API CUresult cuLaunchHostFunc(Stream* stream, void (*function)(void*), void* data) {
     CHECK(check_context());

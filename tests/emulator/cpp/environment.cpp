@@ -25,6 +25,7 @@ const Environment& environment() {
     static const Environment read_once = {
         static_cast<int>(read("LOCKSTEP_EMULATOR_DEVICES", 8)),
         static_cast<int>(read("LOCKSTEP_EMULATOR_ARCH", 90)),
+        static_cast<int>(read("LOCKSTEP_EMULATOR_DRIVER", 13000)),
         read("LOCKSTEP_EMULATOR_MEMORY", 8ull << 30),
         static_cast<unsigned>(std::max(read("LOCKSTEP_EMULATOR_THREADS", 2), 1ull)),
         read("LOCKSTEP_EMULATOR_SEED", 1),

@@ -19,14 +19,15 @@ constexpr size_t SIGNAL_STACK_BYTES = 256 << 10;
 thread_local const Block* watched = nullptr;
 struct sigaction previous_actions[NSIG];
 
-// " at FILE:LINE" of the kernel's source, if binutils are there to ask. Of the calls that were inlined into one another
-// it is the innermost that is not the prelude's.
+// " at FILE:LINE" of the kernel's source before `code`, where a call returns to, if binutils are there to ask. Of the
+// calls that were inlined into one another it is the innermost that is not the prelude's. Nothing for null.
 std::string source_line(const Launch& launch, const void* code) {
+    const char* call = static_cast<const char*>(code) - 1;
     Dl_info module;
-    if (!dladdr(code, &module)) return "";
+    if (!code || !dladdr(call, &module)) return "";
     char command[128];
     snprintf(command, sizeof command, "addr2line -is -e /proc/%d/fd/%d 0x%zx 2>/dev/null", getpid(), launch.image,
-             static_cast<const char*>(code) - static_cast<const char*>(module.dli_fbase));
+             call - static_cast<const char*>(module.dli_fbase));
     FILE* lines = popen(command, "r");
     if (!lines) return "";
     std::string found;
@@ -80,9 +81,8 @@ void report_signal(int signal, siginfo_t* info, void* context) {
 
 }  // namespace
 
-// `code` is where a call returns to: the call is before it.
 void abort_thread(const Block& block, const Thread& thread, const std::string& what, const void* code) {
-    std::string line = source_line(*block.launch, static_cast<const char*>(code) - 1);
+    std::string line = source_line(*block.launch, code);
     fprintf(stderr, "emulator: kernel %s, block %s, thread %s: %s%s\n", block.launch->kernel->name,
             describe(block.index).c_str(), describe(thread.thread_idx).c_str(), what.c_str(), line.c_str());
     abort();
@@ -94,7 +94,7 @@ void abort_deadlock(const Block& block) {
     for (unsigned first = 0, next; first < block.n_threads; first = next) {
         auto [what, code] = group(block, first);
         for (next = first + 1; next < block.n_threads && group(block, next) == group(block, first);) next++;
-        std::string line = code ? source_line(*block.launch, static_cast<const char*>(code) - 1) : "";
+        std::string line = source_line(*block.launch, code);
         fprintf(stderr, "emulator:   threads %u to %u %s%s\n", first, next - 1, what.c_str(), line.c_str());
     }
     abort();

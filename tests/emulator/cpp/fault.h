@@ -7,6 +7,7 @@
 
 namespace emulator {
 
+// `code` is where a call in the kernel returns to; null for no place.
 [[noreturn]] void abort_thread(const Block& block, const Thread& thread, const std::string& what, const void* code);
 
 // The threads of the block wait for one another.

@@ -18,6 +18,7 @@ struct Launch {
     size_t shared_offset, shared_bytes;
     size_t dynamic_shared_bytes;
     Dim3 grid, block;
+    bool overlaps;  // it may start before the kernel ahead of it has ended: each thread must call begin_kernel
     std::vector<unsigned char> parameter_bytes;
     std::vector<void*> parameters;  // into parameter_bytes
 };

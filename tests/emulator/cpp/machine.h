@@ -26,6 +26,7 @@ struct Thread {
     unsigned lane;
     Warp* warp;
     unsigned char* dynamic_shared;
+    bool begun;  // it has called begin_kernel
 
     PendingCopy copies[PENDING_COPIES_MAX];
     unsigned n_copies;

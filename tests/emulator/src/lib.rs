@@ -175,6 +175,21 @@ pub fn load_into_this_process() -> Result<(), EmulatorError> {
     Ok(())
 }
 
+/// How many launches of this process, which has [loaded](load_into_this_process) the emulator, were allowed to start before
+/// the kernel ahead of them had ended (`CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION`).
+///
+/// # Errors
+///
+/// The emulator is not loaded.
+pub fn overlapping_launches() -> Result<u64, EmulatorError> {
+    // SAFETY: as in `load_into_this_process`.
+    let driver = unsafe { Library::open(Some("libcuda.so.1"), RTLD_NOW) }?;
+    // SAFETY: `cpp/driver.cpp` has this function.
+    let count = unsafe { driver.get::<unsafe extern "C" fn() -> u64>("emulator_overlapping_launches") }?;
+    // SAFETY: it reads a number.
+    Ok(unsafe { count() })
+}
+
 /// Changes with whatever the libraries are built from.
 fn version() -> String {
     let mut hasher = DefaultHasher::new();

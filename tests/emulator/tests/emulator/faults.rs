@@ -2,10 +2,13 @@
 //! body in a child process: itself, once more.
 
 use std::process::{Command, Output};
+use std::ptr::null_mut;
 
 use cudarc::driver::CudaContext;
 use cudarc::driver::result::{self, DriverError};
-use cudarc::driver::sys::CUresult;
+use cudarc::driver::sys::{
+    CUlaunchAttribute, CUlaunchAttributeID, CUlaunchAttributeValue, CUlaunchConfig, CUresult, cuLaunchKernelEx,
+};
 use cudarc::nvrtc::CompileError;
 
 use crate::gpu::{Gpu, compile, shape};
@@ -89,6 +92,47 @@ fn diverging_barrier_aborts() {
         "threads 40 to 63 wait at __syncthreads at test.cu:4",
     ];
     assert_aborted(child, &said);
+}
+
+/// Runs a kernel of 64 threads that may start before the one ahead of it has ended.
+fn run_overlapping(source: &str, name: &str) {
+    let gpu = Gpu::open();
+    let kernel = gpu.kernel(source, name);
+    let mut overlaps = CUlaunchAttribute {
+        id: CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+        pad: [0; 4],
+        value: CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+    };
+    let config = CUlaunchConfig {
+        gridDimX: 1,
+        gridDimY: 1,
+        gridDimZ: 1,
+        blockDimX: 64,
+        blockDimY: 1,
+        blockDimZ: 1,
+        sharedMemBytes: 0,
+        hStream: gpu.stream.cu_stream(),
+        attrs: &raw mut overlaps,
+        numAttrs: 1,
+    };
+    // SAFETY: the kernel is loaded and has no parameters.
+    let launched = unsafe { cuLaunchKernelEx(&raw const config, kernel.cu_function(), null_mut(), null_mut()) };
+    launched.result().unwrap();
+    gpu.stream.synchronize().unwrap();
+}
+
+#[test]
+fn kernel_that_overlaps_and_does_not_wait_aborts() {
+    run_overlapping(r#"extern "C" __global__ void waits() { begin_kernel(); }"#, "waits");
+    let child = in_child("kernel_that_overlaps_and_does_not_wait_aborts", &[], || {
+        let source = r#"
+            extern "C" __global__ void hasty() {
+                if (threadIdx.x == 40) return;
+                begin_kernel();
+            }"#;
+        run_overlapping(source, "hasty");
+    });
+    assert_aborted(child, &["kernel hasty, block (0, 0, 0), thread (40, 0, 0): ended without begin_kernel()"]);
 }
 
 #[test]
