@@ -332,6 +332,7 @@ __device__ __forceinline__ void fold_parts(float& out, float& largest, float& to
 // Grid: [splits of the tile that has most, KV heads * head parts, tiles]. A warp takes a key tile, the block folds the four.
 // Dynamic shared memory: WARPS * WARP_BYTES.
 extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) attend_splits(const Attention a) {
+    begin_kernel();
     const Place place = place_of(a, blockIdx.z, blockIdx.y);
     u32 split = blockIdx.x, warp = threadIdx.x / 32;
     if (split >= place.tile.n_splits) return;
@@ -362,6 +363,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) attend_splits(const 
 // Grid: [tiles / WARPS, KV heads * head parts]. A warp takes a query tile and visits all of its keys.
 // Dynamic shared memory: WARPS * WARP_BYTES; a part is what was folded of earlier splits.
 extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) attend_rows(const Attention a) {
+    begin_kernel();
     u32 warp = threadIdx.x / 32, tile = blockIdx.x * WARPS + warp;
     if (tile >= a.n_tiles) return;
     const Place place = place_of(a, tile, blockIdx.y);
@@ -412,6 +414,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) attend_rows(const At
 // Folds the splits of every row. Grid: [rows]; a thread to each of the heads' dimensions in turn.
 // `tile_of_row` are query tiles.
 extern "C" __global__ void __launch_bounds__(256) merge_splits(const Attention a, const u32* tile_of_row, const Input out) {
+    begin_kernel();
     u32 row = blockIdx.x;
     for (u32 column = threadIdx.x; column < out.width; column += 256) {
         u32 head = column / HEAD_DIM, in_group = head % GROUP_SIZE;

@@ -305,6 +305,7 @@ __device__ __forceinline__ u32 draw(const Row& row, const Scratch& scratch, cons
 // Grid: [rows]; shared memory: a Scratch's buckets.
 extern "C" __global__ void __launch_bounds__(THREADS) choose(
     const float* logits, const u32* ends, u32 n_ranks, const Rule* rules, u32* choices) {
+    begin_kernel();
     __shared__ u64 sums[WARPS];
     Row row = {logits, ends, n_ranks, gridDim.x, blockIdx.x, ends[n_ranks - 1]};
     Scratch scratch = {(u64*)dynamic_shared(), sums};

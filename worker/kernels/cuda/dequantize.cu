@@ -28,6 +28,7 @@ __device__ __forceinline__ u32 values_of(u32 steps, float scale, float minimum) 
 
 // One warp for each tile of 32 outputs and 32 inputs. Grid: [blocks of in tiles, out tiles from the first on].
 extern "C" __global__ void __launch_bounds__(32 * WARPS) dequantize(const Dequantized d) {
+    begin_kernel();
     __shared__ u32 codebook[CODEBOOK ? 256 : 1];
     if (CODEBOOK) {
         make_codebook(codebook, d.codebook);

@@ -11,6 +11,28 @@ typedef unsigned short u16;
 typedef unsigned int u32;
 typedef unsigned long long u64;
 
+// ---- Kernels that overlap ----
+
+// What every kernel calls first, in every thread: lets the kernel after it start, and waits for those before it.
+//
+// From sm_90 on a kernel may start before the one ahead of it in the stream has ended (programmatic dependent launch,
+// which `Kernel::launch` asks for): as soon as each block of that one has called this or exited, and there is room. Then
+// nothing but the wait stands between the two. It lasts until the one ahead has completed and what it wrote can be seen;
+// as that one has waited in turn, all kernels before it have completed, too. A kernel with a thread that does not wait
+// breaks this chain for those after it. Copies, and kernels of others (NCCL), wait for the end of what is before them.
+//
+// Hence what any kernel writes is read, and written, after this call alone. Arguments and weights may be read before:
+// weights are copied to the device, and no kernel writes them. A parameter must not be `__restrict__`: of one that is
+// `const`, that says that nobody writes it while this kernel runs, and the compiler may read it before the wait.
+//
+// CUDA programming guide, "Programmatic Dependent Launch and Synchronization"; PTX ISA, `griddepcontrol`.
+__device__ __forceinline__ void begin_kernel() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // ---- Conversions: round to nearest, ties to even; overflow gives infinity ----
 
 // Two floats as bf16; `lo` lands in the low half.
@@ -121,7 +143,7 @@ __device__ __forceinline__ u8* dynamic_shared() {
     return dynamic_shared_bytes;
 }
 
-// Loads of what no kernel in flight writes and nobody reads twice (weights): they pass L1 by.
+// Loads of what no kernel writes and nobody reads twice (weights): they pass L1 by, and may come before `begin_kernel`.
 __device__ __forceinline__ uint4 load_once(const uint4* global) {
     uint4 v;
     asm("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"

@@ -31,6 +31,7 @@ __device__ __forceinline__ float sum_terms(const Terms& terms, u64 i, u64 size, 
 // x += terms; out = x * weight / sqrt(mean(x^2) + eps). One block for each row.
 extern "C" __global__ void __launch_bounds__(THREADS) rms_norm(
     float* x, const Terms terms, const float* weight, float eps, const Input out) {
+    begin_kernel();
     __shared__ float pending[MAX_PENDING * THREADS];
     __shared__ float squares[THREADS / 32];
     u32 row = blockIdx.x, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -58,6 +59,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) rms_norm(
 
 // silu(gate) * up. One block for each row.
 extern "C" __global__ void __launch_bounds__(THREADS) silu_mul(const float* gate, const float* up, const Input out) {
+    begin_kernel();
     u32 row = blockIdx.x;
     u64 first = (u64)row * out.width;
     for (u32 column = threadIdx.x; column < out.width; column += THREADS)
@@ -66,6 +68,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) silu_mul(const float* gate
 
 // out[i] = x[rows[i]]. One block for each row of `out`.
 extern "C" __global__ void __launch_bounds__(THREADS) select_rows(const float* x, const u32* rows, float* out, u32 width) {
+    begin_kernel();
     const float* from = x + (u64)rows[blockIdx.x] * width;
     float* to = out + (u64)blockIdx.x * width;
     for (u32 column = threadIdx.x; column < width; column += THREADS) to[column] = from[column];
@@ -80,6 +83,7 @@ struct ColumnEnds {
 // row and rank.
 extern "C" __global__ void __launch_bounds__(THREADS) join_columns(
     const float* gathered, float* joined, const ColumnEnds ranks, u32 width) {
+    begin_kernel();
     u32 rows = gridDim.x, row = blockIdx.x, rank = blockIdx.y;
     u32 first = rank == 0 ? 0 : ranks.end[rank - 1], n = ranks.end[rank] - first;
     const float* from = gathered + (u64)rows * first + (u64)row * n;

@@ -72,6 +72,7 @@ __device__ __forceinline__ float value_of(const Table& table, u32 row, u32 colum
 // rows: then the last is taken. Tokens from the host were checked there.
 extern "C" __global__ void __launch_bounds__(THREADS) embed(
     const Table table, const u32* tokens, const u32* choices, float* out) {
+    begin_kernel();
     u32 column = blockIdx.y * THREADS + threadIdx.x;
     if (column >= table.width) return;
     u32 token = tokens[blockIdx.x];

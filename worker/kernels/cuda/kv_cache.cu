@@ -27,6 +27,7 @@ __device__ __forceinline__ Code code_of(float value, float scale) {
 // `k` and `v` are [rows, heads * HEAD_DIM].
 extern "C" __global__ void __launch_bounds__(32) write_kv(
     u8* layer, const float* k, const float* v, const u32* slots, const u32* positions, const Rope rope) {
+    begin_kernel();
     u32 row = blockIdx.x, head = blockIdx.y, heads = gridDim.y;
     u32 slot = slots[row], position = positions[row];
     const float* key = k + ((u64)row * heads + head) * HEAD_DIM;

@@ -107,6 +107,7 @@ __device__ __forceinline__ float sum_plane(float* parts, const Matrix& w, u32& s
 // One block: 32 outputs (of gate and up each, if GATED) of ROWS rows. Grid: [row blocks, out tiles of all weights].
 // Dynamic shared memory: [TILES, segments, ROWS, STRIDE] floats.
 extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS_PER_SM) matmul(const Product p) {
+    begin_kernel();
     float* parts = (float*)dynamic_shared();
     __shared__ u32 codebook[CODEBOOK ? 256 : 1];
     u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;

@@ -206,6 +206,7 @@ __device__ __forceinline__ void store_gated(const Product& p, const Place& place
 // Grid: [row blocks, blocks of out tiles of all weights]. Dynamic shared memory: two `Step`s; [pending sums but the last, at
 // least 1, ROWS, 32 * WARPS] floats.
 extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) matmul_rows(const Product p) {
+    begin_kernel();
     Step* steps = (Step*)dynamic_shared();
     __shared__ u32 codebook[CODEBOOK ? 256 : 1];
     if (CODEBOOK) make_codebook(codebook, p.codebook);

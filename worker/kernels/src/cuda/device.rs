@@ -12,6 +12,10 @@ use super::{Architecture, CudaError, Kernel, KernelCache, Program, kernels::Kern
 /// The oldest driver whose functions suffice.
 pub(super) const MIN_DRIVER: &str = "12.0";
 
+/// Where a kernel may start before the one ahead of it has ended (programmatic dependent launch): from this compute
+/// capability on, and from this driver on, the first that keeps to it in graphs.
+const OVERLAPPING_KERNELS: ((u32, u32), (u32, u32)) = ((9, 0), (12, 3));
+
 /// A GPU that is open: its context, and the one stream in whose order everything runs. Clones are the same device.
 ///
 /// Any thread may call it. Calls return when the work is queued, not when it is done, unless they say otherwise.
@@ -24,6 +28,7 @@ struct Opened {
     device: CUdevice,
     context: CUcontext,
     stream: CUstream,
+    overlaps_kernels: bool,
     kernels: Kernels,
 }
 
@@ -158,11 +163,14 @@ impl Device {
             return Err(CudaError::NoDevice { ordinal, n_devices });
         }
         let (device, info) = look_at(ordinal)?;
-        let kernels = Kernels::new(architecture(&info)?, driver_version()?, info.limits.shared_bytes_per_block, cache);
+        let driver = driver_version()?;
+        let (capability, first_driver) = OVERLAPPING_KERNELS;
+        let overlaps_kernels = info.compute_capability >= capability && driver >= first_driver;
+        let kernels = Kernels::new(architecture(&info)?, driver, info.limits.shared_bytes_per_block, cache);
         // SAFETY: the device was got from the driver; `drop` releases it.
         let context = unsafe { result::primary_ctx::retain(device) };
         let context = context.map_err(CudaError::driver("cuDevicePrimaryCtxRetain"))?;
-        let mut opened = Opened { info, device, context, stream: result::stream::null(), kernels };
+        let mut opened = Opened { info, device, context, stream: result::stream::null(), overlaps_kernels, kernels };
         opened.bind()?;
         let stream = result::stream::create(result::stream::StreamKind::NonBlocking);
         opened.stream = stream.map_err(CudaError::driver("cuStreamCreate"))?;
@@ -205,6 +213,11 @@ impl Device {
         self.bind()?;
         // SAFETY: the stream lives as long as the device.
         unsafe { result::stream::synchronize(self.stream()) }.map_err(CudaError::driver("cuStreamSynchronize"))
+    }
+
+    /// Whether a kernel may start before the one ahead of it has ended.
+    pub(super) fn overlaps_kernels(&self) -> bool {
+        self.0.overlaps_kernels
     }
 
     /// The driver's stream, for libraries that queue work on it. It lives as long as the device.

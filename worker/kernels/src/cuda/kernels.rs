@@ -13,7 +13,10 @@ use std::{
 use bytemuck::Pod;
 use cudarc::driver::{
     result,
-    sys::{CUfunction, CUfunction_attribute as Attribute, CUmodule},
+    sys::{
+        CUfunction, CUfunction_attribute as Attribute, CUlaunchAttribute, CUlaunchAttributeID, CUlaunchAttributeValue,
+        CUlaunchConfig, CUmodule, cuLaunchKernelEx,
+    },
 };
 use tracing::warn;
 
@@ -103,11 +106,29 @@ impl Kernel {
         for (pointer, arg) in pointers.iter_mut().zip(args) {
             *pointer = arg.value();
         }
-        let (grid, block) = ((grid[0], grid[1], grid[2]), (block, 1, 1));
+        // It may start before the kernel ahead of it has ended: `begin_kernel` of `device.cuh` says what that asks of it.
+        let mut overlaps = CUlaunchAttribute {
+            id: CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            pad: [0; 4],
+            value: CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+        };
+        let config = CUlaunchConfig {
+            gridDimX: grid[0],
+            gridDimY: grid[1],
+            gridDimZ: grid[2],
+            blockDimX: block,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: shared_bytes,
+            hStream: self.device.stream(),
+            attrs: &raw mut overlaps,
+            numAttrs: u32::from(self.device.overlaps_kernels()),
+        };
         // SAFETY: the function is loaded, and there is a pointer for each of its parameters: the caller's contract. The
         // driver copies what they point to before it returns.
-        unsafe { result::launch_kernel(self.function, grid, block, shared_bytes, self.device.stream(), &mut pointers) }
-            .map_err(CudaError::driver("cuLaunchKernel"))
+        unsafe { cuLaunchKernelEx(&raw const config, self.function, pointers.as_mut_ptr(), ptr::null_mut()) }
+            .result()
+            .map_err(CudaError::driver("cuLaunchKernelEx"))
     }
 }
 

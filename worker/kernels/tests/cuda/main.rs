@@ -108,6 +108,11 @@ fn a_folder_that_cannot_be_written_costs_time_alone() {
 
 /// Runs the test of this name in a process of its own, with these libraries of the emulator.
 fn run_with(libraries: &[&str], test: &str, cache: &Path) {
+    run_with_settings(libraries, test, cache, &[]);
+}
+
+/// As [`run_with`], with settings of the emulator.
+fn run_with_settings(libraries: &[&str], test: &str, cache: &Path, settings: &[(&str, &str)]) {
     let folder = tempfile::tempdir().unwrap();
     let built = emulator::build().unwrap();
     for name in libraries {
@@ -117,6 +122,7 @@ fn run_with(libraries: &[&str], test: &str, cache: &Path) {
         .args(["--exact", test, "--include-ignored", "--nocapture"])
         .env("LD_LIBRARY_PATH", folder.path())
         .env(CHILD, cache)
+        .envs(settings.iter().copied())
         .output()
         .unwrap();
     let text = String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);
@@ -213,6 +219,30 @@ fn without_a_driver_an_error_says_what_was_looked_for() {
         return;
     }
     run_with(&[], "without_libraries", Path::new("/nonexistent"));
+}
+
+/// Whether a kernel that `compute` launches may start before the one ahead of it has ended.
+fn overlaps(cache: KernelCache) -> bool {
+    emulator::load_into_this_process().unwrap();
+    compute(&Device::open(0, cache).unwrap()).unwrap();
+    emulator::overlapping_launches().unwrap() > 0
+}
+
+#[test]
+#[ignore = "needs an older device or driver: kernels_overlap_where_device_and_driver_can starts a process with one"]
+fn without_overlap() {
+    if let Some(cache) = child() {
+        assert!(!overlaps(cache));
+    }
+}
+
+#[test]
+fn kernels_overlap_where_device_and_driver_can() {
+    let folder = tempfile::tempdir().unwrap();
+    assert!(overlaps(KernelCache::new(Some(folder.path().to_owned()))));
+    for setting in [("LOCKSTEP_EMULATOR_ARCH", "89"), ("LOCKSTEP_EMULATOR_DRIVER", "12020")] {
+        run_with_settings(&[], "without_overlap", folder.path(), &[setting]);
+    }
 }
 
 #[test]
