@@ -43,9 +43,9 @@ const TRANSPOSE: i32 = 1;
 /// A version of cuBLASLt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BlasVersion {
-    /// The CUDA version that it belongs to.
+    /// The major version of CUDA that it belongs to.
     pub major: usize,
-    /// Its second number.
+    /// Its own second number.
     pub minor: usize,
 }
 
