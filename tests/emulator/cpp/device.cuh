@@ -390,6 +390,9 @@ inline u8* dynamic_shared() { return self->dynamic_shared; }
 inline uint4 load_once(const uint4* global) { return *global; }
 inline uint2 load_once(const uint2* global) { return *global; }
 
+// There is no cache to fill, but the address must be good.
+inline void prefetch(const void* global) { (void)*(const volatile u8*)global; }
+
 // Copies are made when the thread waits for them: whoever forgets to wait reads what was there before.
 inline void copy_async_16(void* shared, const void* global) {
     const auto& fail = emulator::runtime->fail;

@@ -158,6 +158,14 @@ __device__ __forceinline__ uint2 load_once(const uint2* global) {
     return v;
 }
 
+// Asks for the 32 bytes at an address, which come to L2 behind the thread's back. Of use before `begin_kernel`, thus
+// nothing where kernels do not overlap.
+__device__ __forceinline__ void prefetch(const void* global) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(global));
+#endif
+}
+
 // Copies 16 bytes from global to shared memory behind the thread's back; both 16-byte aligned. They have arrived for the
 // thread itself after `copy_async_wait`, for others after a barrier that follows it.
 __device__ __forceinline__ void copy_async_16(void* shared, const void* global) {

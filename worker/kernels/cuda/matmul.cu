@@ -64,6 +64,17 @@ __device__ __forceinline__ void load(Stage& stage, const Matrix& w, const Place&
 #endif
 }
 
+// Asks for the beginning of a warp's share of an out tile's codes. That is about where its first segment is, and some warp
+// of the block needs it in any case. No kernel writes weights, so memory need not idle until the kernel ahead has ended.
+// (Variants with a codebook have no register to spare for it.)
+__device__ __forceinline__ void prefetch_codes(const Matrix& w, u32 out_tile, u32 warp, u32 lane) {
+    u32 share = w.in_tiles * (CODE_VECTORS * 32 * sizeof(uint4) / WARPS);
+    const u8* codes = (const u8*)w.codes + (u64)(out_tile * WARPS + warp) * share;
+    #pragma unroll
+    for (u32 i = 32 * lane; i < 4096; i += 32 * 32)
+        if (i < share) prefetch(codes + i);
+}
+
 // The sums of one segment, to shared memory: [row, output].
 __device__ __forceinline__ void sum_segment(
     float* out, const Matrix& w, const Place& place, u32 first, u32 end, const u32* codebook) {
@@ -107,13 +118,14 @@ __device__ __forceinline__ float sum_plane(float* parts, const Matrix& w, u32& s
 // One block: 32 outputs (of gate and up each, if GATED) of ROWS rows. Grid: [row blocks, out tiles of all weights].
 // Dynamic shared memory: [TILES, segments, ROWS, STRIDE] floats.
 extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS_PER_SM) matmul(const Product p) {
-    begin_kernel();
     float* parts = (float*)dynamic_shared();
     __shared__ u32 codebook[CODEBOOK ? 256 : 1];
     u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     u32 out_tile = blockIdx.y;
     u32 which = GATED ? 0 : find_weight(p, out_tile);
     const Matrix w = weights_of(p, which);
+    if (!CODEBOOK) prefetch_codes(w, out_tile, warp, lane);
+    begin_kernel();
     if (CODEBOOK) {
         make_codebook(codebook, p.codebook);
         __syncthreads();
