@@ -405,6 +405,25 @@ async fn ranks_that_give_up_the_order_of_their_sums_say_what_one_rank_says_up_to
 }
 
 #[tokio::test]
+async fn a_driver_that_makes_no_graphs_is_no_harm() -> Result<()> {
+    if gpu().is_some() {
+        println!("a real driver cannot be told to fail");
+        return Ok(());
+    }
+    let model = Model::write("Q4_0", &narrow_heads());
+    let mut texts = Vec::new();
+    for fails in ["0", "1"] {
+        let cluster = cluster(&model.path)?.worker_env("LOCKSTEP_EMULATOR_FAIL_GRAPHS", fails).start().await?;
+        texts.push(generate(&cluster).await?);
+        let told = cluster.groups[0][0].log().matches("this GPU's driver records no steps").count();
+        assert_eq!(told, usize::from(fails == "1"), "{}", cluster.groups[0][0].log());
+        cluster.stop().await?;
+    }
+    assert_eq!(texts[0], texts[1]);
+    Ok(())
+}
+
+#[tokio::test]
 async fn a_killed_rank_fails_its_requests_and_the_group_forms_anew() -> Result<()> {
     let model = Model::write("Q4_0", &narrow_heads());
     let mut cluster = cluster(&model.path)?.world_size(2).start().await?;

@@ -645,6 +645,7 @@ API CUresult cuGraphRetainUserObject(Graph* graph, std::shared_ptr<UserObject>* 
 
 API CUresult cuGraphInstantiateWithFlags(Graph** executable, const Graph* graph, unsigned long long) {
     CHECK(check_context());
+    if (environment().fail_graphs) return CUDA_ERROR_NOT_SUPPORTED;
     *executable = new Graph(*graph);
     return CUDA_SUCCESS;
 }

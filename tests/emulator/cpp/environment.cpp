@@ -30,6 +30,7 @@ const Environment& environment() {
         static_cast<unsigned>(std::max(read("LOCKSTEP_EMULATOR_THREADS", 2), 1ull)),
         read("LOCKSTEP_EMULATOR_SEED", 1),
         read("LOCKSTEP_EMULATOR_FAIL_LAUNCH", 0),
+        read("LOCKSTEP_EMULATOR_FAIL_GRAPHS", 0) != 0,
     };
     return read_once;
 }

@@ -13,6 +13,7 @@ struct Environment {
     unsigned n_threads;              // LOCKSTEP_EMULATOR_THREADS, 2: OS threads that run blocks
     unsigned long long seed;         // LOCKSTEP_EMULATOR_SEED, 1: of the order of blocks, warps and lanes
     unsigned long long fail_launch;  // LOCKSTEP_EMULATOR_FAIL_LAUNCH, 0: the launch, from 1 on, that fails; 0: none
+    bool fail_graphs;                // LOCKSTEP_EMULATOR_FAIL_GRAPHS, 0: 1 refuses to make graphs of what was captured
 };
 
 const Environment& environment();

@@ -1,6 +1,6 @@
 //! Devices: the GPUs of this machine, and one that is open.
 
-use std::{fmt, sync::Arc};
+use std::{fmt, ops::Range, sync::Arc};
 
 use cudarc::driver::{
     result,
@@ -12,9 +12,9 @@ use super::{Architecture, CudaError, Kernel, KernelCache, Program, kernels::Kern
 /// The oldest driver whose functions suffice.
 pub(super) const MIN_DRIVER: &str = "12.0";
 
-/// Where a kernel may start before the one ahead of it has ended (programmatic dependent launch): from this compute
-/// capability on, and from this driver on, the first that keeps to it in graphs.
-const OVERLAPPING_KERNELS: ((u32, u32), (u32, u32)) = ((9, 0), (12, 3));
+/// Where a kernel may start before the one ahead of it has ended (programmatic dependent launch): on these compute
+/// capabilities, and from this driver on, the first that keeps to it in graphs. On 12.0 others have failed to capture it.
+const OVERLAPPING_KERNELS: (Range<(u32, u32)>, (u32, u32)) = ((9, 0)..(12, 0), (12, 3));
 
 /// A GPU that is open: its context, and the one stream in whose order everything runs. Clones are the same device.
 ///
@@ -164,8 +164,8 @@ impl Device {
         }
         let (device, info) = look_at(ordinal)?;
         let driver = driver_version()?;
-        let (capability, first_driver) = OVERLAPPING_KERNELS;
-        let overlaps_kernels = info.compute_capability >= capability && driver >= first_driver;
+        let (capabilities, first_driver) = OVERLAPPING_KERNELS;
+        let overlaps_kernels = capabilities.contains(&info.compute_capability) && driver >= first_driver;
         let kernels = Kernels::new(architecture(&info)?, driver, info.limits.shared_bytes_per_block, cache);
         // SAFETY: the device was got from the driver; `drop` releases it.
         let context = unsafe { result::primary_ctx::retain(device) };

@@ -14,6 +14,7 @@ use lockstep_kernels::{
         GpuTensor, GpuTerms, GpuVocab, Recording, RowChoice, RowParallelSum, StepRows, StepShape,
     },
 };
+use tracing::warn;
 
 use super::{
     AttentionShape, Backend, KvShape, RopeSpec, StepRun,
@@ -40,6 +41,8 @@ pub struct CudaBackend {
     deterministic: bool,
     step: Option<GpuStep>,
     vocab: Option<GpuVocab>,
+    /// Whether the driver makes recordings.
+    records: bool,
     /// Steps that were started.
     n_steps: u64,
     /// Planes on their way to other ranks.
@@ -93,6 +96,7 @@ impl CudaBackend {
             deterministic,
             step: None,
             vocab: None,
+            records: true,
             n_steps: 0,
             planes: Vec::new(),
         })
@@ -144,7 +148,16 @@ impl CudaBackend {
             let logits = forward(self, run)?.expect("all rows of a step that has a shape need logits");
             let logits = self.conclude(run, logits)?;
             Ok::<_, StepError>((logits, self.step.take().expect("the step that was computed")))
-        })?;
+        });
+        let recording = match recording {
+            // Between devices all ranks record, or none. A device that has failed says so again at the next launch.
+            Err(StepError::Op(OpError::Cuda(error))) if run.collective.world_size() == 1 => {
+                warn!(%error, "this GPU's driver records no steps, they take longer");
+                self.records = false;
+                return Ok(());
+            }
+            recording => recording?,
+        };
         let calls = run.collective.device().map(|mut device| device.end_capture());
         self.recordings.insert(shape, Recorded { recording: Some(recording), calls, last_step: self.n_steps });
         Ok(())
@@ -337,7 +350,7 @@ impl Backend for CudaBackend {
         self.n_steps += 1;
         let tokens = encode(run.batch);
         let rows = rows_of(run.batch, &tokens);
-        let shape = StepShape::of(&rows).filter(|_| self.runs_ahead(run.collective));
+        let shape = StepShape::of(&rows).filter(|_| self.records && self.runs_ahead(run.collective));
         if let Some(shape) = shape
             && let Some(recorded) = self.recordings.get_mut(&shape).filter(|recorded| recorded.recording.is_some())
         {
