@@ -151,11 +151,10 @@ pub const KEYS: &[Key] = &[
     },
     Key {
         path: "engine.deterministic",
-        help: "true, or false: sums over ranks on GPUs are added in whatever order NCCL finds fastest, which depends on the \
-               number of ranks and on what else is in a step. Then a seed no longer gives the same tokens in every group \
-               and at every load, a stream that is resumed elsewhere may go on differently, and speculation may change \
-               what comes. Default: true. false changes nothing without GPUs, on a single rank, or with group.transport = shm \
-               or tcp. Ranks must have the same.",
+        help: "true, or false: GPUs add sums over ranks in whatever order NCCL finds fastest, and have cuBLASLt compute steps \
+               of many rows in dense bf16. Then a seed no longer gives the same tokens in every group and at every load, a \
+               stream that is resumed elsewhere may go on differently, and speculation may change what comes. Default: \
+               true. false changes nothing on CPUs. Ranks must have the same.",
     },
     Key {
         path: "engine.block_size",
@@ -377,7 +376,6 @@ pub(crate) fn default_kernel_cache() -> Option<PathBuf> {
 
 #[cfg(test)]
 mod tests {
-
     use super::*;
 
     #[test]

@@ -123,6 +123,13 @@ pub trait RunStep: Send + std::fmt::Debug {
         rules: &[ChoiceRule],
         collective: &mut dyn Collective,
     ) -> Result<(), StepError>;
+    /// Whether the oldest plan that was started has been computed, so that there is no wait for it.
+    ///
+    /// # Errors
+    /// As [`RunStep::start`].
+    fn is_finished(&self) -> Result<bool, StepError> {
+        Ok(true)
+    }
     /// Waits for the oldest plan that was started, of at most two. What it gives is for the rows that the plan asks for, in
     /// its order.
     ///
@@ -207,7 +214,7 @@ impl<B: Backend> ModelRunner<B> {
             let first_row = batch.n_rows();
             for &id in &step.token_ids {
                 batch.tokens.push(match chosen_before.get(&step.id) {
-                    Some(&row) if id == PENDING => Token::Chosen(row),
+                    Some(&row) if step.token_ids == [PENDING] => Token::Chosen(row),
                     _ if (id as usize) < vocab_size => Token::Known(id),
                     _ if id == PENDING => {
                         return Err(format!("no token was chosen for {:?} in the step before", step.id));
@@ -266,6 +273,13 @@ where
         };
         self.started.push_back(started);
         Ok(())
+    }
+
+    fn is_finished(&self) -> Result<bool, StepError> {
+        match self.started.front() {
+            Some(Some(started)) => Ok(self.ops.is_finished(started)?),
+            _ => Ok(true),
+        }
     }
 
     fn finish(&mut self, collective: &mut dyn Collective, out: &mut StepOutput) -> Result<(), StepError> {

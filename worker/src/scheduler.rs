@@ -167,7 +167,7 @@ pub enum Refusal {
 /// What [`Scheduler::schedule`] decided.
 #[derive(Clone, Default, PartialEq, Eq, Debug)]
 pub struct Scheduled {
-    /// The next step. None only if no sequence is left.
+    /// The next step. None only if no sequence is left, or if a plan is under way whose tokens must be known first.
     pub plan: Option<StepPlan>,
     /// Sequences whose deadline has passed, oldest first. They are gone: those that waited never start, those that ran
     /// end with what they have.
@@ -209,6 +209,8 @@ pub struct Scheduler {
     in_flight: Option<BTreeMap<SeqId, Chunk>>,
     /// The plan after it, if that has been handed out, too.
     ahead: Option<BTreeMap<SeqId, Chunk>>,
+    /// Whether one that waits lacked blocks, and nobody has given any back since.
+    lacks_blocks: bool,
     /// For the next plan: sequences that stopped running. None of them is in a follower's table afterwards.
     released: Vec<SeqId>,
     next_id: u64,
@@ -246,6 +248,7 @@ impl Scheduler {
             deadlines: BTreeSet::new(),
             in_flight: None,
             ahead: None,
+            lacks_blocks: false,
             released: Vec::new(),
             next_id: 0,
             next_step_id: 0,
@@ -279,8 +282,8 @@ impl Scheduler {
 
     /// Ends a sequence; its blocks are free at once. One that is not there (it may just have ended) changes nothing.
     ///
-    /// A step that is being computed may still write to its blocks. That is harmless: whoever gets them next is in a
-    /// later step, and no rank starts a step before it has finished the one before.
+    /// A step under way may still write to its blocks. That is harmless: whoever gets them next is in a later step, and every
+    /// rank computes steps in their order.
     pub fn abort(&mut self, id: SeqId) {
         self.remove(id);
     }
@@ -312,9 +315,9 @@ impl Scheduler {
         Some(plan)
     }
 
-    /// The older plan under way has been computed: takes what was sampled, once for each of [`due`](Self::due). Tokens of sequences that
-    /// were aborted meanwhile are ignored. Returns the sequences that ended by themselves, in the order of `sampled`;
-    /// they are gone.
+    /// The older plan under way has been computed: takes what was sampled, once for each of [`due`](Self::due). Tokens of
+    /// sequences that were aborted meanwhile are ignored. Returns the sequences that ended by themselves, in the order of
+    /// `sampled`; they are gone.
     ///
     /// # Panics
     /// If no plan is under way, a token is missing, a sequence was sampled twice, or what it accepted was not drafted.
@@ -353,6 +356,7 @@ impl Scheduler {
             deadlines: BTreeSet::new(),
             in_flight: None,
             ahead: None,
+            lacks_blocks: false,
             released: Vec::new(),
             next_id: self.next_id,
             next_step_id: 0,
@@ -444,6 +448,7 @@ impl Scheduler {
         let (id, mut sequence) = self.running.pop_last().expect("blocks are short only while somebody runs");
         assert!(!self.running.is_empty(), "{id:?} was admitted although it does not fit alone");
         self.kv.release(&sequence.stop());
+        self.lacks_blocks = false;
         self.released.push(id);
         self.waiting.insert(id, sequence);
     }
@@ -509,6 +514,7 @@ impl Scheduler {
 
     /// Forgets a sequence, if it is there.
     fn remove(&mut self, id: SeqId) {
+        self.lacks_blocks = false;
         for plan in [&mut self.in_flight, &mut self.ahead].into_iter().flatten() {
             plan.remove(&id);
         }

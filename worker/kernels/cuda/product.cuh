@@ -215,9 +215,12 @@ __device__ __forceinline__ float* out_of(const Product& p, u32 i) {
 
 // bf16 of the steps of both codes of a pair, an entry for each thread of a block. A barrier must follow.
 __device__ __forceinline__ void make_codebook(u32* codebook, const u32 (&bytes)[4]) {
+    // Chosen, not indexed: the compiler would copy an indexed argument to local memory.
+    auto word = [&](u32 i) { return i & 2 ? (i & 1 ? bytes[3] : bytes[2]) : (i & 1 ? bytes[1] : bytes[0]); };
     // 128 has been added to what the argument has.
     u32 low = threadIdx.x & 15, high = threadIdx.x >> 4 & 15;
-    float first = (float)(bytes[low / 4] >> (low % 4 * 8) & 0xff) - OFFSET;
-    float second = (float)(bytes[high / 4] >> (high % 4 * 8) & 0xff) - OFFSET;
+    float first = (float)(word(low / 4) >> (low % 4 * 8) & 0xff) - OFFSET;
+    float second = (float)(word(high / 4) >> (high % 4 * 8) & 0xff) - OFFSET;
     codebook[threadIdx.x] = pack_bf16(first, second);
 }
+

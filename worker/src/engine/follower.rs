@@ -16,8 +16,7 @@ use crate::{
     model_runner::{RunStep, warm_up},
 };
 
-/// How long the next plan is waited for while a step is under way. The leader needs nothing of this rank's host to finish a
-/// step, so the plan mostly comes at once; this is for when there is nothing more to do.
+/// How often a follower looks, while it waits for the next plan, whether the step that is under way has been computed.
 const PATIENCE: Duration = Duration::from_millis(5);
 
 /// The engine of a rank that is not 0.
@@ -97,7 +96,7 @@ impl Follower {
             if let Some(plan) = plan {
                 clock.start(collective, |collective| runner.start(&plan, &[], collective))?;
                 n_under_way += 1;
-            } else {
+            } else if n_under_way == max_under_way || runner.is_finished()? {
                 clock.finish(&self.metrics, collective, |collective| runner.finish(collective, &mut out)).0?;
                 n_under_way -= 1;
             }

@@ -169,7 +169,7 @@ impl Leader {
         if self.receive().is_break() {
             return Ok(ControlFlow::Break(()));
         }
-        if self.live.is_empty() && self.group.leaving().is_some() {
+        if self.live.is_empty() && self.under_way.is_empty() && self.group.leaving().is_some() {
             self.group.idle();
         }
         if let Some(broken) = self.group.is_broken() {
@@ -177,7 +177,7 @@ impl Leader {
         }
         let abandoned = self.live.drop_abandoned(&mut self.scheduler);
         self.metrics.cancelled.inc_by(abandoned as u64);
-        while self.may_start(collective) && self.start_next(collective)? {}
+        while self.may_start() && self.start_next(collective)? {}
         self.finish_oldest(collective)?;
         self.answer_drains();
         self.publish();
@@ -208,13 +208,10 @@ impl Leader {
 
     /// Whether another step may be started: the next one, or the one after it while devices choose the tokens of the next.
     /// A draft model needs to know these.
-    fn may_start(&self, collective: &mut dyn Collective) -> bool {
+    fn may_start(&self) -> bool {
         match self.under_way.front() {
             None => true,
-            Some(plan) => {
-                let is_only_one = self.under_way.len() == 1;
-                is_only_one && plan.chooses && self.draft_model.is_none() && self.runner.runs_ahead(collective)
-            }
+            Some(plan) => self.under_way.len() == 1 && plan.chooses && self.draft_model.is_none(),
         }
     }
 
@@ -230,7 +227,7 @@ impl Leader {
         {
             self.go_on_without_draft_model(&failure);
         }
-        let rules = self.live.choice_rules(&plan).filter(|_| self.runner.runs_ahead(collective));
+        let rules = if self.runner.runs_ahead(collective) { self.live.choice_rules(&plan) } else { None };
         plan.chooses = rules.as_ref().is_some_and(|rules| !rules.is_empty());
         self.group.send_plan(&plan, self.live.announce(&plan))?;
         let runner = self.runner.as_mut();

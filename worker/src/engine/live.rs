@@ -2,7 +2,7 @@
 
 use std::{collections::HashMap, time::Instant};
 
-use lockstep_kernels::cuda::ChoiceRule;
+use lockstep_kernels::cuda::{ChoiceRule, MAX_CHOICES};
 use tokio::sync::mpsc::error::TrySendError;
 
 use super::{EngineError, Event, FinishReason, GenerationId, Job, draft_model::Asked, handle::Outlet};
@@ -155,7 +155,7 @@ impl LiveJobs {
                 rules.push(sampler::choice_rule(&job.params, position as u64, n_emitted, sequence.choice)?);
             }
         }
-        Some(rules)
+        (rules.len() <= MAX_CHOICES).then_some(rules)
     }
 
     /// What a draft model is to know of a sequence.

@@ -141,6 +141,10 @@ pub trait Backend: Debug + Send {
         run: &mut StepRun<'_, Self::Kv>,
         logits: Option<Self::Logits>,
     ) -> Result<Self::Started, StepError>;
+    /// Whether a step that was started has been computed.
+    fn is_finished(&self, _started: &Self::Started) -> Result<bool, OpError> {
+        Ok(true)
+    }
     /// Waits for a step, the oldest that was started, and brings what it gives to `out`: on rank 0 the logits of all ranks.
     fn finish_step(
         &mut self,

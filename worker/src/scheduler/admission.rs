@@ -23,6 +23,7 @@ enum Verdict {
 impl Scheduler {
     /// Admits waiting sequences, oldest first, while a step has rows and the group has places and blocks.
     pub(super) fn admit(&mut self, chunks: &mut BTreeMap<SeqId, Chunk>, room: &mut Room) {
+        self.lacks_blocks = false;
         let mut n_passed = 0;
         let mut after = None;
         while room.rows > 0 && self.running.len() < self.config.max_running && n_passed < MAX_PASSED {
@@ -44,6 +45,7 @@ impl Scheduler {
                 Verdict::NoBlocks => {
                     // Nobody younger may take the blocks that this one waits for.
                     self.waiting.insert(id, sequence);
+                    self.lacks_blocks = true;
                     break;
                 }
             }

@@ -58,7 +58,8 @@ impl Scheduler {
     fn is_steady(&self) -> bool {
         let Some(in_flight) = &self.in_flight else { return false };
         let gives_one = |chunk: &Chunk| chunk.samples && chunk.drafts.is_empty() && chunk.logits == LogitsRows::Last;
-        let nobody_comes = self.waiting.is_empty() || self.running.len() >= self.config.max_running;
+        let is_full = self.running.len() >= self.config.max_running || self.lacks_blocks;
+        let nobody_comes = self.waiting.is_empty() || is_full;
         nobody_comes && in_flight.len() == self.running.len() && in_flight.values().all(gives_one)
     }
 

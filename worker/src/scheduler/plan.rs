@@ -55,7 +55,7 @@ pub struct StepPlan {
     /// The rows, in order. Never empty in a plan that the scheduler made.
     pub sequences: Vec<SequenceStep>,
     /// Whether tokens are chosen where the logits are, one for each row of them, and no logits leave the device. Every rank
-    /// then knows them when a later step says that it means them.
+    /// then knows them when the next step says that it means them.
     pub chooses: bool,
 }
 

@@ -366,7 +366,7 @@ impl World {
             return;
         }
         if rng.random_bool(self.p_ahead) {
-            self.plan_ahead(seen);
+            self.plan_ahead(rng, seen);
         }
         if rng.random_bool(0.05) {
             seen.aborted_in_flight += u64::from(self.abort_any(rng));
@@ -380,7 +380,8 @@ impl World {
         assert!(self.clients.values().all(|client| seen.steps < client.must_end_by), "somebody starves");
     }
 
-    fn plan_ahead(&mut self, seen: &mut Seen) {
+    fn plan_ahead(&mut self, rng: &mut ChaCha8Rng, seen: &mut Seen) {
+        self.now += Duration::from_millis(rng.random_range(0..3));
         let scheduled = self.scheduler.schedule(self.now);
         self.scheduler.check_integrity();
         *(if scheduled.plan.is_some() { &mut seen.planned_ahead } else { &mut seen.not_planned_ahead }) += 1;

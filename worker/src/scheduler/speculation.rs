@@ -86,8 +86,8 @@ pub fn step_time(n_rows: usize) -> f64 {
 }
 
 impl Scheduler {
-    /// The sequences of the plan under way, the only one, that a draft model may draft for, oldest first, if each of its steps takes
-    /// `draft_step_time` and gives each of them a draft. Unit: steps of one row.
+    /// The sequences of the plan under way, the only one, that a draft model may draft for, oldest first, if each of its steps
+    /// takes `draft_step_time` and gives each of them a draft. Unit: steps of one row.
     pub fn draftable(&self, draft_step_time: f64) -> Vec<Draftable> {
         self.find_draftable(draft_step_time, Allowance::n_drafts)
     }
@@ -120,6 +120,9 @@ impl Scheduler {
             return Vec::new();
         }
         let share = (MAX_ROWS / n_decoding).saturating_sub(1);
+        if share == 0 {
+            return Vec::new();
+        }
         let mut room = self.config.max_step_tokens - self.n_rows_in_flight();
         let mut found = Vec::new();
         for (id, sequence) in self.decoding().filter(|(id, _)| self.drafts(*id).is_empty()) {

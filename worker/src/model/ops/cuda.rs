@@ -130,7 +130,6 @@ impl CudaBackend {
     fn record(
         &mut self,
         shape: StepShape,
-        rows: &StepRows<'_>,
         run: &mut StepRun<'_, GpuKvCache>,
         forward: impl Fn(&mut Self, &mut StepRun<'_, GpuKvCache>) -> Result<Option<GpuTensor>, StepError>,
     ) -> Result<(), StepError> {
@@ -139,7 +138,6 @@ impl CudaBackend {
             self.recordings.insert(shape, Recorded { recording: None, calls: None, last_step: self.n_steps });
             return Ok(());
         }
-        self.step = Some(self.gpu.begin(rows, run.kv, Some(shape))?);
         let device = self.gpu.device().clone();
         if let Some(mut device) = run.collective.device() {
             device.begin_capture();
@@ -363,9 +361,13 @@ impl Backend for CudaBackend {
         let logits = forward(self, &mut run)?;
         let started = self.send_results(&mut run, logits)?;
         if let Some(shape) = shape {
-            self.record(shape, &rows, &mut run, forward)?;
+            self.record(shape, &mut run, forward)?;
         }
         Ok(started)
+    }
+
+    fn is_finished(&self, started: &CudaStarted) -> Result<bool, OpError> {
+        Ok(started.is_there()?)
     }
 
     fn send_results(
@@ -402,9 +404,10 @@ impl Backend for CudaBackend {
         Ok(())
     }
 
-    /// NCCL waits for graphs that call it. The others need no group.
+    /// NCCL waits for graphs that call it. Those of a rank that is alone need no group. Shapes that came once are forgotten,
+    /// too: ranks that were not in the same epochs must record at the same step.
     fn abandon_steps(&mut self) {
-        self.recordings.retain(|_, recorded| recorded.calls.is_none());
+        self.recordings.retain(|_, recorded| recorded.recording.is_some() && recorded.calls.is_none());
         self.step = None;
     }
 

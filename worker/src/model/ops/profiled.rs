@@ -172,6 +172,10 @@ impl<B: Backend> Backend for Profiled<B> {
         self.ops.send_results(run, logits)
     }
 
+    fn is_finished(&self, started: &B::Started) -> Result<bool, OpError> {
+        self.ops.is_finished(started)
+    }
+
     fn finish_step(
         &mut self,
         started: B::Started,
