@@ -1,6 +1,13 @@
 //! Devices: the GPUs of this machine, and one that is open.
 
-use std::{fmt, ops::Range, sync::Arc};
+use std::{
+    fmt,
+    ops::Range,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+};
 
 use cudarc::driver::{
     result,
@@ -28,7 +35,8 @@ struct Opened {
     device: CUdevice,
     context: CUcontext,
     stream: CUstream,
-    overlaps_kernels: bool,
+    driver: (u32, u32),
+    overlaps_kernels: AtomicBool,
     kernels: Kernels,
 }
 
@@ -165,12 +173,14 @@ impl Device {
         let (device, info) = look_at(ordinal)?;
         let driver = driver_version()?;
         let (capabilities, first_driver) = OVERLAPPING_KERNELS;
-        let overlaps_kernels = capabilities.contains(&info.compute_capability) && driver >= first_driver;
+        let overlaps = capabilities.contains(&info.compute_capability) && driver >= first_driver;
+        let overlaps_kernels = AtomicBool::new(overlaps);
         let kernels = Kernels::new(architecture(&info)?, driver, info.limits.shared_bytes_per_block, cache);
         // SAFETY: the device was got from the driver; `drop` releases it.
         let context = unsafe { result::primary_ctx::retain(device) };
         let context = context.map_err(CudaError::driver("cuDevicePrimaryCtxRetain"))?;
-        let mut opened = Opened { info, device, context, stream: result::stream::null(), overlaps_kernels, kernels };
+        let stream = result::stream::null();
+        let mut opened = Opened { info, device, context, stream, driver, overlaps_kernels, kernels };
         opened.bind()?;
         let stream = result::stream::create(result::stream::StreamKind::NonBlocking);
         opened.stream = stream.map_err(CudaError::driver("cuStreamCreate"))?;
@@ -217,7 +227,17 @@ impl Device {
 
     /// Whether a kernel may start before the one ahead of it has ended.
     pub(super) fn overlaps_kernels(&self) -> bool {
-        self.0.overlaps_kernels
+        self.0.overlaps_kernels.load(Ordering::Relaxed)
+    }
+
+    /// From now on a kernel starts when the one ahead of it has ended. Whether that was different before.
+    pub fn stop_overlapping(&self) -> bool {
+        self.0.overlaps_kernels.swap(false, Ordering::Relaxed)
+    }
+
+    /// Newest CUDA version that the driver runs, as major and minor.
+    pub(super) fn driver(&self) -> (u32, u32) {
+        self.0.driver
     }
 
     /// The driver's stream, for libraries that queue work on it. It lives as long as the device.

@@ -12,6 +12,10 @@ use cudarc::driver::{
 
 use super::{CudaError, Device};
 
+/// The first driver that has the function which the bindings call for times (`cuEventElapsedTime_v2`); with an older one they
+/// would panic.
+const TIMING_DRIVER: (u32, u32) = (12, 8);
+
 /// A mark that can be set again and again.
 pub struct Event {
     device: Device,
@@ -75,16 +79,19 @@ impl Event {
         }
     }
 
-    /// The time on the device between the last marks of `start` and of this event.
+    /// The time on the device between the last marks of `start` and of this event; `None` where the driver is too old to say.
     ///
     /// # Errors
     /// One of them has no mark or has not been reached, or a kernel failed.
-    pub fn since(&self, start: &Self) -> Result<Duration, CudaError> {
+    pub fn since(&self, start: &Self) -> Result<Option<Duration>, CudaError> {
+        if self.device.driver() < TIMING_DRIVER {
+            return Ok(None);
+        }
         self.device.bind()?;
         // SAFETY: both events live.
         let milliseconds = unsafe { result::event::elapsed(start.event, self.event) };
         let milliseconds = milliseconds.map_err(CudaError::driver("cuEventElapsedTime"))?;
-        Ok(Duration::try_from_secs_f32(milliseconds / 1000.0).unwrap_or_default())
+        Ok(Some(Duration::try_from_secs_f32(milliseconds / 1000.0).unwrap_or_default()))
     }
 }
 

@@ -61,7 +61,8 @@ impl<T: Pod> Page<T> {
         Ok(&self.values.as_slice()[..len])
     }
 
-    fn make_room(&mut self, len: usize) -> Result<(), CudaError> {
+    /// Grows to `len` values. No copy may be under way.
+    pub(super) fn make_room(&mut self, len: usize) -> Result<(), CudaError> {
         if self.values.as_slice().len() < len {
             self.values = self.device.host_buffer(len.next_power_of_two())?;
         }

@@ -150,8 +150,7 @@ impl CudaBackend {
         let recording = match recording {
             // Between devices all ranks record, or none. A device that has failed says so again at the next launch.
             Err(StepError::Op(OpError::Cuda(error))) if run.collective.world_size() == 1 => {
-                warn!(%error, "this GPU's driver records no steps, they take longer");
-                self.records = false;
+                self.record_less(&error);
                 return Ok(());
             }
             recording => recording?,
@@ -159,6 +158,16 @@ impl CudaBackend {
         let calls = run.collective.device().map(|mut device| device.end_capture());
         self.recordings.insert(shape, Recorded { recording: Some(recording), calls, last_step: self.n_steps });
         Ok(())
+    }
+
+    /// A step could not be recorded: the next is tried without kernels that overlap, and after that none.
+    fn record_less(&mut self, error: &CudaError) {
+        if self.gpu.device().stop_overlapping() {
+            warn!(%error, "a step was not recorded; from now on kernels do not overlap");
+        } else {
+            warn!(%error, "this GPU's driver records no steps, they take longer");
+            self.records = false;
+        }
     }
 
     /// Makes room for another recording.
@@ -346,6 +355,10 @@ impl Backend for CudaBackend {
         forward: impl Fn(&mut Self, &mut StepRun<'_, GpuKvCache>) -> Result<Option<GpuTensor>, StepError>,
     ) -> Result<CudaStarted, StepError> {
         self.n_steps += 1;
+        if run.collective.device().is_some() {
+            // How that goes with what NCCL captures, nobody has seen.
+            self.gpu.device().stop_overlapping();
+        }
         let tokens = encode(run.batch);
         let rows = rows_of(run.batch, &tokens);
         let shape = StepShape::of(&rows).filter(|_| self.records && self.runs_ahead(run.collective));
@@ -391,11 +404,11 @@ impl Backend for CudaBackend {
         match started {
             CudaStarted::Tokens(tokens) => {
                 out.token_ids.extend_from_slice(tokens.wait()?);
-                out.device_time = Some(tokens.device_time()?);
+                out.device_time = tokens.device_time()?;
             }
             CudaStarted::Logits(logits) => {
                 out.logits.extend_from_slice(logits.wait()?);
-                out.device_time = Some(logits.device_time()?);
+                out.device_time = logits.device_time()?;
                 if collective.device().is_none() {
                     gather_logits(vocab, collective, out)?;
                 }

@@ -93,11 +93,12 @@ impl<T: Pod> Answer<T> {
         self.page().wait(self.len)
     }
 
-    /// The time that the device took, from the beginning of the step, the copy of its words, to the end of this answer.
+    /// The time that the device took, from the end of the copy of the step's words to the end of this answer; `None` where the
+    /// driver is too old to say.
     ///
     /// # Errors
     /// It is not there, or a kernel failed.
-    pub fn device_time(&self) -> Result<Duration, CudaError> {
+    pub fn device_time(&self) -> Result<Option<Duration>, CudaError> {
         self.page().copied().since(&self.begun)
     }
 
@@ -120,6 +121,11 @@ impl<T: Pod> Pages<T> {
     pub(super) fn new(device: &Device, len: usize) -> Result<Self, CudaError> {
         let pages = (0..MAX_ANSWERS).map(|_| Page::new(device, len)).collect::<Result<_, _>>()?;
         Ok(Self(Arc::new(Mutex::new(pages))))
+    }
+
+    /// Makes room for `len` values in all of them, at a time when nobody has to wait for that.
+    pub(super) fn reserve(&self, len: usize) -> Result<(), CudaError> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).iter_mut().try_for_each(|page| page.make_room(len))
     }
 
     fn fetch(&self, from: Target, len: usize, begun: &Arc<Event>) -> Result<Answer<T>, CudaError> {

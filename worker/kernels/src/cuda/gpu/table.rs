@@ -24,6 +24,8 @@ use super::{
 };
 use crate::{EncodedRows, KernelError};
 
+/// Rows of logits, of so many tokens, that there is room for on the host from the start.
+const LOGITS_ROWS: usize = 64;
 /// Threads of a block of `embed`, a value each.
 const EMBED_THREADS: usize = 256;
 /// Bytes of a table that are brought to the device at once.
@@ -74,6 +76,8 @@ impl Gpu {
             Some(_) => Rows::Floats(upload_rows(&self.device, source)?),
         };
         self.table_rows = Some(n_rows);
+        // To grow them later would be to wait for all that is queued, be it a call to a rank that is gone.
+        self.rows.reserve(LOGITS_ROWS * n_rows)?;
         Ok(GpuTable { n_rows, width, rows, embed })
     }
 
