@@ -6,13 +6,13 @@
 // leaves NaNs there; it relies on the alignment that it was told of, and on 16 bytes for leading dimensions; and it works for
 // nothing but the layouts that the heuristic was asked about. Sums have an order of their own.
 
-#include <dlfcn.h>
-
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <memory>
 #include <vector>
+
+#include "libcuda.h"
 
 #define API extern "C" __attribute__((visibility("default")))
 
@@ -86,19 +86,6 @@ struct Heuristic {
     int reserved[4];
 };
 static_assert(sizeof(Heuristic) == 96, "cublasLtMatmulHeuristicResult_t");
-
-// By name, like the real one, so that it is whichever driver the process has.
-template <class F>
-F driver(const char* symbol) {
-    static void* library = dlopen("libcuda.so.1", RTLD_NOW);
-    return library ? reinterpret_cast<F>(dlsym(library, symbol)) : nullptr;
-}
-
-void* current_context() {
-    void* context = nullptr;
-    if (auto get = driver<int (*)(void**)>("cuCtxGetCurrent")) get(&context);
-    return context;
-}
 
 // Whether the four matrices can be those of one product.
 Status find_shape(const Operation& operation, const Layout& a, const Layout& b, const Layout& c, const Layout& d,

@@ -36,10 +36,11 @@
 #include <utility>
 #include <vector>
 
-#include <dlfcn.h>
 #include <fcntl.h>
 #include <sys/mman.h>
 #include <unistd.h>
+
+#include "libcuda.h"
 
 namespace {
 
@@ -85,20 +86,6 @@ Result fail(Result code, const char* text) {
 }
 
 // === the driver ===
-
-// By name, like the real one, so that it is whichever driver the process has.
-template <class F>
-F driver(const char* symbol) {
-  static void* library = dlopen("libcuda.so.1", RTLD_NOW);
-  return library ? reinterpret_cast<F>(dlsym(library, symbol)) : nullptr;
-}
-
-void* current_context() {
-  void* context = nullptr;
-  auto get = driver<int (*)(void**)>("cuCtxGetCurrent");
-  if (get) get(&context);
-  return context;
-}
 
 // What tells devices of one host apart.
 uint64_t current_device() {

@@ -107,6 +107,7 @@ const FILES: &[(&str, &str)] = files![
     "fault.h",
     "launch.cpp",
     "launch.h",
+    "libcuda.h",
     "machine.h",
     "memory.cpp",
     "memory.h",
