@@ -5,12 +5,12 @@
 
 use std::{
     fmt::Write as _,
-    io::{self, Write as _},
+    io::{self, Read as _, Write as _},
     process::{Child, Command, Stdio},
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use lockstep_collectives::{Collective, Member, nccl};
 use lockstep_kernels::{
     RopeStyle, RopeTable, SumTree,
@@ -73,6 +73,8 @@ struct Line {
 /// A rank's process, which ends with this.
 struct Rank(Child);
 
+/// More bytes than a unique id has.
+const MAX_ID_BYTES: u64 = 1024;
 /// Time for all ranks to start and meet.
 const MEET: Duration = Duration::from_secs(60);
 
@@ -114,7 +116,7 @@ impl SumsBench {
             }
             let mut child = Rank(command.spawn()?);
             let mut input = child.0.stdin.take().context("a rank has an input")?;
-            writeln!(input, "{}", hex(id.as_bytes()))?;
+            input.write_all(id.as_bytes())?;
             ranks.push(child);
         }
         for (rank, child) in ranks.iter_mut().enumerate() {
@@ -208,19 +210,9 @@ impl SumsBench {
 
 /// The unique id that whoever started this process has written.
 fn read_id() -> Result<nccl::UniqueId> {
-    let mut line = String::new();
-    io::stdin().read_line(&mut line)?;
-    let Some(bytes) = from_hex(line.trim()) else { bail!("--rank is for processes that this program starts") };
-    nccl::UniqueId::from_bytes(&bytes).context("a unique id")
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
-}
-
-fn from_hex(text: &str) -> Option<Vec<u8>> {
-    let digits: Vec<u32> = text.chars().map(|digit| digit.to_digit(16)).collect::<Option<_>>()?;
-    digits.chunks(2).map(|pair| u8::try_from(pair[0] * 16 + pair.get(1)?).ok()).collect()
+    let mut bytes = Vec::new();
+    io::stdin().take(MAX_ID_BYTES).read_to_end(&mut bytes)?;
+    nccl::UniqueId::from_bytes(&bytes).context("--rank is for processes that this program starts")
 }
 
 impl Drop for Rank {
