@@ -10,7 +10,7 @@ use lockstep_kernels::{
 
 use super::{
     AttentionShape, Backend, KvShape, RopeSpec, StepRun,
-    exchange::{gather_logits, gather_planes},
+    exchange::{gather_planes, hand_over},
     recycled::{Home, Recycled},
 };
 use crate::model::{
@@ -147,10 +147,10 @@ impl Backend for CpuBackend {
         collective: &mut dyn Collective,
         out: &mut StepOutput,
     ) -> Result<(), StepError> {
-        out.clear();
-        let Some(logits) = logits else { return Ok(()) };
-        self.logits = std::mem::replace(&mut out.logits, logits);
-        gather_logits(vocab, collective, out)
+        if let Some(room) = hand_over(logits, vocab, collective, out)? {
+            self.logits = room;
+        }
+        Ok(())
     }
 
     fn upload(&mut self, values: Vec<f32>, width: usize) -> Result<CpuTensor, OpError> {

@@ -19,6 +19,21 @@ pub(super) fn gather_planes(
     Ok(collective.all_gather(&reduction.lengths(plane), planes)?)
 }
 
+/// Hands a step's logits, if it has any, over to `out`, on rank 0 with those of all ranks. Returns the memory that theirs
+/// take the place of.
+pub(super) fn hand_over(
+    logits: Option<Vec<f32>>,
+    vocab: &[Range<usize>],
+    collective: &mut dyn Collective,
+    out: &mut StepOutput,
+) -> Result<Option<Vec<f32>>, StepError> {
+    out.clear();
+    let Some(logits) = logits else { return Ok(None) };
+    let before = std::mem::replace(&mut out.logits, logits);
+    gather_logits(vocab, collective, out)?;
+    Ok(Some(before))
+}
+
 /// Brings every rank's columns of the logits together on rank 0, `[n_rows, vocab_size]`. `out.logits` are this rank's,
 /// `[n_rows, vocab[rank].len()]`.
 pub(super) fn gather_logits(

@@ -12,7 +12,7 @@ use lockstep_kernels::{EncodedRows, KvCache, KvEncoding, RopeStyle, dequantize};
 use super::{
     AttentionShape, Backend, KvShape, StepRun,
     cpu::embedded,
-    exchange::{gather_logits, gather_planes},
+    exchange::{gather_planes, hand_over},
 };
 use crate::model::{
     OpError, StepError,
@@ -191,10 +191,7 @@ impl Backend for ReferenceBackend {
         collective: &mut dyn Collective,
         out: &mut StepOutput,
     ) -> Result<(), StepError> {
-        out.clear();
-        let Some(logits) = logits else { return Ok(()) };
-        out.logits = logits;
-        gather_logits(vocab, collective, out)
+        hand_over(logits, vocab, collective, out).map(|_| ())
     }
 
     fn upload(&mut self, values: Vec<f32>, width: usize) -> Result<Tensor, OpError> {
