@@ -6,10 +6,10 @@
 
 use std::{fmt, sync::Arc};
 
+use http::{HeaderMap, header::AUTHORIZATION};
 use serde::{Deserialize, Serialize, Serializer};
 use subtle::{Choice, ConstantTimeEq};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
-use tonic::metadata::MetadataMap;
 
 /// A key that callers may show. It does not show itself, in logs or in printed settings.
 #[derive(Clone, PartialEq, Eq, Deserialize)]
@@ -106,11 +106,11 @@ impl Admission {
     ///
     /// # Errors
     /// [`Refused::NoKey`] or [`Refused::UnknownKey`].
-    pub fn authenticate(&self, metadata: &MetadataMap) -> Result<(), Refused> {
+    pub fn authenticate(&self, headers: &HeaderMap) -> Result<(), Refused> {
         if self.keys.is_empty() {
             return Ok(());
         }
-        let header = metadata.get("authorization").ok_or(Refused::NoKey)?;
+        let header = headers.get(AUTHORIZATION).ok_or(Refused::NoKey)?;
         let shown = bearer(header.as_bytes()).ok_or(Refused::NoKey)?;
         // Every key is compared, and each over its whole length, so that the time taken tells nothing about any.
         let known = self.keys.iter().fold(Choice::from(0), |known, key| known | key.0.as_bytes().ct_eq(shown));
@@ -145,11 +145,11 @@ mod tests {
     const LIMITS: AdmissionLimits = AdmissionLimits { requests: 2, prompt_bytes: 100 };
 
     fn authenticate(keys: &[&str], header: Option<&'static str>) -> Result<(), Refused> {
-        let mut metadata = MetadataMap::new();
+        let mut headers = HeaderMap::new();
         if let Some(header) = header {
-            metadata.insert("authorization", header.parse().unwrap());
+            headers.insert(AUTHORIZATION, header.parse().unwrap());
         }
-        Admission::new(keys.iter().filter_map(|key| ApiKey::new(key)).collect(), LIMITS).authenticate(&metadata)
+        Admission::new(keys.iter().filter_map(|key| ApiKey::new(key)).collect(), LIMITS).authenticate(&headers)
     }
 
     #[test]

@@ -16,9 +16,10 @@ use crate::{
     backends::Backends,
     config::GatewaySettings,
     metrics::Metrics,
-    models::{ModelServer, Models},
+    models::Models,
+    pipeline::Pipeline,
     sampling::Policy,
-    service::InferenceServer,
+    service::Services,
 };
 
 /// The services that health reports by name.
@@ -68,19 +69,18 @@ impl App {
         let backends = Arc::new(Backends::new(&settings)?);
         let mut registry = telemetry::registry(GatewaySettings::SERVICE);
         let metrics = Metrics::register(&mut registry, Arc::clone(&backends.groups));
-        let admission = Arc::new(Admission::new(keys, settings.requests.admission()));
-        let models = Arc::new(Models::new(Arc::clone(&backends), settings.models.clone()));
-        let inference = InferenceServer {
-            admission: Arc::clone(&admission),
-            models: Arc::clone(&models),
+        let pipeline = Arc::new(Pipeline {
+            admission: Admission::new(keys, settings.requests.admission()),
+            models: Models::new(Arc::clone(&backends), settings.models.clone()),
             backends: Arc::clone(&backends),
             policy,
             metrics,
             max_duration: settings.requests.max_duration(),
-        };
+        });
+        let services = Services::new(Arc::clone(&pipeline));
         let max_bytes = settings.limits.max_message_bytes();
-        let inference = InferenceServiceServer::new(inference).max_decoding_message_size(max_bytes);
-        let models = ModelServiceServer::new(ModelServer::new(models, admission)).max_decoding_message_size(max_bytes);
+        let inference = InferenceServiceServer::new(services.clone()).max_decoding_message_size(max_bytes);
+        let models = ModelServiceServer::new(services).max_decoding_message_size(max_bytes);
         let GatewaySettings { listen, metrics_listen, limits, models: names, .. } = settings;
         let server = ServerSettings { service: GatewaySettings::SERVICE, listen, metrics_listen, limits };
         Ok(Self {

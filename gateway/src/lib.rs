@@ -4,7 +4,8 @@
 //!
 //! In the order in which a request meets them:
 //!
-//! * [`service`] and [`models`]: the RPCs that clients call.
+//! * [`service`]: the RPCs that clients call.
+//! * [`pipeline`]: what happens to a request, whatever front it came by.
 //! * [`admission`]: who may call, and how much may be under way.
 //! * [`request`]: wire messages become `Valid*` types, or an error that names every field at fault.
 //! * [`sampling`]: the request's parameters over the model's defaults, under the operator's policy.
@@ -15,8 +16,8 @@
 //! * [`stop`]: generated text is searched for stop strings, across token boundaries.
 //! * [`status`]: how a failure crosses the wire.
 //!
-//! Around them: [`app`] puts a gateway together from its [`config`]; [`backends`] keeps what is known of the other
-//! services fresh; [`metrics`] count.
+//! Around them: [`app`] puts a gateway together from its [`config`]; [`models`] are what it serves; [`backends`] keeps
+//! what is known of the other services fresh; [`metrics`] count.
 #![forbid(unsafe_code)]
 
 pub mod admission;
@@ -28,6 +29,7 @@ pub mod generation;
 pub mod groups;
 pub mod metrics;
 pub mod models;
+pub mod pipeline;
 pub mod request;
 pub mod router;
 pub mod sampling;

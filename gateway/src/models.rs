@@ -1,5 +1,4 @@
-//! The models that the gateway serves: what the groups report, narrowed to the configured names, and `ModelService`,
-//! which shows them.
+//! The models that the gateway serves: what the groups report, narrowed to the configured names.
 
 use std::{
     collections::BTreeMap,
@@ -7,17 +6,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-use lockstep_proto::{
-    trace::Trace,
-    v1::{
-        GetModelRequest, GetModelResponse, ListModelsRequest, ListModelsResponse, Model,
-        model_service_server::ModelService,
-    },
-};
-use tonic::{Request, Response, Status};
+use lockstep_proto::{trace::Trace, v1::Model};
 
 use crate::{
-    admission::Admission,
     backends::Backends,
     router::{NoGroup, ServedModel},
     status::Failure,
@@ -33,13 +24,6 @@ pub struct Models {
     backends: Arc<Backends>,
     /// Names that may be served; empty: all.
     configured: Vec<String>,
-}
-
-/// `ModelService`.
-#[derive(Debug)]
-pub struct ModelServer {
-    models: Arc<Models>,
-    admission: Arc<Admission>,
 }
 
 // === impl Models ===
@@ -74,7 +58,11 @@ impl Models {
         found.ok_or_else(|| Failure::UnknownModel(name.to_owned()))
     }
 
-    async fn describe(&self, name: String, served: ServedModel, trace: &Trace) -> Result<Model, Failure> {
+    /// What clients are told about a model that is served.
+    ///
+    /// # Errors
+    /// When no tokenizer knows it.
+    pub async fn describe(&self, name: String, served: ServedModel, trace: &Trace) -> Result<Model, Failure> {
         let caller = Caller { trace, until: Instant::now() + FACTS_TIMEOUT };
         let facts = self.backends.tokenizers.facts(&name, caller).await?;
         Ok(Model {
@@ -86,42 +74,5 @@ impl Models {
             ready_replicas: served.ready_replicas,
             replicas: served.replicas,
         })
-    }
-}
-
-// === impl ModelServer ===
-
-impl ModelServer {
-    /// The service over these models, for the callers that are let in.
-    pub fn new(models: Arc<Models>, admission: Arc<Admission>) -> Self {
-        Self { models, admission }
-    }
-
-    async fn list(&self, request: &Request<ListModelsRequest>) -> Result<ListModelsResponse, Failure> {
-        self.admission.authenticate(request.metadata())?;
-        let trace = Trace::of(request);
-        let mut models = Vec::new();
-        for (name, served) in self.models.list() {
-            models.push(self.models.describe(name, served, &trace).await?);
-        }
-        Ok(ListModelsResponse { models })
-    }
-
-    async fn get(&self, request: &Request<GetModelRequest>) -> Result<GetModelResponse, Failure> {
-        self.admission.authenticate(request.metadata())?;
-        let (name, served) = self.models.resolve(&request.get_ref().name)?;
-        let model = self.models.describe(name, served, &Trace::of(request)).await?;
-        Ok(GetModelResponse { model: Some(model) })
-    }
-}
-
-#[tonic::async_trait]
-impl ModelService for ModelServer {
-    async fn list_models(&self, request: Request<ListModelsRequest>) -> Result<Response<ListModelsResponse>, Status> {
-        Ok(Response::new(self.list(&request).await?))
-    }
-
-    async fn get_model(&self, request: Request<GetModelRequest>) -> Result<Response<GetModelResponse>, Status> {
-        Ok(Response::new(self.get(&request).await?))
     }
 }

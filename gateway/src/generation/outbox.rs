@@ -11,7 +11,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use futures_util::Stream;
+use futures_util::{Stream, StreamExt as _};
 use lockstep_proto::v1;
 use tokio::sync::mpsc;
 use tokio_util::task::AbortOnDropHandle;
@@ -44,6 +44,8 @@ pub struct Outbox {
 /// The receiving end: events, and a failure if the answer was cut.
 #[derive(Debug)]
 pub struct Events {
+    /// An event that was waited for and is still to be given.
+    first: Option<Event>,
     events: mpsc::Receiver<Event>,
     /// `None` once its outcome was given.
     task: Option<AbortOnDropHandle<Result<(), Failure>>>,
@@ -66,7 +68,7 @@ where
     let (sender, events) = mpsc::channel(CAPACITY);
     let outbox = Outbox { events: sender, patience: patience.event, until: patience.until };
     let task = tokio::spawn(generation(outbox).in_current_span());
-    Events { events, task: Some(AbortOnDropHandle::new(task)) }
+    Events { first: None, events, task: Some(AbortOnDropHandle::new(task)) }
 }
 
 // === impl Outbox ===
@@ -88,10 +90,25 @@ impl Outbox {
 
 // === impl Events ===
 
+impl Events {
+    /// Waits for the first event, which stays in the stream.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub async fn begun(mut self) -> Result<Self, Failure> {
+        let first = self.next().await.ok_or_else(|| Failure::Bug("an answer without events".to_owned()))??;
+        self.first = Some(first);
+        Ok(self)
+    }
+}
+
 impl Stream for Events {
     type Item = Result<Event, Failure>;
 
     fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        if let Some(first) = self.first.take() {
+            return Poll::Ready(Some(Ok(first)));
+        }
         if let Some(event) = ready!(self.events.poll_recv(context)) {
             return Poll::Ready(Some(Ok(event)));
         }
@@ -108,8 +125,6 @@ impl Stream for Events {
 
 #[cfg(test)]
 mod tests {
-    use futures_util::StreamExt as _;
-
     use super::*;
 
     fn chunk(seq: u64) -> Event {
