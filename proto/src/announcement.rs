@@ -3,7 +3,7 @@
 //! Ports may be chosen by the system (port 0), so supervisors and tests read them from the service's stdout:
 //!
 //! ```text
-//! lockstep-gateway listening grpc=127.0.0.1:43211 metrics=127.0.0.1:43212
+//! lockstep-gateway listening grpc=127.0.0.1:43211 http=127.0.0.1:43212 metrics=127.0.0.1:43213
 //! ```
 
 use std::{fmt, net::SocketAddr, str::FromStr};
@@ -15,6 +15,8 @@ pub struct Announcement {
     pub service: String,
     /// Where it answers gRPC.
     pub grpc: SocketAddr,
+    /// Where it answers HTTP, if it does.
+    pub http: Option<SocketAddr>,
     /// Where it answers `/metrics`, if it does.
     pub metrics: Option<SocketAddr>,
 }
@@ -29,6 +31,7 @@ pub struct NotAnnouncement;
 impl fmt::Display for Announcement {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "lockstep-{} listening grpc={}", self.service, self.grpc)?;
+        self.http.map_or(Ok(()), |http| write!(f, " http={http}"))?;
         self.metrics.map_or(Ok(()), |metrics| write!(f, " metrics={metrics}"))
     }
 }
@@ -39,15 +42,19 @@ impl FromStr for Announcement {
     fn from_str(line: &str) -> Result<Self, NotAnnouncement> {
         let (program, addresses) = line.trim_end().split_once(" listening grpc=").ok_or(NotAnnouncement)?;
         let service = program.strip_prefix("lockstep-").ok_or(NotAnnouncement)?;
-        let (grpc, metrics) = match addresses.split_once(" metrics=") {
-            Some((grpc, metrics)) => (grpc, Some(metrics)),
-            None => (addresses, None),
-        };
-        Ok(Self {
-            service: service.to_owned(),
-            grpc: grpc.parse().map_err(|_| NotAnnouncement)?,
-            metrics: metrics.map(str::parse).transpose().map_err(|_| NotAnnouncement)?,
-        })
+        let mut addresses = addresses.split(' ');
+        let grpc = addresses.next().ok_or(NotAnnouncement)?.parse().map_err(|_| NotAnnouncement)?;
+        let mut announcement = Self { service: service.to_owned(), grpc, http: None, metrics: None };
+        for address in addresses {
+            let (port, address) = address.split_once('=').ok_or(NotAnnouncement)?;
+            let address = Some(address.parse().map_err(|_| NotAnnouncement)?);
+            match port {
+                "http" => announcement.http = address,
+                "metrics" => announcement.metrics = address,
+                _ => return Err(NotAnnouncement),
+            }
+        }
+        Ok(announcement)
     }
 }
 
@@ -58,8 +65,11 @@ mod tests {
     #[test]
     fn announcement_reads_back() {
         for metrics in [None, Some("[::1]:2".parse().unwrap())] {
-            let sent = Announcement { service: "tokenizer-svc".into(), grpc: "127.0.0.1:1".parse().unwrap(), metrics };
-            assert_eq!(format!("{sent}\n").parse(), Ok(sent));
+            for http in [None, Some("127.0.0.1:3".parse().unwrap())] {
+                let grpc = "127.0.0.1:1".parse().unwrap();
+                let sent = Announcement { service: "tokenizer-svc".into(), grpc, http, metrics };
+                assert_eq!(format!("{sent}\n").parse(), Ok(sent));
+            }
         }
     }
 

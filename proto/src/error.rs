@@ -1,13 +1,14 @@
 //! An [`Error`] is a refusal or a failure as it crosses the wire: one [`Reason`], one line of text, and the details that
 //! let a program act on it.
 //!
-//! This file holds the only table from reasons to gRPC codes. On the wire an error is a `tonic::Status` whose details
-//! follow `google.rpc` (`error_details.proto`): always an `ErrorInfo` with the reason's name and the domain
-//! [`DOMAIN`], a `BadRequest` with one entry for each wrong field, and a `RetryInfo` where trying again makes sense.
+//! This file holds the only table from reasons to gRPC codes and HTTP statuses. On the wire an error is a
+//! `tonic::Status` whose details follow `google.rpc` (`error_details.proto`): always an `ErrorInfo` with the reason's name
+//! and the domain [`DOMAIN`], a `BadRequest` with one entry for each wrong field, and a `RetryInfo` where trying again makes sense.
 //! [`Error::from_status`] reads all of it back, so that a gateway can pass on what a worker said.
 
 use std::{collections::BTreeMap, fmt, time::Duration};
 
+use http::StatusCode;
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt as _};
 
@@ -22,9 +23,10 @@ pub const MAX_VIOLATIONS: usize = 16;
 /// character and ends in an ellipsis.
 pub const MAX_TEXT_BYTES: usize = 1024;
 
-/// Declares [`Reason`] from the table below: one row says what it means, what it is called and which code it has.
+/// Declares [`Reason`] from the table below: one row says what it means, what it is called, which code it has, and which
+/// status in HTTP.
 macro_rules! reasons {
-    ($($(#[$doc:meta])+ $variant:ident, $name:literal, $code:ident;)+) => {
+    ($($(#[$doc:meta])+ $variant:ident, $name:literal, $code:ident, $http:ident;)+) => {
         /// Why a call failed. The name is stable: programs compare it, and metrics are labelled with it.
         #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
         pub enum Reason {
@@ -46,55 +48,61 @@ macro_rules! reasons {
             pub const fn code(self) -> Code {
                 match self { $(Self::$variant => Code::$code,)+ }
             }
+
+            /// The status of a front for HTTP.
+            #[must_use]
+            pub const fn http_status(self) -> StatusCode {
+                match self { $(Self::$variant => StatusCode::$http,)+ }
+            }
         }
     };
 }
 
 reasons! {
     /// The request breaks the contract; violations name the fields.
-    InvalidArgument, "INVALID_ARGUMENT", InvalidArgument;
+    InvalidArgument, "INVALID_ARGUMENT", InvalidArgument, BAD_REQUEST;
     /// The prompt leaves no room in the model's context, or passes a limit on its length.
-    PromptTooLong, "PROMPT_TOO_LONG", InvalidArgument;
+    PromptTooLong, "PROMPT_TOO_LONG", InvalidArgument, BAD_REQUEST;
     /// A value is legal but over a cap of the operator's policy; violations name the fields.
-    OverPolicy, "OVER_POLICY", InvalidArgument;
+    OverPolicy, "OVER_POLICY", InvalidArgument, BAD_REQUEST;
     /// The chat template refused the conversation, or did not end.
-    TemplateFailed, "TEMPLATE_FAILED", InvalidArgument;
+    TemplateFailed, "TEMPLATE_FAILED", InvalidArgument, BAD_REQUEST;
     /// The model has no chat template, so it cannot chat; raw prompts work.
-    NoChatTemplate, "NO_CHAT_TEMPLATE", FailedPrecondition;
+    NoChatTemplate, "NO_CHAT_TEMPLATE", FailedPrecondition, BAD_REQUEST;
     /// A rank differs from its group; metadata names what differs.
-    AttestationMismatch, "ATTESTATION_MISMATCH", FailedPrecondition;
+    AttestationMismatch, "ATTESTATION_MISMATCH", FailedPrecondition, BAD_REQUEST;
     /// A message is larger than `limits.max_message_bytes`.
-    MessageTooLarge, "MESSAGE_TOO_LARGE", OutOfRange;
+    MessageTooLarge, "MESSAGE_TOO_LARGE", OutOfRange, PAYLOAD_TOO_LARGE;
     /// No model of that name is served.
-    ModelNotFound, "MODEL_NOT_FOUND", NotFound;
+    ModelNotFound, "MODEL_NOT_FOUND", NotFound, NOT_FOUND;
     /// Something else that the request names does not exist.
-    NotFound, "NOT_FOUND", NotFound;
+    NotFound, "NOT_FOUND", NotFound, NOT_FOUND;
     /// The contract has it, this server does not do it yet.
-    Unimplemented, "UNIMPLEMENTED", Unimplemented;
+    Unimplemented, "UNIMPLEMENTED", Unimplemented, BAD_REQUEST;
     /// No API key, or none that is known.
-    Unauthenticated, "UNAUTHENTICATED", Unauthenticated;
+    Unauthenticated, "UNAUTHENTICATED", Unauthenticated, UNAUTHORIZED;
     /// The key is known and may not do this.
-    PermissionDenied, "PERMISSION_DENIED", PermissionDenied;
+    PermissionDenied, "PERMISSION_DENIED", PermissionDenied, FORBIDDEN;
     /// Every queue that could take the request is full; `RetryInfo` says when to come back.
-    Overloaded, "OVERLOADED", ResourceExhausted;
+    Overloaded, "OVERLOADED", ResourceExhausted, TOO_MANY_REQUESTS;
     /// The client read its stream too slowly, and the buffer for it is full.
-    SlowReader, "SLOW_READER", ResourceExhausted;
+    SlowReader, "SLOW_READER", ResourceExhausted, TOO_MANY_REQUESTS;
     /// The server is shutting down and takes no new work; another one will.
-    Draining, "DRAINING", Unavailable;
+    Draining, "DRAINING", Unavailable, SERVICE_UNAVAILABLE;
     /// No group of workers can take the request, or the one that had it is gone.
-    GroupUnavailable, "GROUP_UNAVAILABLE", Unavailable;
+    GroupUnavailable, "GROUP_UNAVAILABLE", Unavailable, SERVICE_UNAVAILABLE;
     /// No tokenizer service answers.
-    TokenizerUnavailable, "TOKENIZER_UNAVAILABLE", Unavailable;
+    TokenizerUnavailable, "TOKENIZER_UNAVAILABLE", Unavailable, SERVICE_UNAVAILABLE;
     /// The peer cannot be reached.
-    Unavailable, "UNAVAILABLE", Unavailable;
+    Unavailable, "UNAVAILABLE", Unavailable, SERVICE_UNAVAILABLE;
     /// The group has formed anew since the caller joined it; join again.
-    EpochEnded, "EPOCH_ENDED", Aborted;
+    EpochEnded, "EPOCH_ENDED", Aborted, CONFLICT;
     /// The deadline passed before there was anything to answer.
-    Deadline, "DEADLINE_EXCEEDED", DeadlineExceeded;
+    Deadline, "DEADLINE_EXCEEDED", DeadlineExceeded, GATEWAY_TIMEOUT;
     /// The client went away.
-    Cancelled, "CANCELLED", Cancelled;
+    Cancelled, "CANCELLED", Cancelled, REQUEST_TIMEOUT;
     /// A bug of ours; the server's log has more under the request id.
-    Internal, "INTERNAL", Internal;
+    Internal, "INTERNAL", Internal, INTERNAL_SERVER_ERROR;
 }
 
 /// What is wrong with one field of a request.

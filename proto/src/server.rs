@@ -34,14 +34,14 @@ use std::{
 
 use prometheus_client::registry::Registry;
 use serde::{Deserialize, Serialize};
-use thiserror::Error;
 use tokio::{net::TcpListener, sync::watch};
-use tonic::service::Routes;
+use tonic::{body::Body, service::Routes};
 
 use crate::{
     announcement::Announcement,
     client::ClientLimits,
     config::{ConfigError, Key},
+    error::Error,
 };
 
 pub use self::{
@@ -153,8 +153,21 @@ pub struct ServerSettings {
     pub limits: Limits,
 }
 
+/// What a server answers on a port for HTTP: requests that are no gRPC.
+#[derive(Debug, Clone)]
+pub struct HttpFront {
+    /// Where; port 0 takes a free one.
+    pub listen: SocketAddr,
+    /// What is served.
+    pub routes: Routes,
+    /// Paths whose requests carry no client's work, by their beginning: a drain neither refuses them nor waits for them.
+    pub background: &'static [&'static str],
+    /// How a call of this path is refused.
+    pub refuse: fn(path: &str, error: &Error) -> http::Response<Body>,
+}
+
 /// A server that cannot start.
-#[derive(Debug, Error)]
+#[derive(Debug, thiserror::Error)]
 pub enum ServerError {
     /// The address cannot be used.
     #[error("cannot listen on {address}: {cause}")]
@@ -175,6 +188,7 @@ pub struct Server {
     settings: ServerSettings,
     grpc: TcpListener,
     grpc_address: SocketAddr,
+    http: Option<(HttpFront, TcpListener, SocketAddr)>,
     metrics: Option<(TcpListener, SocketAddr)>,
     registry: Arc<Registry>,
     names: Vec<&'static str>,
@@ -263,6 +277,7 @@ impl Server {
             settings,
             grpc,
             grpc_address,
+            http: None,
             metrics,
             registry,
             names: Vec::new(),
@@ -270,6 +285,16 @@ impl Server {
             quiet: Vec::new(),
             running: watch::Sender::new(0),
         })
+    }
+
+    /// Binds a port for HTTP. Must be called within a tokio runtime.
+    ///
+    /// # Errors
+    /// Names the address that cannot be used.
+    pub fn http(mut self, front: HttpFront) -> Result<Self, ServerError> {
+        let (listener, address) = bind(front.listen)?;
+        self.http = Some((front, listener, address));
+        Ok(self)
     }
 
     /// Names the services that are here for clients, such as `lockstep.v1.InferenceService`: reflection lists them, and
@@ -308,6 +333,12 @@ impl Server {
         self.grpc_address
     }
 
+    /// Where HTTP is answered.
+    #[must_use]
+    pub fn http_address(&self) -> Option<SocketAddr> {
+        self.http.as_ref().map(|(_, _, address)| *address)
+    }
+
     /// Where `/metrics` is answered.
     #[must_use]
     pub fn metrics_address(&self) -> Option<SocketAddr> {
@@ -322,6 +353,7 @@ impl Server {
         let announcement = Announcement {
             service: self.settings.service.to_owned(),
             grpc: self.grpc_address,
+            http: self.http_address(),
             metrics: self.metrics_address(),
         };
         let mut out = io::stdout().lock();
@@ -341,13 +373,21 @@ impl Server {
             .add_service(reflection(&self.names).with_service_name(REFLECTION_V1ALPHA).build_v1alpha()?)
             .prepare();
         let closing = watch::Sender::new(false);
-        let calls =
-            requests::Calls::new(self.background, self.quiet, shutdown.clone(), closing.subscribe(), self.running);
+        let calls = requests::Calls::new(shutdown.clone(), closing.subscribe(), self.running);
+        let grpc = requests::Wire::grpc(&self.background, &self.quiet);
 
-        let rpcs =
-            connections::serve(self.grpc, connections::grpc(limits), limits, closing.subscribe(), |connection| {
-                calls.service(routes.clone(), connection)
-            });
+        let rpcs = connections::serve(self.grpc, connections::any(limits), limits, closing.subscribe(), |connection| {
+            calls.service(&grpc, routes.clone(), connection)
+        });
+        let http = async {
+            let Some((front, listener, _)) = self.http else { return };
+            let (wire, routes) = (requests::Wire::http(&front), front.routes.prepare());
+            let builder = connections::any(limits);
+            connections::serve(listener, builder, limits, closing.subscribe(), |connection| {
+                calls.service(&wire, routes.clone(), connection)
+            })
+            .await;
+        };
         let metrics = async {
             let Some((listener, _)) = self.metrics else { return };
             let builder = connections::http1(limits);
@@ -367,7 +407,7 @@ impl Server {
             }
             closing.send_replace(true);
         };
-        tokio::join!(rpcs, metrics, drain);
+        tokio::join!(rpcs, http, metrics, drain);
         Ok(())
     }
 }

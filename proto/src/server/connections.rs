@@ -51,8 +51,8 @@ pub(super) struct Connection {
     pub(super) calls: watch::Sender<usize>,
 }
 
-/// HTTP/2 and HTTP/1 with the limits: gRPC needs the former, and a front for browsers the latter.
-pub(super) fn grpc(limits: &Limits) -> Builder<TokioExecutor> {
+/// HTTP/2 and HTTP/1 with the limits: gRPC needs the former, most other clients speak the latter.
+pub(super) fn any(limits: &Limits) -> Builder<TokioExecutor> {
     let mut builder = http(limits);
     builder
         .http2()

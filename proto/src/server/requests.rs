@@ -13,7 +13,7 @@ use std::{
 
 use bytes::Bytes;
 use http::{HeaderMap, Method, Request, Response, StatusCode, header::CONTENT_TYPE};
-use http_body::{Frame, SizeHint};
+use http_body::{Body as _, Frame, SizeHint};
 use hyper::body::Incoming;
 use prometheus_client::registry::Registry;
 use tokio::sync::watch;
@@ -21,7 +21,7 @@ use tonic::{Code, Status, body::Body, service::Routes, transport::server::TcpCon
 use tower::Service as _;
 use tracing::{Instrument as _, Span};
 
-use super::{connections::Connection, shutdown::Shutdown};
+use super::{HttpFront, connections::Connection, shutdown::Shutdown};
 use crate::{
     error::{Error, Reason},
     telemetry::{METRICS_CONTENT_TYPE, metrics_text},
@@ -40,12 +40,19 @@ const DRAIN_RETRY: Duration = Duration::from_secs(1);
 /// All calls of a server. Clones share the count.
 #[derive(Debug, Clone)]
 pub(super) struct Calls {
-    background: Arc<[&'static str]>,
-    quiet: Arc<[&'static str]>,
     shutdown: Shutdown,
     /// Turns true when the drain is over and calls that still run are cut.
     closing: watch::Receiver<bool>,
     running: watch::Sender<usize>,
+}
+
+/// What the calls of one port speak.
+#[derive(Debug, Clone)]
+pub(super) struct Wire {
+    background: Arc<[&'static str]>,
+    quiet: Arc<[&'static str]>,
+    /// How a call is refused; `None`: by a gRPC status.
+    refuse: Option<fn(&str, &Error) -> Response<Body>>,
 }
 
 /// One more in a count for as long as it lives.
@@ -62,6 +69,7 @@ pub struct Work {
 #[derive(Debug)]
 pub(super) struct CallService {
     calls: Calls,
+    wire: Wire,
     routes: Routes,
     connection: Connection,
 }
@@ -81,10 +89,19 @@ type Cut = Pin<Box<dyn Future<Output = ()> + Send>>;
 struct Call {
     span: Span,
     started: Instant,
-    /// The gRPC status, once it is known.
-    code: Option<Code>,
+    outcome: Outcome,
     line: Line,
     _counts: [Option<Counted>; 2],
+}
+
+/// How a call ended, as far as it is known.
+#[derive(Debug, Clone, Copy)]
+enum Outcome {
+    /// Without a status the peer went away first.
+    Unknown,
+    Grpc(Code),
+    /// The status in the head, and whether all of the body followed.
+    Http(StatusCode, bool),
 }
 
 /// When a call's end is worth a line of the log at level info; otherwise it has one at level debug.
@@ -98,19 +115,12 @@ enum Line {
 // === impl Calls ===
 
 impl Calls {
-    pub(super) fn new(
-        mut background: Vec<&'static str>,
-        quiet: Vec<&'static str>,
-        shutdown: Shutdown,
-        closing: watch::Receiver<bool>,
-        running: watch::Sender<usize>,
-    ) -> Self {
-        background.extend(BACKGROUND);
-        Self { background: background.into(), quiet: quiet.into(), shutdown, closing, running }
+    pub(super) fn new(shutdown: Shutdown, closing: watch::Receiver<bool>, running: watch::Sender<usize>) -> Self {
+        Self { shutdown, closing, running }
     }
 
-    pub(super) fn service(&self, routes: Routes, connection: Connection) -> CallService {
-        CallService { calls: self.clone(), routes, connection }
+    pub(super) fn service(&self, wire: &Wire, routes: Routes, connection: Connection) -> CallService {
+        CallService { calls: self.clone(), wire: wire.clone(), routes, connection }
     }
 
     /// Calls with a client's work, and other work, that run now.
@@ -147,6 +157,40 @@ impl Calls {
     }
 }
 
+// === impl Wire ===
+
+impl Wire {
+    /// gRPC, with these calls in the background, beside those of every server, and these worth no line in the log.
+    pub(super) fn grpc(background: &[&'static str], quiet: &[&'static str]) -> Self {
+        let background = background.iter().chain(&BACKGROUND).copied().collect();
+        Self { background, quiet: quiet.into(), refuse: None }
+    }
+
+    /// Plain HTTP.
+    pub(super) fn http(front: &HttpFront) -> Self {
+        Self { background: front.background.into(), quiet: Arc::default(), refuse: Some(front.refuse) }
+    }
+
+    fn refuse(&self, path: &str, error: Error) -> Response<Body> {
+        match self.refuse {
+            Some(refuse) => refuse(path, &error),
+            None => Status::from(error).into_http(),
+        }
+    }
+
+    fn answer(&self, response: Response<Body>) -> Response<Body> {
+        if self.refuse.is_some() { response } else { in_our_words(response) }
+    }
+
+    /// What the head says of the outcome: a gRPC call that was refused or failed at once has its status there.
+    fn outcome(&self, response: &Response<Body>) -> Outcome {
+        match self.refuse {
+            Some(_) => Outcome::Http(response.status(), response.body().is_end_stream()),
+            None => outcome_in(response.headers()),
+        }
+    }
+}
+
 // === impl Work ===
 
 impl Work {
@@ -163,12 +207,13 @@ impl hyper::service::Service<Request<Incoming>> for CallService {
     type Future = Pin<Box<dyn Future<Output = Result<Self::Response, Infallible>> + Send>>;
 
     fn call(&self, mut request: Request<Incoming>) -> Self::Future {
-        let method = request.uri().path();
+        let path = request.uri().path().to_owned();
+        let method = path.as_str();
         let is_one_of = |prefixes: &[&str]| prefixes.iter().any(|prefix| method.starts_with(prefix));
-        let background = is_one_of(&self.calls.background);
+        let background = is_one_of(&self.wire.background);
         let line = match background {
             true => Line::Never,
-            false if is_one_of(&self.calls.quiet) => Line::UnlessOk,
+            false if is_one_of(&self.wire.quiet) => Line::UnlessOk,
             false => Line::Always,
         };
         let trace = Trace::from_headers(request.headers());
@@ -180,25 +225,26 @@ impl hyper::service::Service<Request<Incoming>> for CallService {
             Err(refusal) => (None, Some(refusal)),
         };
         let counts = [Some(connection_count), work];
-        let mut call = Call { span: span.clone(), started: Instant::now(), code: None, line, _counts: counts };
+        let mut call =
+            Call { span: span.clone(), started: Instant::now(), outcome: Outcome::Unknown, line, _counts: counts };
         request.extensions_mut().insert(trace);
         let (local_addr, remote_addr) = (self.connection.local, Some(peer));
         request.extensions_mut().insert(TcpConnectInfo { local_addr, remote_addr });
         let mut routes = self.routes.clone();
         let mut cut = self.calls.cut(background);
+        let wire = self.wire.clone();
         let respond = async move {
             let response = match refusal {
-                Some(refusal) => Status::from(refusal).into_http(),
+                Some(refusal) => wire.refuse(&path, refusal),
                 None => tokio::select! {
-                    response = routes.call(request) => in_our_words(response?),
+                    response = routes.call(request) => wire.answer(response?),
                     () = &mut cut => {
                         cut = Box::pin(pending());
-                        Status::from(outlived()).into_http()
+                        wire.refuse(&path, outlived())
                     }
                 },
             };
-            // A call that was refused or failed at once has its status in the head.
-            call.code = code_in(response.headers());
+            call.outcome = wire.outcome(&response);
             Ok(response.map(|inner| CallBody { inner, cut, call }))
         };
         Box::pin(respond.instrument(span))
@@ -212,23 +258,31 @@ impl http_body::Body for CallBody {
     type Error = Status;
 
     fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
-        let this = &mut *self;
-        let _entered = this.call.span.enter();
-        if this.cut.as_mut().poll(cx).is_ready() {
-            this.cut = Box::pin(pending());
+        let Self { inner, cut, call } = &mut *self;
+        let Call { span, outcome, .. } = call;
+        let _entered = span.enter();
+        if cut.as_mut().poll(cx).is_ready() {
+            *cut = Box::pin(pending());
             // Drops what the service was doing.
-            this.inner = Body::empty();
+            *inner = Body::empty();
+            if let Outcome::Http(..) = outcome {
+                // An HTTP body has no way to say why it ends too soon, but to break off.
+                return Poll::Ready(Some(Err(outlived().into())));
+            }
             let mut trailers = HeaderMap::new();
             // It could fail for metadata that is no header's; this status has none.
             let _ = Status::from(outlived()).add_header(&mut trailers);
-            this.call.code = code_in(&trailers);
+            *outcome = outcome_in(&trailers);
             return Poll::Ready(Some(Ok(Frame::trailers(trailers))));
         }
-        let frame = Pin::new(&mut this.inner).poll_frame(cx);
+        let frame = Pin::new(&mut *inner).poll_frame(cx);
         if let Poll::Ready(Some(Ok(frame))) = &frame
             && let Some(trailers) = frame.trailers_ref()
         {
-            this.call.code = code_in(trailers);
+            *outcome = outcome_in(trailers);
+        }
+        if matches!(frame, Poll::Ready(None)) || inner.is_end_stream() {
+            outcome.complete();
         }
         frame
     }
@@ -254,12 +308,40 @@ impl Drop for Call {
     fn drop(&mut self) {
         let _entered = self.span.enter();
         let elapsed_ms = self.started.elapsed().as_micros() as f64 / 1e3;
-        // Without a status the peer went away first.
-        let code = self.code.unwrap_or(Code::Cancelled);
+        let code = self.outcome;
         match self.line {
-            Line::Never => tracing::debug!(?code, elapsed_ms, "call ended"),
-            Line::UnlessOk if code == Code::Ok => tracing::debug!(?code, elapsed_ms, "call ended"),
-            _ => tracing::info!(?code, elapsed_ms, "call ended"),
+            Line::Never => tracing::debug!(%code, elapsed_ms, "call ended"),
+            Line::UnlessOk if code.is_ok() => tracing::debug!(%code, elapsed_ms, "call ended"),
+            _ => tracing::info!(%code, elapsed_ms, "call ended"),
+        }
+    }
+}
+
+// === impl Outcome ===
+
+impl Outcome {
+    /// The body is complete.
+    fn complete(&mut self) {
+        if let Self::Http(_, complete) = self {
+            *complete = true;
+        }
+    }
+
+    fn is_ok(self) -> bool {
+        match self {
+            Self::Unknown => false,
+            Self::Grpc(code) => code == Code::Ok,
+            Self::Http(status, complete) => status.is_success() && complete,
+        }
+    }
+}
+
+impl fmt::Display for Outcome {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Grpc(code) => write!(f, "{code:?}"),
+            Self::Http(status, true) => write!(f, "{}", status.as_u16()),
+            Self::Unknown | Self::Http(..) => write!(f, "{:?}", Code::Cancelled),
         }
     }
 }
@@ -302,8 +384,9 @@ fn in_our_words(response: Response<Body>) -> Response<Body> {
     Status::from(Error::new(reason, message)).into_http()
 }
 
-fn code_in(headers: &HeaderMap) -> Option<Code> {
-    headers.get("grpc-status").map(|value| Code::from_bytes(value.as_bytes()))
+fn outcome_in(headers: &HeaderMap) -> Outcome {
+    let code = headers.get("grpc-status").map(|value| Code::from_bytes(value.as_bytes()));
+    code.map_or(Outcome::Unknown, Outcome::Grpc)
 }
 
 /// The service behind the metrics port: `GET /metrics`.
