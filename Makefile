@@ -42,7 +42,7 @@ test: fetch build kernels
 kernels: $(VENV)/installed build
 	LD_LIBRARY_PATH="$$(echo $(NVRTC))" target/release/lockstep-worker kernels --arch sm_80 --arch sm_90a
 
-fetch: $(VENV)/installed
+fetch: $(VENV)/installed $(VENV)/clients/installed
 	python3 deploy/fetch_demo_model.py
 	$(RUN) python3 tests/fetch_tokenizers.py
 
@@ -59,4 +59,10 @@ $(VENV)/installed: tests/requirements.txt
 	  $$([ "$$(id -u)" = 0 ] || echo sudo) sh -c 'apt-get update && apt-get install -y python3-venv'; \
 	  python3 -m venv $(VENV); }
 	$(VENV)/bin/pip install --quiet --requirement tests/requirements.txt
+	touch $@
+
+# Each set of clients has packages of its own.
+$(VENV)/clients/installed: tests/clients/requirements.txt | $(VENV)/installed
+	python3 -m venv $(VENV)/clients
+	$(VENV)/clients/bin/pip install --quiet --requirement $<
 	touch $@

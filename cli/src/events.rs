@@ -96,6 +96,7 @@ impl Answer {
         match self.finish.as_ref()?.choices.first()?.reason() {
             FinishReason::Length => Some("ended at max_new_tokens or the end of the context"),
             FinishReason::Deadline => Some("ended at the deadline"),
+            FinishReason::ToolCalls => Some("ended with calls of tools"),
             FinishReason::Stop | FinishReason::Unspecified => None,
         }
     }

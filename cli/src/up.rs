@@ -85,6 +85,9 @@ pub(crate) struct Options {
     /// Where the gateway answers
     #[arg(long, value_name = "ADDR", default_value = DEFAULT_TARGET)]
     gateway_listen: SocketAddr,
+    /// Where the gateway answers HTTP: OpenAI's API
+    #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:8080")]
+    http_listen: SocketAddr,
     /// Settings of the gateway, such as policy and API keys
     #[arg(long, value_name = "FILE")]
     gateway_config: Option<PathBuf>,
@@ -275,7 +278,8 @@ fn banner(plan: &Plan, cluster: &Cluster) -> io::Result<bool> {
     writeln!(out, "\nLockstep serves {} at {}\n", plan.model_name, gateway.grpc)?;
     for (name, announcement) in &found {
         let metrics = announcement.metrics.map(|address| format!("  http://{address}/metrics")).unwrap_or_default();
-        writeln!(out, "  {name:<12} grpc {}{metrics}", announcement.grpc)?;
+        let http = announcement.http.map(|address| format!("  http://{address}/v1")).unwrap_or_default();
+        writeln!(out, "  {name:<12} grpc {}{http}{metrics}", announcement.grpc)?;
     }
     let command = std::env::args().next().unwrap_or_else(|| "lockstep".into());
     let target = match gateway.grpc.to_string() {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use lockstep_proto::{
     client::AddressError,
     config::Settings as _,
-    server::{Readiness, Server, ServerError, ServerSettings, Shutdown},
+    server::{HttpFront, Readiness, Server, ServerError, ServerSettings, Shutdown},
     telemetry,
     v1::{inference_service_server::InferenceServiceServer, model_service_server::ModelServiceServer},
 };
@@ -17,6 +17,7 @@ use crate::{
     config::GatewaySettings,
     metrics::Metrics,
     models::Models,
+    openai,
     pipeline::Pipeline,
     sampling::Policy,
     service::Services,
@@ -81,10 +82,16 @@ impl App {
         let max_bytes = settings.limits.max_message_bytes();
         let inference = InferenceServiceServer::new(services.clone()).max_decoding_message_size(max_bytes);
         let models = ModelServiceServer::new(services).max_decoding_message_size(max_bytes);
-        let GatewaySettings { listen, metrics_listen, limits, models: names, .. } = settings;
+        let GatewaySettings { listen, http_listen, metrics_listen, limits, models: names, .. } = settings;
         let server = ServerSettings { service: GatewaySettings::SERVICE, listen, metrics_listen, limits };
+        let http = HttpFront {
+            listen: http_listen,
+            routes: openai::routes(pipeline, max_bytes).into(),
+            background: &[],
+            refuse: openai::refuse,
+        };
         Ok(Self {
-            server: Server::bind(server, Arc::new(registry))?.health_names(&NAMES),
+            server: Server::bind(server, Arc::new(registry))?.http(http)?.health_names(&NAMES),
             routes: Routes::new(inference).add_service(models),
             backends,
             models: names,

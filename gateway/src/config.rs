@@ -22,6 +22,8 @@ use crate::{
 pub struct GatewaySettings {
     /// For gRPC.
     pub listen: SocketAddr,
+    /// For HTTP: OpenAI's API.
+    pub http_listen: SocketAddr,
     /// For `/metrics`.
     pub metrics_listen: Option<SocketAddr>,
     /// Shut down when standard input ends.
@@ -84,6 +86,10 @@ pub struct RouterConfig {
 const MAX_MS: u64 = 24 * 60 * 60 * 1_000;
 
 const OWN_KEYS: &[Key] = &[
+    Key {
+        path: "http_listen",
+        help: "Address for HTTP (OpenAI's API); port 0 takes a free one. Default: 127.0.0.1:8080.",
+    },
     Key {
         path: "models",
         help: "Names of the models to serve. Default: none, which serves every model that a group reports.",
@@ -151,6 +157,7 @@ impl Default for GatewaySettings {
     fn default() -> Self {
         Self {
             listen: SocketAddr::from(([127, 0, 0, 1], 50_051)),
+            http_listen: SocketAddr::from(([127, 0, 0, 1], 8_080)),
             metrics_listen: None,
             exit_with_parent: false,
             limits: Limits::default(),

@@ -4,7 +4,7 @@
 //!
 //! In the order in which a request meets them:
 //!
-//! * [`service`]: the RPCs that clients call.
+//! * [`service`] (gRPC) and [`openai`] (HTTP): the fronts, which translate; [`http`] is what those for HTTP share.
 //! * [`pipeline`]: what happens to a request, whatever front it came by.
 //! * [`admission`]: who may call, and how much may be under way.
 //! * [`request`]: wire messages become `Valid*` types, or an error that names every field at fault.
@@ -27,8 +27,10 @@ mod backoff;
 pub mod config;
 pub mod generation;
 pub mod groups;
+pub mod http;
 pub mod metrics;
 pub mod models;
+pub mod openai;
 pub mod pipeline;
 pub mod request;
 pub mod router;

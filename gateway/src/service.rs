@@ -154,6 +154,7 @@ fn chat_response(answer: Answer) -> v1::ChatResponse {
         let message = v1::Message {
             role: v1::Role::Assistant.into(),
             content: vec![v1::ContentPart { part: Some(part) }],
+            tool_calls: choice.tool_calls,
             ..v1::Message::default()
         };
         let AnswerChoice { finish, token_ids, logprobs, .. } = choice;
@@ -165,8 +166,12 @@ fn chat_response(answer: Answer) -> v1::ChatResponse {
 }
 
 fn generate_response(answer: Answer) -> v1::GenerateResponse {
-    let choice =
-        |AnswerChoice { text, token_ids, logprobs, finish }| v1::GenerateChoice { text, finish, token_ids, logprobs };
+    let choice = |AnswerChoice { text, token_ids, logprobs, finish, .. }| v1::GenerateChoice {
+        text,
+        finish,
+        token_ids,
+        logprobs,
+    };
     let v1::Finish { usage, timings, repro, .. } = answer.finish;
     let choices = answer.choices.into_iter().map(choice).collect();
     v1::GenerateResponse { start: Some(answer.start), choices, usage, timings, repro }

@@ -87,6 +87,12 @@ pub enum Failure {
     /// Its client is gone.
     #[error("the client went away")]
     ClientGone,
+    /// The body of its HTTP request is over the limit. Unit: bytes.
+    #[error("the body is over {0} bytes")]
+    BodyTooLarge(usize),
+    /// No such thing is served by HTTP.
+    #[error("there is no {0} here")]
+    NoSuchPath(String),
     /// A bug of ours.
     #[error("{0}")]
     Bug(String),
@@ -144,6 +150,8 @@ impl Failure {
             Self::Deadline | Self::Tokenizer(TokenizerError::Deadline) => Reason::Deadline,
             Self::SlowReader(_) => Reason::SlowReader,
             Self::ClientGone => Reason::Cancelled,
+            Self::BodyTooLarge(_) => Reason::MessageTooLarge,
+            Self::NoSuchPath(_) => Reason::NotFound,
             _ => Reason::Internal,
         }
     }

@@ -165,6 +165,7 @@ class Lockstep:
     def serve(self, path, clients, n_requests, n_prompt, n_tokens):
         target = f"127.0.0.1:{LOCKSTEP_PORT}"
         up = [self.bin / "lockstep", "up", path, "--gateway-listen", target, "--threads", self.threads]
+        up += ["--http-listen", "127.0.0.1:0"]
         with Server(up) as server:
             server.wait_for_line("Lockstep serves")
             load = ["--concurrency", clients, "--requests", n_requests]

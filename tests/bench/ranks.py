@@ -43,6 +43,7 @@ def main():
         for port, (name, arguments) in enumerate(CLUSTERS.items(), FIRST_PORT):
             targets[name] = f"127.0.0.1:{port}"
             up = [options.bin / "lockstep", "up", options.model, "--gateway-listen", targets[name], *arguments]
+            up += ["--http-listen", "127.0.0.1:0"]
             running.enter_context(Server(up)).wait_for_line("Lockstep serves")
         for round_idx in range(options.rounds + 1):
             for work in WORK:

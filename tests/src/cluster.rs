@@ -71,6 +71,7 @@ pub struct Process {
     name: String,
     child: Child,
     grpc: String,
+    http: Option<String>,
     metrics: Option<String>,
     log: Arc<Mutex<VecDeque<String>>>,
     /// Reads the log, until the program ends.
@@ -265,6 +266,7 @@ impl ClusterBuilder {
     async fn start_gateway(&self, tokenizer: &Process, groups: &[Vec<Process>]) -> Result<Process> {
         let leaders: Vec<&str> = groups.iter().map(|ranks| ranks[0].grpc.as_str()).collect();
         let mut args = vec!["--tokenizers".into(), tokenizer.grpc.clone(), "--groups".into(), leaders.join(",")];
+        args.extend(["--http-listen", "127.0.0.1:0"].map(str::to_owned));
         args.extend(self.gateway_args.iter().cloned());
         Process::start("lockstep-gateway", "gateway", args).await
     }
@@ -301,7 +303,8 @@ impl Process {
         let stderr = child.stderr.take().context("no stderr")?;
         let reader = tokio::spawn(keep_log(BufReader::new(stderr), Arc::clone(&log)));
         let stdout = BufReader::new(child.stdout.take().context("no stdout")?);
-        let mut process = Self { name: name.to_owned(), child, grpc: String::new(), metrics: None, log, reader };
+        let mut process =
+            Self { name: name.to_owned(), child, grpc: String::new(), http: None, metrics: None, log, reader };
         let mut lines = stdout.lines();
         loop {
             let line = tokio::time::timeout(PATIENCE, lines.next_line()).await??;
@@ -313,6 +316,7 @@ impl Process {
                 for part in rest.split_whitespace() {
                     match part.split_once('=') {
                         Some(("grpc", address)) => process.grpc = address.to_owned(),
+                        Some(("http", address)) => process.http = Some(address.to_owned()),
                         Some(("metrics", address)) => process.metrics = Some(address.to_owned()),
                         _ => {}
                     }
@@ -327,6 +331,11 @@ impl Process {
     /// `host:port` of its gRPC server.
     pub fn grpc(&self) -> &str {
         &self.grpc
+    }
+
+    /// `host:port` of its HTTP server, if it has one.
+    pub fn http(&self) -> Option<&str> {
+        self.http.as_deref()
     }
 
     /// What one of its metrics is now, by the name that Prometheus sees.

@@ -54,7 +54,8 @@ impl Up {
         let mut process = Command::new(binary("lockstep")?)
             .arg("up")
             .arg(model)
-            .args(["--world-size", "2", "--threads", "1", "--gateway-listen", "127.0.0.1:0"])
+            .args(["--world-size", "2", "--threads", "1"])
+            .args(["--gateway-listen", "127.0.0.1:0", "--http-listen", "127.0.0.1:0"])
             .args(further)
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
@@ -67,7 +68,7 @@ impl Up {
             let line = timeout(PATIENCE, lines.next_line()).await??;
             let Some(line) = line else { bail!("it ended before it served:\n{}", up.log()) };
             match line.split_whitespace().collect::<Vec<_>>()[..] {
-                [name, "grpc", grpc, metrics] => {
+                [name, "grpc", grpc, .., metrics] => {
                     let metrics = metrics.trim_start_matches("http://").trim_end_matches("/metrics");
                     up.addresses.insert(name.to_owned(), [grpc.to_owned(), metrics.to_owned()]);
                 }

@@ -41,6 +41,8 @@ pub(super) struct Spec {
     pub(super) args: Vec<OsString>,
     /// Where it listens. Once a child has announced its ports it keeps them, as others know them.
     pub(super) listen: SocketAddr,
+    /// For HTTP, if it is the gateway.
+    pub(super) http_listen: Option<SocketAddr>,
     pub(super) metrics_listen: SocketAddr,
 }
 
@@ -183,6 +185,7 @@ impl Keeper {
         let mut process = Command::new(&spec.program)
             .args(&spec.args)
             .args(["--listen", &spec.listen.to_string(), "--metrics-listen", &spec.metrics_listen.to_string()])
+            .args(spec.http_listen.iter().flat_map(|address| ["--http-listen".to_owned(), address.to_string()]))
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
@@ -220,6 +223,7 @@ impl Keeper {
     fn keep_ports(&mut self) {
         if let Some(announcement) = &*self.announced.borrow() {
             self.spec.listen = announcement.grpc;
+            self.spec.http_listen = announcement.http.or(self.spec.http_listen);
             self.spec.metrics_listen = announcement.metrics.unwrap_or(self.spec.metrics_listen);
         }
     }

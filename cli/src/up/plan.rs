@@ -27,6 +27,7 @@ pub(super) struct Plan {
     threads: u32,
     transport: Transport,
     gateway_listen: SocketAddr,
+    http_listen: SocketAddr,
     gateway_config: Option<PathBuf>,
     worker_config: Option<PathBuf>,
     tokenizer_config: Option<PathBuf>,
@@ -48,6 +49,7 @@ impl Plan {
             threads: options.threads.unwrap_or((cores / ranks).max(1)),
             transport: options.transport,
             gateway_listen: options.gateway_listen,
+            http_listen: options.http_listen,
             gateway_config: options.gateway_config.clone(),
             worker_config: options.worker_config.clone(),
             tokenizer_config: options.tokenizer_config.clone(),
@@ -108,7 +110,8 @@ impl Plan {
         let leaders: Vec<String> = leaders.iter().map(SocketAddr::to_string).collect();
         flags.extend(["--tokenizers".into(), tokenizer.to_string().into()]);
         flags.extend(["--groups".into(), leaders.join(",").into()]);
-        self.spec("gateway", GATEWAY, self.gateway_listen, flags)
+        let spec = self.spec("gateway", GATEWAY, self.gateway_listen, flags)?;
+        Ok(Spec { http_listen: Some(self.http_listen), ..spec })
     }
 
     /// What all children have in common.
@@ -116,7 +119,8 @@ impl Plan {
         let mut args = flags;
         args.push("--exit-with-parent".into());
         args.extend(["--limits.drain-timeout-ms".into(), self.drain_timeout_ms.to_string().into()]);
-        Ok(Spec { name: name.to_owned(), program: program(binary)?, args, listen, metrics_listen: ANY_PORT })
+        let (name, program) = (name.to_owned(), program(binary)?);
+        Ok(Spec { name, program, args, listen, http_listen: None, metrics_listen: ANY_PORT })
     }
 }
 

@@ -26,6 +26,8 @@ pub struct AnswerChoice {
     pub token_ids: Vec<u32>,
     /// One for each token, if asked for.
     pub logprobs: Vec<v1::TokenLogprob>,
+    /// Its calls of tools.
+    pub tool_calls: Vec<v1::ToolCall>,
     /// How it ended.
     pub finish: Option<v1::ChoiceFinish>,
 }
@@ -55,6 +57,9 @@ impl Answer {
         choice.text.push_str(&chunk.text);
         choice.token_ids.extend(chunk.token_ids);
         choice.logprobs.extend(chunk.logprobs);
+        for delta in chunk.tool_calls {
+            choice.append_call(delta);
+        }
     }
 
     fn end(&mut self, mut finish: v1::Finish) {
@@ -68,5 +73,17 @@ impl Answer {
 
     fn choice(&mut self, index: u32) -> Option<&mut AnswerChoice> {
         self.choices.get_mut(usize::try_from(index).ok()?)
+    }
+}
+
+// === impl AnswerChoice ===
+
+impl AnswerChoice {
+    fn append_call(&mut self, delta: v1::ToolCallDelta) {
+        let v1::ToolCallDelta { index, id, name, arguments_json } = delta;
+        match usize::try_from(index).ok().and_then(|index| self.tool_calls.get_mut(index)) {
+            Some(call) => call.arguments_json.push_str(&arguments_json),
+            None => self.tool_calls.push(v1::ToolCall { id, name, arguments_json }),
+        }
     }
 }

@@ -225,7 +225,7 @@ impl<'a> Pump<'a> {
     async fn emit(&mut self, choice: u32, piece: Piece) -> Result<(), Failure> {
         let Piece { ids, text, logprobs } = piece;
         let logprobs = if logprobs.is_empty() { Vec::new() } else { self.with_texts(&logprobs).await? };
-        self.emitter.chunk(v1::Chunk { seq: 0, choice, token_ids: ids, text, logprobs }).await
+        self.emitter.chunk(v1::Chunk { choice, token_ids: ids, text, logprobs, ..v1::Chunk::default() }).await
     }
 
     async fn with_texts(&self, logprobs: &[TokenLogprobs]) -> Result<Vec<v1::TokenLogprob>, Failure> {

@@ -106,6 +106,7 @@ impl Cluster {
         }
         let mut settings = GatewaySettings {
             listen: localhost(),
+            http_listen: localhost(),
             metrics_listen: Some(localhost()),
             groups: group_addresses,
             tokenizers: tokenizer_addresses,

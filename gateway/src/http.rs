@@ -1,0 +1,108 @@
+//! What the fronts for HTTP share: how a request comes in, and how a failure becomes a status.
+
+mod json;
+
+use std::time::Duration;
+
+use axum::{body::Body, extract::Request};
+use bytes::Bytes;
+use futures_util::TryStreamExt as _;
+use http::{HeaderMap, HeaderValue, Response, StatusCode, header};
+use lockstep_proto::{error::Error, trace::Trace};
+use serde::{Serialize, de::DeserializeOwned};
+
+pub use json::{OneOrMany, Unsupported, parse};
+
+use crate::{
+    pipeline::{Arrival, Call, Pipeline},
+    request::RequestError,
+    status::Failure,
+};
+
+/// Longest wait for a body: long enough for the largest one over a slow line.
+const BODY_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// A request whose body has been read.
+#[derive(Debug)]
+pub struct Inbound {
+    /// Its headers.
+    pub headers: HeaderMap,
+    /// Names it.
+    pub trace: Trace,
+    body: Bytes,
+}
+
+// === impl Inbound ===
+
+impl Inbound {
+    /// Reads a request, of at most `max_bytes`.
+    ///
+    /// # Errors
+    /// When its body is larger, breaks off or does not come in time.
+    pub async fn read(request: Request, max_bytes: usize) -> Result<Self, Failure> {
+        let (head, body) = request.into_parts();
+        let trace = head.extensions.get().cloned().unwrap_or_else(|| Trace::from_headers(&head.headers));
+        let body = tokio::time::timeout(BODY_TIMEOUT, read_body(body, max_bytes)).await;
+        let body = body.map_err(|_| RequestError::invalid("body", "it did not come in time"))??;
+        Ok(Self { headers: head.headers, trace, body })
+    }
+
+    /// The body as JSON of a type.
+    ///
+    /// # Errors
+    /// Where it is no such JSON, by the path of the value at fault.
+    pub fn json<T: DeserializeOwned>(&self) -> Result<T, RequestError> {
+        parse(&self.body)
+    }
+
+    /// Lets the call in.
+    ///
+    /// # Errors
+    /// When the caller shows no key that is known, or there is no place.
+    pub fn enter(&self, pipeline: &Pipeline, method: &'static str) -> Result<Call, Failure> {
+        pipeline.enter(Arrival {
+            method,
+            trace: self.trace.clone(),
+            headers: &self.headers,
+            n_bytes: self.body.len(),
+            timeout: None,
+        })
+    }
+}
+
+async fn read_body(body: Body, max_bytes: usize) -> Result<Bytes, Failure> {
+    let mut chunks = body.into_data_stream();
+    let mut whole = Vec::new();
+    loop {
+        let chunk = chunks.try_next().await.map_err(|_| Failure::ClientGone)?;
+        let Some(chunk) = chunk else { return Ok(whole.into()) };
+        if whole.len() + chunk.len() > max_bytes {
+            return Err(Failure::BodyTooLarge(max_bytes));
+        }
+        whole.extend_from_slice(&chunk);
+    }
+}
+
+/// A response with a JSON body.
+pub fn json_response(status: StatusCode, body: &impl Serialize) -> Response<Body> {
+    let Ok(text) = serde_json::to_vec(body) else {
+        // Only maps with keys that are no strings, and types that refuse to be written, do that; ours are neither.
+        let mut response = Response::new(Body::empty());
+        *response.status_mut() = StatusCode::INTERNAL_SERVER_ERROR;
+        return response;
+    };
+    let mut response = Response::new(Body::from(text));
+    *response.status_mut() = status;
+    response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    response
+}
+
+/// A response that says that a request failed, in a front's own shape: its status, and when to come back.
+pub fn failure_response(error: &Error, body: &impl Serialize) -> Response<Body> {
+    let mut response = json_response(error.reason().http_status(), body);
+    if let Some(delay) = error.retry_delay() {
+        let seconds = HeaderValue::from(delay.as_secs().max(1));
+        response.headers_mut().insert(header::RETRY_AFTER, seconds);
+    }
+    response
+}

@@ -1,0 +1,359 @@
+//! `/v1/completions`: raw prompts, one or several, of text or of token ids.
+
+use axum::{
+    extract::Request,
+    response::{Response, sse},
+};
+use futures_util::{future::try_join_all, stream::select_all};
+use http::StatusCode;
+use lockstep_proto::v1;
+use serde::{Deserialize, Serialize};
+
+use super::{
+    Answer, Front,
+    logprobs::CompletionLogprobs,
+    parameters::{StreamOptions, include_usage, request},
+    stream,
+    usage::{Usage, fingerprint, finish_reason, now},
+};
+use crate::{
+    generation::{Event, Events, collect},
+    http::{OneOrMany, Unsupported, json_response},
+    pipeline::Answering,
+    request::RequestError,
+    status::Failure,
+};
+
+/// Most prompts of one request. Each is a request of its own to all that follows.
+const MAX_PROMPTS: usize = 128;
+
+/// What the protocol generates where nobody says how much.
+const DEFAULT_MAX_TOKENS: u32 = 16;
+
+request! {
+    /// What a client sends.
+    struct CompletionRequest {
+        prompt: OneOrMany<PromptItem>,
+        model: Option<String>,
+        stream: Option<bool>,
+        stream_options: Option<StreamOptions>,
+        max_tokens: Option<u32>,
+        logprobs: Option<u32>,
+        echo: Option<bool>,
+        best_of: Option<u32>,
+        skip_special_tokens: Option<bool>,
+        #[serde(rename = "user")]
+        /// Whose request it is: for the client's own records.
+        _user: Option<String>,
+        #[serde(rename = "suffix")]
+        _suffix: Option<Unsupported>,
+    }
+}
+
+/// One of several prompts, or one token of the only one.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(untagged, expecting = "a string, a token id, or a list of token ids")]
+enum PromptItem {
+    Text(String),
+    Token(u32),
+    Tokens(Vec<u32>),
+}
+
+/// An answer, or a piece of one.
+#[derive(Debug, Serialize)]
+struct Completion {
+    id: String,
+    object: &'static str,
+    created: i64,
+    model: String,
+    choices: Vec<Choice>,
+    /// Missing in the pieces of a stream that does not count; null in those before the last of one that does.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    usage: Option<Option<Usage>>,
+    system_fingerprint: Option<String>,
+}
+
+#[derive(Debug, Serialize)]
+struct Choice {
+    index: u32,
+    text: String,
+    logprobs: Option<CompletionLogprobs>,
+    finish_reason: Option<&'static str>,
+}
+
+/// What of an answer a client wants to see.
+#[derive(Debug, Clone, Copy)]
+struct View {
+    n: u32,
+    logprobs: bool,
+    echo: bool,
+}
+
+/// What makes the pieces of a stream.
+struct Pieces {
+    id: String,
+    created: i64,
+    model: String,
+    view: View,
+    include_usage: bool,
+    usage: Usage,
+    /// Prompts that have not ended.
+    open: usize,
+    /// By choice over all prompts, the log-probabilities of the prompt that are still to be shown, and how much text
+    /// came before. Unit: characters.
+    choices: Vec<(Option<CompletionLogprobs>, usize)>,
+}
+
+pub(super) async fn answer(front: &Front, request: Request) -> Answer {
+    let inbound = front.read(request).await?;
+    let mut request: CompletionRequest = inbound.json()?;
+    let streamed = request.stream.unwrap_or(false);
+    let include_usage = include_usage(streamed, request.stream_options)?;
+    let view =
+        View { n: request.n.unwrap_or(1), logprobs: request.logprobs.is_some(), echo: request.echo.unwrap_or(false) };
+    let requests = request.take_requests()?;
+    let n_prompts = requests.len();
+    let begun = requests.into_iter().map(|request| async {
+        let call = inbound.enter(&front.pipeline, "completions")?;
+        front.pipeline.generate(call, request).await
+    });
+    let answering = try_join_all(begun).await?;
+    if !streamed {
+        let answers = try_join_all(answering.into_iter().map(Answering::collect)).await?;
+        return Ok(whole(answers, view));
+    }
+    let events = try_join_all(answering.into_iter().map(Answering::events)).await?;
+    let mut pieces = Pieces::new(n_prompts, view, include_usage);
+    Ok(stream::response(select_all((0..).zip(events).map(numbered)), move |(prompt, event)| pieces.of(prompt, event)))
+}
+
+/// The events of one of several prompts.
+fn numbered((prompt, events): (u32, Events)) -> impl futures_util::Stream<Item = Result<(u32, Event), Failure>> {
+    use futures_util::StreamExt as _;
+    events.map(move |event| event.map(|event| (prompt, event)))
+}
+
+// === impl CompletionRequest ===
+
+impl CompletionRequest {
+    /// One request for each prompt.
+    fn take_requests(&mut self) -> Result<Vec<v1::GenerateRequest>, RequestError> {
+        let n = self.n.unwrap_or(1);
+        if let Some(best_of) = self.best_of.filter(|&best_of| best_of != n) {
+            let message = format!("{best_of} is not `n` ({n}): the best of more choices are not chosen here");
+            return Err(RequestError::invalid("best_of", message));
+        }
+        let echo = self.echo.unwrap_or(false);
+        let output = v1::OutputOptions {
+            return_full_text: Some(echo),
+            logprobs: self.logprobs,
+            prompt_logprobs: self.logprobs.filter(|_| echo),
+            skip_special_tokens: self.skip_special_tokens,
+        };
+        let max_tokens = self.max_tokens.unwrap_or(DEFAULT_MAX_TOKENS);
+        let sampling = self.sampling(Some(max_tokens))?;
+        let model = self.model.take().unwrap_or_default();
+        let prompts = prompts(&self.prompt)?;
+        let request = |prompt| v1::GenerateRequest {
+            model: model.clone(),
+            prompt: Some(v1::RawPrompt { prompt: Some(prompt) }),
+            sampling: Some(sampling.clone()),
+            output: Some(output),
+        };
+        Ok(prompts.into_iter().map(request).collect())
+    }
+}
+
+/// A list is either of prompts, or of the ids of one.
+fn prompts(prompt: &OneOrMany<PromptItem>) -> Result<Vec<v1::raw_prompt::Prompt>, RequestError> {
+    use v1::raw_prompt::Prompt;
+    let ids = |ids: Vec<u32>| Prompt::TokenIds(v1::TokenIds { ids });
+    let items = match prompt {
+        OneOrMany::One(text) => return Ok(vec![Prompt::Text(text.clone())]),
+        OneOrMany::Many(items) => items,
+    };
+    let tokens: Vec<u32> =
+        items.iter().filter_map(|item| if let PromptItem::Token(id) = item { Some(*id) } else { None }).collect();
+    if !tokens.is_empty() {
+        if tokens.len() < items.len() {
+            return Err(RequestError::invalid("prompt", "it has token ids beside whole prompts"));
+        }
+        return Ok(vec![ids(tokens)]);
+    }
+    if items.is_empty() || items.len() > MAX_PROMPTS {
+        return Err(RequestError::invalid("prompt", format!("{} prompts are not in [1, {MAX_PROMPTS}]", items.len())));
+    }
+    let prompt = |item: &PromptItem| match item {
+        PromptItem::Text(text) => Prompt::Text(text.clone()),
+        PromptItem::Tokens(tokens) => ids(tokens.clone()),
+        PromptItem::Token(id) => ids(vec![*id]),
+    };
+    Ok(items.iter().map(prompt).collect())
+}
+
+fn whole(answers: Vec<collect::Answer>, view: View) -> Response {
+    let mut usage = Usage::default();
+    let mut choices = Vec::new();
+    let (id, model, system_fingerprint) = match answers.first() {
+        Some(first) => {
+            (completion_id(&first.start), first.start.model.clone(), fingerprint(first.finish.repro.as_ref()))
+        }
+        None => Default::default(),
+    };
+    for (prompt, answer) in (0..).zip(answers) {
+        usage.add(answer.finish.usage.unwrap_or_default());
+        let prompt_logprobs = prompt_logprobs(answer.start.prompt_logprobs, view);
+        for (index, choice) in (0..).zip(answer.choices) {
+            let logprobs = view.logprobs.then(|| {
+                let mut lists = prompt_logprobs.clone().unwrap_or_default();
+                lists.extend(CompletionLogprobs::new(choice.logprobs, lists.text_len()));
+                lists
+            });
+            choices.push(Choice {
+                index: prompt * view.n + index,
+                text: choice.text,
+                logprobs,
+                finish_reason: choice.finish.map(|finish| finish_reason(finish.reason())),
+            });
+        }
+    }
+    let (object, created, usage) = ("text_completion", now(), Some(Some(usage)));
+    json_response(StatusCode::OK, &Completion { id, object, created, model, choices, usage, system_fingerprint })
+}
+
+fn completion_id(start: &v1::Start) -> String {
+    format!("cmpl-{}", start.request_id)
+}
+
+fn prompt_logprobs(logprobs: Vec<v1::TokenLogprob>, view: View) -> Option<CompletionLogprobs> {
+    (view.echo && view.logprobs).then(|| CompletionLogprobs::of_prompt(logprobs))
+}
+
+// === impl Pieces ===
+
+impl Pieces {
+    fn new(n_prompts: usize, view: View, include_usage: bool) -> Self {
+        let n = usize::try_from(view.n).unwrap_or(usize::MAX);
+        Self {
+            id: String::new(),
+            created: now(),
+            model: String::new(),
+            view,
+            include_usage,
+            usage: Usage::default(),
+            open: n_prompts,
+            choices: vec![(None, 0); n_prompts.saturating_mul(n)],
+        }
+    }
+
+    fn of(&mut self, prompt: u32, event: Event) -> Vec<sse::Event> {
+        match event {
+            Event::Start(start) => {
+                if self.id.is_empty() {
+                    (self.id, self.model) = (completion_id(&start), start.model);
+                }
+                let logprobs = prompt_logprobs(start.prompt_logprobs, self.view);
+                for index in 0..self.view.n {
+                    if let Some(choice) = self.choice(prompt, index) {
+                        choice.0 = logprobs.clone();
+                    }
+                }
+                Vec::new()
+            }
+            Event::Chunk(chunk) => self.chunk(prompt, chunk).into_iter().collect(),
+            Event::Finish(finish) => self.finish(prompt, &finish),
+        }
+    }
+
+    fn choice(&mut self, prompt: u32, index: u32) -> Option<&mut (Option<CompletionLogprobs>, usize)> {
+        self.choices.get_mut(usize::try_from(prompt.saturating_mul(self.view.n).saturating_add(index)).ok()?)
+    }
+
+    /// Tokens whose text is still to come make no piece of their own, unless their log-probabilities do.
+    fn chunk(&mut self, prompt: u32, chunk: v1::Chunk) -> Option<sse::Event> {
+        let (prompt_logprobs, offset) = self.choice(prompt, chunk.choice)?;
+        let mut lists = prompt_logprobs.take();
+        if let Some(lists) = &lists {
+            *offset = lists.text_len();
+        }
+        if !chunk.logprobs.is_empty() {
+            let next = CompletionLogprobs::new(chunk.logprobs, *offset);
+            *offset += next.text_len();
+            lists.get_or_insert_default().extend(next);
+        }
+        if chunk.text.is_empty() && lists.is_none() {
+            return None;
+        }
+        let index = prompt * self.view.n + chunk.choice;
+        Some(self.piece(vec![Choice { index, text: chunk.text, logprobs: lists, finish_reason: None }]))
+    }
+
+    fn finish(&mut self, prompt: u32, finish: &v1::Finish) -> Vec<sse::Event> {
+        self.usage.add(finish.usage.unwrap_or_default());
+        self.open = self.open.saturating_sub(1);
+        let last = |choice: &v1::ChoiceFinish| {
+            let (index, finish_reason) = (prompt * self.view.n + choice.choice, Some(finish_reason(choice.reason())));
+            self.piece(vec![Choice { index, text: String::new(), logprobs: None, finish_reason }])
+        };
+        let mut events: Vec<_> = finish.choices.iter().map(last).collect();
+        if self.open == 0 {
+            if self.include_usage {
+                let repro = finish.repro.as_ref();
+                events.push(self.completion(Vec::new(), Some(Some(self.usage)), fingerprint(repro)));
+            }
+            events.push(stream::done());
+        }
+        events
+    }
+
+    fn piece(&self, choices: Vec<Choice>) -> sse::Event {
+        self.completion(choices, self.include_usage.then_some(None), None)
+    }
+
+    fn completion(
+        &self,
+        choices: Vec<Choice>,
+        usage: Option<Option<Usage>>,
+        system_fingerprint: Option<String>,
+    ) -> sse::Event {
+        let (id, model) = (self.id.clone(), self.model.clone());
+        let object = "text_completion";
+        stream::data(&Completion { id, object, created: self.created, model, choices, usage, system_fingerprint })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use v1::raw_prompt::Prompt;
+
+    use super::*;
+    use crate::http::parse;
+
+    fn read(text: &str) -> Result<Vec<Prompt>, String> {
+        let items = parse::<OneOrMany<PromptItem>>(text.as_bytes()).map_err(|error| error.to_string())?;
+        prompts(&items).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn all_four_forms_of_a_prompt_are_read() {
+        let ids = |ids: &[u32]| Prompt::TokenIds(v1::TokenIds { ids: ids.to_vec() });
+        assert_eq!(read(r#""a""#), Ok(vec![Prompt::Text("a".into())]));
+        assert_eq!(read(r#"["a", "b"]"#), Ok(vec![Prompt::Text("a".into()), Prompt::Text("b".into())]));
+        assert_eq!(read("[1, 2]"), Ok(vec![ids(&[1, 2])]));
+        assert_eq!(read("[[1, 2], [3]]"), Ok(vec![ids(&[1, 2]), ids(&[3])]));
+    }
+
+    #[test]
+    fn other_prompts_are_refused_by_name() {
+        for (text, expected) in [
+            ("1", "body: invalid type: integer `1`, expected a string or a list"),
+            ("[]", "prompt: 0 prompts are not in [1, 128]"),
+            (r#"[1, "a"]"#, "prompt: it has token ids beside whole prompts"),
+            ("[-1]", "[0]: a string, a token id, or a list of token ids"),
+            ("[{}]", "[0]: a string, a token id, or a list of token ids"),
+        ] {
+            let error = read(text).unwrap_err();
+            assert!(error.starts_with(expected), "{text}: {error}");
+        }
+    }
+}

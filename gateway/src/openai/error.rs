@@ -1,0 +1,131 @@
+//! Errors in OpenAI's shape: `{"error": {"message", "type", "param", "code"}}`.
+
+use axum::response::Response;
+use lockstep_proto::error::{Error, FieldViolation, Reason};
+use serde::Serialize;
+
+use crate::http::failure_response;
+
+/// An error as clients read it.
+#[derive(Debug, Serialize)]
+pub(super) struct ErrorBody {
+    error: ErrorObject,
+}
+
+#[derive(Debug, Serialize)]
+struct ErrorObject {
+    message: String,
+    #[serde(rename = "type")]
+    kind: &'static str,
+    param: Option<String>,
+    code: &'static str,
+}
+
+/// How a request is refused that no handler sees.
+pub fn refuse(_path: &str, error: &Error) -> http::Response<tonic::body::Body> {
+    response(error).map(tonic::body::Body::new)
+}
+
+/// The whole response.
+pub(super) fn response(error: &Error) -> Response {
+    failure_response(error, &ErrorBody::from(error))
+}
+
+// === impl ErrorBody ===
+
+impl From<&Error> for ErrorBody {
+    fn from(error: &Error) -> Self {
+        let violations = error.field_violations();
+        let message = match violations {
+            [] => error.message().to_owned(),
+            some => some.iter().map(violation_text).collect::<Vec<_>>().join("; "),
+        };
+        let param = violations.first().map(|violation| param_name(&violation.path));
+        Self { error: ErrorObject { message, kind: kind(error.reason()), param, code: code(error.reason()) } }
+    }
+}
+
+fn violation_text(violation: &FieldViolation) -> String {
+    let (name, message) = (param_name(&violation.path), violation.message.as_str());
+    if name.is_empty() || message.starts_with(&name) { message.to_owned() } else { format!("{name}: {message}") }
+}
+
+fn kind(reason: Reason) -> &'static str {
+    match reason.http_status().as_u16() {
+        429 => "rate_limit_error",
+        500.. => "server_error",
+        _ => "invalid_request_error",
+    }
+}
+
+/// The codes that clients of OpenAI know; for others the reason's own name.
+fn code(reason: Reason) -> &'static str {
+    match reason {
+        Reason::PromptTooLong => "context_length_exceeded",
+        Reason::ModelNotFound => "model_not_found",
+        Reason::Unauthenticated => "invalid_api_key",
+        Reason::Overloaded => "rate_limit_exceeded",
+        other => other.name(),
+    }
+}
+
+/// Names of `lockstep.v1`, by their beginnings, and what OpenAI calls them.
+const NAMES: [(&str, &str); 14] = [
+    ("sampling.max_new_tokens", "max_completion_tokens"),
+    ("sampling.min_new_tokens", "min_tokens"),
+    ("sampling.constraint", "response_format"),
+    ("sampling.", ""),
+    ("output.logprobs", "top_logprobs"),
+    ("output.", ""),
+    ("conversation.template_variables_json", "chat_template_kwargs"),
+    ("conversation.", ""),
+    ("prompt.text", "prompt"),
+    ("prompt.token_ids.ids", "prompt"),
+    ("prompt.token_ids", "prompt"),
+    ("inputs", "input"),
+    ("conversation", "messages"),
+    ("body", ""),
+];
+
+/// A field's name, with what follows it, as OpenAI's clients wrote it.
+fn param_name(path: &str) -> String {
+    let renamed = NAMES.iter().find_map(|(ours, theirs)| Some(format!("{theirs}{}", path.strip_prefix(ours)?)));
+    let name = renamed.unwrap_or_else(|| path.to_owned());
+    name.replace(".arguments_json", ".function.arguments").replace(".parameters_json", ".function.parameters")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn fields_have_the_names_of_the_protocol() {
+        for (ours, theirs) in [
+            ("sampling.top_p", "top_p"),
+            ("sampling.max_new_tokens", "max_completion_tokens"),
+            ("sampling.stop[2]", "stop[2]"),
+            ("conversation.messages[3].role", "messages[3].role"),
+            ("conversation.messages[3].tool_calls[0].arguments_json", "messages[3].tool_calls[0].function.arguments"),
+            ("conversation.tools[0].parameters_json", "tools[0].function.parameters"),
+            ("conversation", "messages"),
+            ("output.logprobs", "top_logprobs"),
+            ("prompt.token_ids.ids[7]", "prompt[7]"),
+            ("model", "model"),
+        ] {
+            assert_eq!(param_name(ours), theirs);
+        }
+    }
+
+    #[test]
+    fn an_error_names_what_is_wrong() {
+        let error = Error::new(Reason::InvalidArgument, "sampling.top_p: 2 is not in (0, 1]")
+            .violation("sampling.top_p", "2 is not in (0, 1]");
+        let body = serde_json::to_string(&ErrorBody::from(&error)).unwrap();
+        let expected = r#"{"error":{"message":"top_p: 2 is not in (0, 1]","type":"invalid_request_error","param":"top_p","code":"INVALID_ARGUMENT"}}"#;
+        assert_eq!(body, expected);
+        let error = Error::new(Reason::GroupUnavailable, "no group is ready");
+        let body = serde_json::to_string(&ErrorBody::from(&error)).unwrap();
+        let expected = r#"{"error":{"message":"no group is ready","type":"server_error","param":null,"code":"GROUP_UNAVAILABLE"}}"#;
+        assert_eq!(body, expected);
+    }
+}

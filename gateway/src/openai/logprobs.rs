@@ -1,0 +1,95 @@
+//! Log-probabilities in the two forms that OpenAI has: a list of entries for chats, parallel lists for completions.
+
+use lockstep_proto::v1::{LogprobEntry, TokenLogprob};
+use serde::Serialize;
+use serde_json::{Map, Number, Value};
+
+/// Those of a chat's choice.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub(super) struct ChatLogprobs {
+    content: Vec<ChatEntry>,
+    refusal: Option<()>,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize)]
+struct ChatEntry {
+    #[serde(flatten)]
+    token: Entry,
+    top_logprobs: Vec<Entry>,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize)]
+struct Entry {
+    token: String,
+    logprob: f32,
+    bytes: Vec<u8>,
+}
+
+/// Those of a completion's choice.
+#[derive(Debug, Clone, Default, PartialEq, Serialize)]
+pub(super) struct CompletionLogprobs {
+    tokens: Vec<String>,
+    token_logprobs: Vec<Option<f32>>,
+    top_logprobs: Vec<Option<Map<String, Value>>>,
+    text_offset: Vec<usize>,
+}
+
+// === impl ChatLogprobs ===
+
+impl ChatLogprobs {
+    /// What a chat shows of these.
+    pub(super) fn new(logprobs: Vec<TokenLogprob>) -> Self {
+        let entry = |entry: TokenLogprob| ChatEntry {
+            token: Entry::from(entry.token.unwrap_or_default()),
+            top_logprobs: entry.top.into_iter().map(Entry::from).collect(),
+        };
+        Self { content: logprobs.into_iter().map(entry).collect(), refusal: None }
+    }
+}
+
+impl From<LogprobEntry> for Entry {
+    fn from(entry: LogprobEntry) -> Self {
+        Self { token: entry.text, logprob: entry.logprob, bytes: entry.raw }
+    }
+}
+
+// === impl CompletionLogprobs ===
+
+impl CompletionLogprobs {
+    /// What a completion shows of these. Its text begins at `offset`, in characters of the whole text.
+    pub(super) fn new(logprobs: Vec<TokenLogprob>, mut offset: usize) -> Self {
+        let mut lists = Self::default();
+        for entry in logprobs {
+            let token = entry.token.unwrap_or_default();
+            lists.text_offset.push(offset);
+            offset += token.text.chars().count();
+            lists.token_logprobs.push(Some(token.logprob));
+            lists.tokens.push(token.text);
+            let number = |logprob: f32| Number::from_f64(logprob.into()).map_or(Value::Null, Value::Number);
+            lists.top_logprobs.push(Some(entry.top.into_iter().map(|top| (top.text, number(top.logprob))).collect()));
+        }
+        lists
+    }
+
+    /// The same for a prompt, whose first token nothing predicts.
+    pub(super) fn of_prompt(logprobs: Vec<TokenLogprob>) -> Self {
+        let mut lists = Self::new(logprobs, 0);
+        if let (Some(logprob), Some(top)) = (lists.token_logprobs.first_mut(), lists.top_logprobs.first_mut()) {
+            (*logprob, *top) = (None, None);
+        }
+        lists
+    }
+
+    /// How much text these tokens are. Unit: characters.
+    pub(super) fn text_len(&self) -> usize {
+        self.tokens.iter().map(|token| token.chars().count()).sum()
+    }
+
+    /// Appends what follows.
+    pub(super) fn extend(&mut self, next: Self) {
+        self.tokens.extend(next.tokens);
+        self.token_logprobs.extend(next.token_logprobs);
+        self.top_logprobs.extend(next.top_logprobs);
+        self.text_offset.extend(next.text_offset);
+    }
+}

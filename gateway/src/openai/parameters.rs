@@ -1,0 +1,198 @@
+//! Parameters that chats and completions share, under OpenAI's names and those that the ecosystem has added.
+
+use std::collections::{BTreeMap, HashMap};
+
+use lockstep_proto::v1::SamplingParams;
+use serde::Deserialize;
+
+use crate::{
+    http::OneOrMany,
+    request::{RequestError, Violations},
+};
+
+/// What comes at the end of a stream.
+#[derive(Debug, Clone, Copy, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct StreamOptions {
+    /// One more event with the counts, before the end.
+    pub(super) include_usage: Option<bool>,
+    /// Counts so far in every event. Taken if false.
+    pub(super) continuous_usage_stats: Option<bool>,
+    /// Random padding against eavesdroppers. Taken, and none is added.
+    #[allow(dead_code, reason = "it is taken, and nothing follows from it")]
+    pub(super) include_obfuscation: Option<bool>,
+}
+
+/// Declares a request: its own fields, and those that decide how tokens are chosen. (serde can not flatten a struct into
+/// one that refuses unknown fields.)
+macro_rules! request {
+    ($(#[$meta:meta])* struct $name:ident { $($(#[$field_meta:meta])* $field:ident: $type:ty,)+ }) => {
+        $(#[$meta])*
+        #[derive(Debug, serde::Deserialize)]
+        #[serde(deny_unknown_fields)]
+        pub(super) struct $name {
+            $($(#[$field_meta])* $field: $type,)+
+            temperature: Option<f32>,
+            top_p: Option<f32>,
+            top_k: Option<i64>,
+            min_p: Option<f32>,
+            typical_p: Option<f32>,
+            repetition_penalty: Option<f32>,
+            presence_penalty: Option<f32>,
+            frequency_penalty: Option<f32>,
+            logit_bias: Option<std::collections::BTreeMap<String, f32>>,
+            stop: Option<crate::http::OneOrMany<String>>,
+            stop_token_ids: Option<Vec<u32>>,
+            ignore_eos: Option<bool>,
+            min_tokens: Option<u32>,
+            seed: Option<i64>,
+            n: Option<u32>,
+        }
+
+        impl $name {
+            /// How tokens are chosen, at most `max_new_tokens` of them.
+            fn sampling(
+                &mut self,
+                max_new_tokens: Option<u32>,
+            ) -> Result<lockstep_proto::v1::SamplingParams, crate::request::RequestError> {
+                super::parameters::Sampling {
+                    temperature: self.temperature,
+                    top_p: self.top_p,
+                    top_k: self.top_k,
+                    min_p: self.min_p,
+                    typical_p: self.typical_p,
+                    repetition_penalty: self.repetition_penalty,
+                    presence_penalty: self.presence_penalty,
+                    frequency_penalty: self.frequency_penalty,
+                    logit_bias: self.logit_bias.take(),
+                    stop: self.stop.take(),
+                    stop_token_ids: self.stop_token_ids.take(),
+                    ignore_eos: self.ignore_eos,
+                    min_tokens: self.min_tokens,
+                    seed: self.seed,
+                    n: self.n,
+                }
+                .params(max_new_tokens)
+            }
+        }
+    };
+}
+pub(super) use request;
+
+/// How tokens are chosen, as it came.
+#[derive(Debug, Default)]
+pub(super) struct Sampling {
+    pub(super) temperature: Option<f32>,
+    pub(super) top_p: Option<f32>,
+    pub(super) top_k: Option<i64>,
+    pub(super) min_p: Option<f32>,
+    pub(super) typical_p: Option<f32>,
+    pub(super) repetition_penalty: Option<f32>,
+    pub(super) presence_penalty: Option<f32>,
+    pub(super) frequency_penalty: Option<f32>,
+    pub(super) logit_bias: Option<BTreeMap<String, f32>>,
+    pub(super) stop: Option<OneOrMany<String>>,
+    pub(super) stop_token_ids: Option<Vec<u32>>,
+    pub(super) ignore_eos: Option<bool>,
+    pub(super) min_tokens: Option<u32>,
+    pub(super) seed: Option<i64>,
+    pub(super) n: Option<u32>,
+}
+
+// === impl Sampling ===
+
+impl Sampling {
+    /// The same for the pipeline.
+    ///
+    /// # Errors
+    /// A bias for what is no token id, or a `top_k` below -1.
+    pub(super) fn params(self, max_new_tokens: Option<u32>) -> Result<SamplingParams, RequestError> {
+        let mut violations = Violations::default();
+        let top_k = self.top_k.map(|top_k| match top_k {
+            // vLLM's word for "off".
+            -1 => 0,
+            top_k => u32::try_from(top_k).unwrap_or_else(|_| {
+                violations.invalid("top_k", format!("{top_k} is not in [-1, {}]", u32::MAX));
+                0
+            }),
+        });
+        let mut logit_bias = HashMap::new();
+        for (id, bias) in self.logit_bias.unwrap_or_default() {
+            match id.parse() {
+                Ok(id) => drop(logit_bias.insert(id, bias)),
+                Err(_) => violations.invalid(format_args!("logit_bias.{id}"), "the name is no token id"),
+            }
+        }
+        violations.into_result()?;
+        let stop = match self.stop {
+            None => Vec::new(),
+            Some(OneOrMany::One(stop)) => vec![stop],
+            Some(OneOrMany::Many(stops)) => stops,
+        };
+        Ok(SamplingParams {
+            max_new_tokens,
+            min_new_tokens: self.min_tokens,
+            // The protocol's default is a temperature of 1, not greedy decoding.
+            do_sample: Some(true),
+            temperature: self.temperature,
+            top_k,
+            top_p: self.top_p,
+            min_p: self.min_p,
+            typical_p: self.typical_p,
+            repetition_penalty: self.repetition_penalty,
+            presence_penalty: self.presence_penalty,
+            frequency_penalty: self.frequency_penalty,
+            logit_bias,
+            stop,
+            stop_token_ids: self.stop_token_ids.unwrap_or_default(),
+            ignore_eos: self.ignore_eos,
+            // The protocol's seeds have a sign; any 64 bits are a seed.
+            seed: self.seed.map(i64::cast_unsigned),
+            n: self.n,
+        })
+    }
+}
+
+/// Whether a stream ends with the counts.
+///
+/// # Errors
+/// Options without a stream, or one that is not supported.
+pub(super) fn include_usage(stream: bool, options: Option<StreamOptions>) -> Result<bool, RequestError> {
+    let Some(options) = options else { return Ok(false) };
+    if !stream {
+        return Err(RequestError::invalid("stream_options", "it is for streams: set `stream` to true"));
+    }
+    if options.continuous_usage_stats == Some(true) {
+        return Err(RequestError::invalid("stream_options.continuous_usage_stats", "this is not supported"));
+    }
+    Ok(options.include_usage.unwrap_or(false))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn greedy_and_off_are_what_they_are_elsewhere() {
+        let sampling = Sampling { temperature: Some(0.0), top_k: Some(-1), seed: Some(-1), ..Sampling::default() };
+        let params = sampling.params(Some(3)).unwrap();
+        assert_eq!((params.temperature, params.top_k, params.seed), (Some(0.0), Some(0), Some(u64::MAX)));
+        assert_eq!(params.max_new_tokens, Some(3));
+    }
+
+    #[test]
+    fn what_is_no_id_or_count_is_named() {
+        let logit_bias = Some([("7".to_owned(), 1.0), ("x".to_owned(), 2.0)].into());
+        let error = Sampling { top_k: Some(-2), logit_bias, ..Sampling::default() }.params(None).unwrap_err();
+        let paths: Vec<_> = error.violations().iter().map(|violation| violation.path.as_str()).collect();
+        assert_eq!(paths, ["top_k", "logit_bias.x"]);
+    }
+
+    #[test]
+    fn options_need_a_stream() {
+        let options = Some(StreamOptions { include_usage: Some(true), ..StreamOptions::default() });
+        assert_eq!(include_usage(true, options), Ok(true));
+        assert_eq!(include_usage(true, None), Ok(false));
+        assert!(include_usage(false, options).is_err());
+    }
+}
