@@ -62,7 +62,7 @@ pub(crate) fn show(params: &SamplingParams) -> String {
     fn line<T: Display>(name: &str, value: Option<T>) -> Option<String> {
         value.map(|value| format!("{name} = {value}"))
     }
-    // Every field is named, so that a new one is not forgotten; the last three have no form `NAME=VALUE`.
+    // Every field is named, so that a new one is not forgotten; the last four have no form `NAME=VALUE`.
     let SamplingParams {
         max_new_tokens,
         min_new_tokens,
@@ -81,6 +81,7 @@ pub(crate) fn show(params: &SamplingParams) -> String {
         logit_bias: _,
         stop_token_ids: _,
         n: _,
+        constraint: _,
     } = params;
     let set = [
         line("max_new_tokens", *max_new_tokens),

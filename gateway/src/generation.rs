@@ -99,6 +99,7 @@ pub fn start(backends: Arc<Backends>, job: Job) -> Events {
         let plan =
             Plan { backends: &backends, trace: &trace, deadline, facts: &facts, sampling: &sampling, output: &output };
         let outcome = plan.run(source, &outbox, &meter).await;
+        let outcome = outcome.map_err(|failure| failure.of_constraint(sampling.constraint_path()));
         if let Err(failure) = &outcome {
             tracing::info!(reason = %failure.reason(), "the request failed");
             // What went wrong may quote the request, which logs must not by default.

@@ -14,6 +14,8 @@
 //! `do_sample = false` is greedy too, as in Hugging Face's `generate`, which only warns. Greedy decoding still applies
 //! penalties and biases.
 
+mod constraint;
+mod gbnf;
 mod policy;
 pub(crate) mod range;
 mod read;
@@ -29,6 +31,8 @@ use crate::request::RequestError;
 pub struct ValidSampling {
     /// All that the worker is told; `max_new_tokens` is settled by `resolve`, and so is a seed that is not chosen.
     shape: ResolvedSampling,
+    /// The request's field that constrains the text.
+    constraint_path: Option<&'static str>,
     seed: Option<u64>,
     length: LengthRule,
     stop: Vec<String>,
@@ -91,6 +95,11 @@ impl ValidSampling {
     /// Texts that end a choice, each of 1 to 1,024 bytes.
     pub fn stop(&self) -> &[String] {
         &self.stop
+    }
+
+    /// The field that constrains the text, if one does.
+    pub fn constraint_path(&self) -> Option<&'static str> {
+        self.constraint_path
     }
 
     /// Independent choices, 1 to 128.

@@ -119,6 +119,20 @@ impl Failure {
         }
     }
 
+    /// What a group says of the constraint, under the name of the request's own field: a group has other kinds of them.
+    pub(crate) fn of_constraint(self, path: Option<&str>) -> Self {
+        match (&self, path) {
+            (Self::Group { error, .. }, Some(path)) if error.reason() == Reason::InvalidArgument => {
+                let about_it = |found: &&FieldViolation| found.path.starts_with("sampling.constraint");
+                match error.field_violations().iter().find(about_it) {
+                    Some(found) => RequestError::invalid(path, &found.message).into(),
+                    None => self,
+                }
+            }
+            _ => self,
+        }
+    }
+
     /// The field that is at fault, where only later work than the request's check could find it.
     fn field(&self) -> Option<&'static str> {
         match self {
@@ -174,14 +188,14 @@ fn request_error(error: &RequestError, message: String) -> Error {
     Error::new(reason, message).violations(fields)
 }
 
-/// What a group says of load, limits and time is passed on; that it cannot be reached or has formed anew are the same
+/// What a group says of load, limits and time, or that it does not do, is passed on; that it cannot be reached or has formed anew are the same
 /// thing to a client; anything else is a bug on our side of the wire.
 fn group_error(error: &Error, message: String) -> Error {
     match error.reason() {
         Reason::Overloaded => {
             Error::new(Reason::Overloaded, message).retry_after(error.retry_delay().unwrap_or(RETRY_AFTER))
         }
-        reason @ (Reason::PromptTooLong | Reason::Deadline) => Error::new(reason, message),
+        reason @ (Reason::PromptTooLong | Reason::Deadline | Reason::Unimplemented) => Error::new(reason, message),
         reason if reason_of_absence(reason) => Error::new(Reason::GroupUnavailable, message).retry_after(RETRY_AFTER),
         _ => Error::new(Reason::Internal, message),
     }

@@ -67,8 +67,11 @@ impl WorkerService for Service {
     type WatchStatusStream = EventStream<WatchStatusResponse>;
 
     async fn generate(&self, request: Request<GenerateRequest>) -> Result<Response<Self::GenerateStream>, Status> {
-        let job =
-            request::valid_job(request.into_inner(), self.identity.limits, Instant::now()).map_err(status::invalid)?;
+        let request = request.into_inner();
+        if request.sampling.as_ref().is_some_and(|sampling| sampling.constraint.is_some()) {
+            return Err(status::unimplemented("constraints are not there yet"));
+        }
+        let job = request::valid_job(request, self.identity.limits, Instant::now()).map_err(status::invalid)?;
         let events = self.engine.submit(job).await.map_err(|error| status::engine(&error))?;
         let responses = events.map(|event| event.map(response).map_err(|error| status::engine(&error)));
         Ok(Response::new(Box::pin(responses)))

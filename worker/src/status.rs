@@ -18,6 +18,11 @@ pub fn invalid(violations: Vec<FieldViolation>) -> Status {
     Error::new(Reason::InvalidArgument, "the request is not valid").violations(violations).into()
 }
 
+/// The status of a request for what this server does not do.
+pub fn unimplemented(message: &str) -> Status {
+    Error::new(Reason::Unimplemented, message).into()
+}
+
 /// The status of a job that did not start or did not end well.
 pub fn engine(error: &EngineError) -> Status {
     let message = error.to_string();

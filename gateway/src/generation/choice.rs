@@ -181,6 +181,7 @@ impl Choice {
         }
         let (reason, matched_stop) = match finish.reason() {
             worker::FinishReason::StopToken => (v1::FinishReason::Stop, finish.stop_token_id.map(MatchedStop::TokenId)),
+            worker::FinishReason::Complete => (v1::FinishReason::Stop, None),
             worker::FinishReason::Length => (v1::FinishReason::Length, None),
             worker::FinishReason::Deadline => (v1::FinishReason::Deadline, None),
             // It was ended by a stop string, which keeps its word as the end.

@@ -118,6 +118,7 @@ pub(super) enum Parameter {
     IgnoreEos,
     Seed,
     N,
+    Constraint,
     Logprobs,
     PromptLogprobs,
 }
@@ -332,6 +333,7 @@ fn set_parameters(asked: &SamplingParams) -> impl Iterator<Item = (Parameter, &'
         ignore_eos,
         seed,
         n,
+        constraint,
     } = asked;
     let all = [
         (max_new_tokens.is_some(), Parameter::MaxNewTokens, "max_new_tokens"),
@@ -351,6 +353,7 @@ fn set_parameters(asked: &SamplingParams) -> impl Iterator<Item = (Parameter, &'
         (ignore_eos.is_some(), Parameter::IgnoreEos, "ignore_eos"),
         (seed.is_some(), Parameter::Seed, "seed"),
         (n.is_some(), Parameter::N, "n"),
+        (constraint.is_some(), Parameter::Constraint, "constraint"),
     ];
     all.into_iter().filter_map(|(is_set, parameter, name)| is_set.then_some((parameter, name)))
 }

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use lockstep_proto::{v1::SamplingParams, worker::v1::ResolvedSampling};
 
 use super::{
-    LengthRule, ValidSampling,
+    LengthRule, ValidSampling, constraint,
     range::{self, Range},
 };
 use crate::request::{ModelFacts, Rules, Violations};
@@ -28,8 +28,10 @@ impl ValidSampling {
         check_stops(&wire, rules.facts, violations);
         check_logit_bias(&wire, rules.facts, violations);
         rules.policy.check_sampling(&wire, violations);
+        let constraint = constraint::read(wire.constraint.as_ref(), violations);
         Self {
-            shape: shape(&wire, rules),
+            shape: ResolvedSampling { constraint, ..shape(&wire, rules) },
+            constraint_path: wire.constraint.as_ref().map(constraint::path),
             seed: wire.seed,
             length: length(&wire, rules),
             n: wire.n.unwrap_or(1),
@@ -129,7 +131,8 @@ fn shape(wire: &SamplingParams, rules: Rules<'_>) -> ResolvedSampling {
         frequency_penalty: first([wire.frequency_penalty, policy.frequency_penalty], 0.0),
         logit_bias: wire.logit_bias.clone(),
         stop_token_ids: stop_token_ids(wire, rules.facts),
-        // `ValidSampling::resolve` settles these. Every field is named, so that a new one cannot be forgotten.
+        // Settled by `read` and by `ValidSampling::resolve`. Every field is named, so that a new one cannot be forgotten.
+        constraint: None,
         max_new_tokens: 0,
         seed: 0,
     };

@@ -2,7 +2,8 @@
 
 use lockstep_proto::{
     tokenizer::v1::{GenerationDefaults, GetTokenizerResponse},
-    v1::{OutputOptions, RawPrompt, SamplingParams, raw_prompt::Prompt},
+    v1::{Constraint, OutputOptions, RawPrompt, SamplingParams, constraint::Kind, raw_prompt::Prompt},
+    worker::v1 as worker,
 };
 
 use super::*;
@@ -77,6 +78,7 @@ fn with_nothing_set_anywhere_the_contract_s_defaults_hold() {
         logit_bias: [].into(),
         stop_token_ids: vec![3, 7],
         seed: resolved.seed,
+        constraint: None,
     };
     assert_eq!(resolved, expected);
 }
@@ -223,6 +225,19 @@ fn output_options_have_caps_too() {
     let expected = "output.logprobs: 3 is over the policy's cap of 2; \
                     output.prompt_logprobs: the policy forbids this parameter";
     assert_eq!((error.kind(), error.to_string().as_str()), (ViolationKind::OverPolicy, expected));
+}
+
+#[test]
+fn a_constraint_goes_to_the_worker_unless_the_policy_forbids_it() {
+    let constraint = |kind| SamplingParams { constraint: Some(Constraint { kind: Some(kind) }), ..asked() };
+    let gbnf = constraint(Kind::Gbnf("root ::= \"a\"".into()));
+    let lark = worker::constraint::Kind::Lark("start: T0-ROOT\nT0-ROOT: \"a\"\n".into());
+    let resolved = resolve("", silent(), gbnf.clone()).constraint.unwrap();
+    assert_eq!(resolved.kind, Some(lark));
+    let read = read("", silent(), gbnf.clone(), OutputOptions::default()).unwrap();
+    assert_eq!(read.sampling().constraint_path(), Some("sampling.constraint.gbnf"));
+    let forbidden = "sampling.constraint: the policy forbids this parameter";
+    check_over_policy("[default]\nforbidden = [\"constraint\"]", gbnf, forbidden);
 }
 
 #[test]

@@ -4,7 +4,7 @@ use std::sync::atomic::Ordering;
 
 use lockstep_proto::{
     error::{Error, Reason},
-    v1::GenerateResponse,
+    v1::{Constraint, GenerateRequest, GenerateResponse, SamplingParams, constraint::Kind},
     worker::v1::{FinishReason as WorkerReason, Tokens, generate_response::Event},
 };
 use tonic::{Code, Status};
@@ -133,6 +133,31 @@ async fn a_worker_that_breaks_its_contract_is_our_bug() {
     session.send_alone(Event::Tokens(Tokens { token_ids: vec![97], ..Tokens::default() })).await;
     let error = call.await.unwrap().unwrap_err();
     assert_eq!(error.reason(), Reason::Internal, "tokens before the start: {error}");
+}
+
+#[tokio::test]
+async fn a_constraint_that_the_worker_refuses_is_named_as_the_request_names_it() {
+    let cluster = Cluster::start().await;
+    let constraint = Constraint { kind: Some(Kind::Gbnf("root ::= <nobody>".into())) };
+    let sampling = SamplingParams { constraint: Some(constraint), ..SamplingParams::default() };
+    let request = GenerateRequest { sampling: Some(sampling), ..generate("x") };
+    let refuse = |error: Error| *cluster.groups[0].worker.refusal.lock().unwrap() = Some(error.into());
+    let unknown = Error::new(Reason::InvalidArgument, "not valid");
+    refuse(unknown.clone().violation("sampling.constraint.lark", "unknown special token"));
+    let status = cluster.client().generate(request.clone()).await.unwrap_err();
+    let error = Error::from_status(&status);
+    assert_eq!(error.reason(), Reason::InvalidArgument, "{error}");
+    let [found] = error.field_violations() else { panic!("{error:?}") };
+    assert_eq!((found.path.as_str(), found.message.as_str()), ("sampling.constraint.gbnf", "unknown special token"));
+
+    refuse(unknown.violation("request_id", "has 0 bytes"));
+    let status = cluster.client().generate(request.clone()).await.unwrap_err();
+    assert_eq!(Error::from_status(&status).reason(), Reason::Internal, "that is the gateway's own fault");
+
+    refuse(Error::new(Reason::Unimplemented, "this model's files have no vocabulary"));
+    let error = Error::from_status(&cluster.client().generate(request).await.unwrap_err());
+    assert_eq!(error.reason(), Reason::Unimplemented, "{error}");
+    assert!(error.message().contains("no vocabulary"), "{error}");
 }
 
 #[tokio::test]

@@ -72,6 +72,14 @@ fn a_choice_is_its_ids_and_their_text() {
 }
 
 #[test]
+fn a_constraint_that_allows_nothing_more_stops_a_choice() {
+    let end = worker_finish(worker::FinishReason::Complete, None);
+    let (ids, text, finish) = drive(&rules(&[]), &[&[(1, "a"), (2, "b")]], &end);
+    assert_eq!((ids, text.as_str()), (vec![1, 2], "ab"));
+    assert_eq!((finish.reason(), finish.matched_stop), (v1::FinishReason::Stop, None));
+}
+
+#[test]
 fn a_stop_token_counts_but_is_not_shown() {
     let end = worker_finish(worker::FinishReason::StopToken, Some(STOP_TOKEN));
     let (ids, text, finish) = drive(&rules(&[]), &[&[(1, "a"), (STOP_TOKEN, "\n")]], &end);
