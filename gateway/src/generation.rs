@@ -53,6 +53,7 @@ use crate::{
     status::Failure,
     stop::StopStrings,
     tokenizer::{Caller, DecodeStream, Facts},
+    tools::reader,
 };
 
 /// Ids of the prompt that the tokenizer sees before the first one that it decodes: a character is at most four of
@@ -74,6 +75,8 @@ pub struct Job {
     pub facts: Arc<Facts>,
     /// Where its prompt comes from.
     pub source: Source,
+    /// Which calls of tools are read from the answer.
+    pub tools: Option<reader::Rules>,
     /// How tokens are chosen.
     pub sampling: ValidSampling,
     /// What comes back beside the text.
@@ -87,6 +90,7 @@ struct Plan<'a> {
     trace: &'a Trace,
     deadline: Deadline,
     facts: &'a Arc<Facts>,
+    tools: &'a Option<reader::Rules>,
     sampling: &'a ValidSampling,
     output: &'a ValidOutput,
 }
@@ -95,9 +99,9 @@ struct Plan<'a> {
 pub fn start(backends: Arc<Backends>, job: Job) -> Events {
     let patience = Patience { event: backends.patience, until: job.deadline.client() };
     outbox::run(patience, |outbox| async move {
-        let Job { trace, deadline, mut meter, permit: _permit, facts, source, sampling, output } = job;
-        let plan =
-            Plan { backends: &backends, trace: &trace, deadline, facts: &facts, sampling: &sampling, output: &output };
+        let Job { trace, deadline, mut meter, permit: _permit, facts, source, tools, sampling, output } = job;
+        let (backends, trace, facts, sampling) = (&backends, &trace, &facts, &sampling);
+        let plan = Plan { backends, trace, deadline, facts, tools: &tools, sampling, output: &output };
         let outcome = plan.run(source, &outbox, &meter).await;
         let outcome = outcome.map_err(|failure| failure.of_constraint(sampling.constraint_path()));
         if let Err(failure) = &outcome {
@@ -182,6 +186,7 @@ impl Plan<'_> {
             stop: StopStrings::new(self.sampling.stop()),
             skip_special_tokens: self.output.skip_special_tokens(),
             logprobs: self.output.logprobs().is_some(),
+            tools: self.tools.clone(),
         }
     }
 

@@ -11,6 +11,7 @@
 //! * [`sampling`]: the request's parameters over the model's defaults, under the operator's policy.
 //! * [`generation`]: one request's life from there to its last event; the rest of this list serves it.
 //! * [`template`]: a conversation becomes the text that the model was trained on.
+//! * [`tools`]: how models spell calls of tools, in prompts and in answers.
 //! * [`tokenizer`]: text becomes ids, and ids text, by the tokenizer service.
 //! * [`router`]: which group takes the request; [`groups`] is the router with clients.
 //! * [`stop`]: generated text is searched for stop strings, across token boundaries.
@@ -40,3 +41,4 @@ pub mod status;
 pub mod stop;
 pub mod template;
 pub mod tokenizer;
+pub mod tools;

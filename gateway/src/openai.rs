@@ -4,6 +4,7 @@
 
 mod chat;
 mod completions;
+mod constraint;
 mod error;
 mod logprobs;
 mod messages;

@@ -25,6 +25,7 @@ use crate::{
     sampling::{Policy, ValidSampling},
     status::Failure,
     tokenizer::{Caller, Facts, NoTemplate},
+    tools::reader,
 };
 
 /// What all fronts share.
@@ -85,6 +86,7 @@ struct Model {
 struct Work {
     facts: Arc<Facts>,
     source: Source,
+    tools: Option<reader::Rules>,
     sampling: ValidSampling,
     output: ValidOutput,
 }
@@ -196,6 +198,7 @@ impl Pipeline {
         let valid = ValidChat::new(request, self.rules(&model))?;
         Ok(Work {
             source: Source::Conversation(valid.conversation().clone()),
+            tools: valid.tools().cloned(),
             sampling: valid.sampling().clone(),
             output: valid.output().clone(),
             facts: model.facts,
@@ -207,6 +210,7 @@ impl Pipeline {
         let valid = ValidGenerate::new(request, self.rules(&model))?;
         Ok(Work {
             source: Source::Raw(valid.prompt().clone()),
+            tools: None,
             sampling: valid.sampling().clone(),
             output: valid.output().clone(),
             facts: model.facts,
@@ -219,9 +223,9 @@ impl Pipeline {
 
     fn begin(&self, call: Call, work: Work) -> Answering {
         let Call { trace, deadline, meter, permit } = call;
-        let Work { facts, source, sampling, output } = work;
+        let Work { facts, source, tools, sampling, output } = work;
         let n = sampling.n();
-        let job = Job { trace, deadline, meter, permit, facts, source, sampling, output };
+        let job = Job { trace, deadline, meter, permit, facts, source, tools, sampling, output };
         Answering { events: generation::start(Arc::clone(&self.backends), job), n }
     }
 

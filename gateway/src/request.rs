@@ -12,15 +12,22 @@ mod output;
 mod prompt;
 mod violations;
 
+use std::sync::Arc;
+
 use lockstep_proto::v1;
 
-pub use conversation::{Ending, ValidConversation, ValidDocument, ValidMessage, ValidTool, ValidToolCall};
+pub use conversation::{
+    Ending, ValidConversation, ValidDocument, ValidMessage, ValidTool, ValidToolCall, ValidToolChoice,
+};
 pub use facts::{FactsError, ModelFacts};
 pub use output::ValidOutput;
 pub use prompt::ValidPrompt;
 pub use violations::{RequestError, Violation, ViolationKind, Violations};
 
-use crate::sampling::{ModelPolicy, ValidSampling};
+use crate::{
+    sampling::{ModelPolicy, ValidSampling},
+    tools::{grammar, reader},
+};
 
 /// What a model and its operator allow: all that a constructor must know beside the wire message.
 #[derive(Clone, Copy, Debug)]
@@ -35,6 +42,7 @@ pub struct Rules<'a> {
 #[derive(Clone, Debug)]
 pub struct ValidChat {
     conversation: ValidConversation,
+    tools: Option<reader::Rules>,
     sampling: ValidSampling,
     output: ValidOutput,
 }
@@ -67,15 +75,21 @@ impl ValidChat {
     pub fn new(request: v1::ChatRequest, rules: Rules<'_>) -> Result<Self, RequestError> {
         let mut violations = Violations::default();
         let conversation = ValidConversation::read(request.conversation, rules.facts, &mut violations);
-        let sampling = ValidSampling::read(request.sampling, rules, &mut violations);
+        let mut sampling = ValidSampling::read(request.sampling, rules, &mut violations);
         let output = ValidOutput::read(request.output, rules, &mut violations);
+        let tools = read_calls(&conversation, rules.facts, &mut sampling, &mut violations);
         violations.into_result()?;
-        Ok(Self { conversation, sampling, output })
+        Ok(Self { conversation, tools, sampling, output })
     }
 
     /// What the template sees.
     pub fn conversation(&self) -> &ValidConversation {
         &self.conversation
+    }
+
+    /// Which calls of tools are read from the answer, if any may be made.
+    pub fn tools(&self) -> Option<&reader::Rules> {
+        self.tools.as_ref()
     }
 
     /// How tokens are chosen.
@@ -87,6 +101,30 @@ impl ValidChat {
     pub fn output(&self) -> &ValidOutput {
         &self.output
     }
+}
+
+/// How calls are read from the answer, if there are tools. Where one must be made, the answer is constrained to that.
+fn read_calls(
+    conversation: &ValidConversation,
+    facts: &ModelFacts,
+    sampling: &mut ValidSampling,
+    violations: &mut Violations,
+) -> Option<reader::Rules> {
+    let choice = conversation.tool_choice();
+    if choice.tools.is_empty() {
+        return None;
+    }
+    if sampling.constraint_path().is_some() {
+        violations
+            .invalid("conversation.tools", "the answer's constraint (sampling.constraint) allows no calls of tools");
+    }
+    let convention = facts.convention().clone();
+    if choice.required {
+        let grammar = grammar::calls(&convention, &choice.tools, choice.parallel.unwrap_or(false));
+        sampling.constrain(grammar, "conversation.tools");
+    }
+    let names = choice.tools.iter().map(|tool| tool.name.clone()).collect();
+    Some(reader::Rules { convention, names: Arc::new(names), single: choice.parallel == Some(false) })
 }
 
 // === impl ValidGenerate ===

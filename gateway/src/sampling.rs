@@ -20,8 +20,9 @@ mod policy;
 pub(crate) mod range;
 mod read;
 
-use lockstep_proto::worker::v1::ResolvedSampling;
+use lockstep_proto::worker::v1::{Constraint, ResolvedSampling, constraint as constraint_kind};
 
+pub(crate) use constraint::lark_string;
 pub use policy::{ModelPolicy, Policy, PolicyError};
 
 use crate::request::RequestError;
@@ -95,6 +96,12 @@ impl ValidSampling {
     /// Texts that end a choice, each of 1 to 1,024 bytes.
     pub fn stop(&self) -> &[String] {
         &self.stop
+    }
+
+    /// Constrains the text by a Lark grammar that was made from another field of the request.
+    pub(crate) fn constrain(&mut self, lark: String, path: &'static str) {
+        self.shape.constraint = Some(Constraint { kind: Some(constraint_kind::Kind::Lark(lark)) });
+        self.constraint_path = Some(path);
     }
 
     /// The field that constrains the text, if one does.

@@ -16,7 +16,10 @@ use lockstep_proto::{
     worker::v1::{self as worker, TokenLogprobs, Tokens},
 };
 
-use crate::stop::{StopMatcher, StopStrings};
+use crate::{
+    stop::{StopMatcher, StopStrings},
+    tools::reader::{self, Read, Reader},
+};
 
 /// What a peer sent that its contract does not allow.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -64,6 +67,8 @@ pub struct TextRules {
     pub skip_special_tokens: bool,
     /// Whether each id comes with its log-probabilities.
     pub logprobs: bool,
+    /// Which calls of tools are read from the text.
+    pub tools: Option<reader::Rules>,
 }
 
 /// One of the texts of a request.
@@ -71,6 +76,7 @@ pub struct TextRules {
 pub struct Choice {
     index: u32,
     matcher: StopMatcher,
+    reader: Option<Reader>,
     /// Ids that the worker has sent.
     received: u32,
     /// Ids that count.
@@ -106,6 +112,8 @@ pub struct Piece {
     pub text: String,
     /// One for each id, if asked for.
     pub logprobs: Vec<TokenLogprobs>,
+    /// Calls of tools, which are not in the text.
+    pub tool_calls: Vec<v1::ToolCallDelta>,
 }
 
 // === impl Choice ===
@@ -113,7 +121,8 @@ pub struct Piece {
 impl Choice {
     /// The choice of this index, with nothing in it.
     pub fn new(index: u32, rules: &TextRules) -> Self {
-        Self { index, matcher: rules.stop.matcher(), received: 0, generated: 0, worker_end: None, end: None }
+        let reader = rules.tools.clone().map(Reader::new);
+        Self { index, matcher: rules.stop.matcher(), reader, received: 0, generated: 0, worker_end: None, end: None }
     }
 
     /// Whether nothing more will be added to it.
@@ -133,7 +142,10 @@ impl Choice {
 
     /// How it ended, if it has.
     pub fn finish(&self) -> Option<v1::ChoiceFinish> {
-        let End { reason, matched_stop } = self.end.clone()?;
+        let End { mut reason, matched_stop } = self.end.clone()?;
+        if reason == v1::FinishReason::Stop && self.reader.as_ref().is_some_and(Reader::has_called) {
+            reason = v1::FinishReason::ToolCalls;
+        }
         Some(v1::ChoiceFinish { choice: self.index, reason: reason.into(), matched_stop })
     }
 
@@ -226,7 +238,11 @@ impl Choice {
         let mut from = 0;
         for (n_ids, &end) in (1..).zip(&answer.ends) {
             let to = usize::try_from(end).map_err(|_| breach)?;
-            self.scan(answer.text.get(from..to).ok_or(breach)?, &mut piece);
+            let text = answer.text.get(from..to).ok_or(breach)?;
+            match pending.ids.get(n_ids - 1) {
+                Some(&id) if self.reader.as_ref().is_some_and(|reader| reader.is_mark(id)) => self.mark(&mut piece),
+                _ => self.scan(text, &mut piece),
+            }
             if self.ended() {
                 pending.ids.truncate(n_ids);
                 pending.logprobs.truncate(n_ids);
@@ -239,27 +255,73 @@ impl Choice {
         }
         self.generated = self.generated.saturating_add(u32::try_from(pending.ids.len()).unwrap_or(u32::MAX));
         if pending.last {
-            piece.text.push_str(&self.close());
+            piece.append(self.close());
         }
         (piece.ids, piece.logprobs) = (pending.ids, pending.logprobs);
         Ok(piece)
     }
 
-    /// Ends the choice as the worker said, or by the deadline if it said nothing; answers the text that was held back.
-    pub fn close(&mut self) -> String {
-        if self.ended() {
-            return String::new();
+    /// Ends the choice as the worker said, or by the deadline if it said nothing; answers what was held back.
+    pub fn close(&mut self) -> Piece {
+        let mut piece = Piece::default();
+        if !self.ended() {
+            let end = self.worker_end.clone();
+            let held = self.matcher.flush();
+            self.give(&held, &mut piece);
+            self.end_with(end.unwrap_or(End { reason: v1::FinishReason::Deadline, matched_stop: None }), &mut piece);
         }
-        self.end = self.worker_end.clone().or(Some(End { reason: v1::FinishReason::Deadline, matched_stop: None }));
-        self.matcher.flush()
+        piece
     }
 
     fn scan(&mut self, text: &str, piece: &mut Piece) {
         let released = self.matcher.push(text);
-        piece.text.push_str(&released.text);
+        self.give(&released.text, piece);
         if let Some(stop) = released.stop {
-            self.end = Some(End { reason: v1::FinishReason::Stop, matched_stop: Some(MatchedStop::Stop(stop.text)) });
+            let matched_stop = Some(MatchedStop::Stop(stop.text));
+            self.end_with(End { reason: v1::FinishReason::Stop, matched_stop }, piece);
         }
+    }
+
+    /// The control token that begins calls: no stop string goes across it.
+    fn mark(&mut self, piece: &mut Piece) {
+        let held = self.matcher.flush();
+        self.give(&held, piece);
+        if let Some(reader) = &mut self.reader {
+            piece.read(reader.mark());
+        }
+    }
+
+    /// Adds text in which there is no stop string.
+    fn give(&mut self, text: &str, piece: &mut Piece) {
+        let Some(reader) = &mut self.reader else { return piece.text.push_str(text) };
+        piece.read(reader.push(text));
+        if reader.ended() {
+            self.end_with(End { reason: v1::FinishReason::Stop, matched_stop: None }, piece);
+        }
+    }
+
+    /// The first end counts.
+    fn end_with(&mut self, end: End, piece: &mut Piece) {
+        if self.end.is_none() {
+            self.end = Some(end);
+            if let Some(reader) = &mut self.reader {
+                piece.read(reader.end());
+            }
+        }
+    }
+}
+
+// === impl Piece ===
+
+impl Piece {
+    fn read(&mut self, read: Read) {
+        self.text.push_str(&read.text);
+        self.tool_calls.extend(read.calls);
+    }
+
+    fn append(&mut self, next: Self) {
+        self.text.push_str(&next.text);
+        self.tool_calls.extend(next.tool_calls);
     }
 }
 

@@ -62,7 +62,7 @@ impl<'a> Emitter<'a> {
 
     /// Emits a piece of a choice; its `seq` is set here. An empty piece is no event.
     pub(super) async fn chunk(&mut self, chunk: v1::Chunk) -> Result<(), Failure> {
-        if chunk.token_ids.is_empty() && chunk.text.is_empty() {
+        if chunk.token_ids.is_empty() && chunk.text.is_empty() && chunk.tool_calls.is_empty() {
             return Ok(());
         }
         self.begin().await?;

@@ -223,9 +223,9 @@ impl<'a> Pump<'a> {
     }
 
     async fn emit(&mut self, choice: u32, piece: Piece) -> Result<(), Failure> {
-        let Piece { ids, text, logprobs } = piece;
+        let Piece { ids, text, logprobs, tool_calls } = piece;
         let logprobs = if logprobs.is_empty() { Vec::new() } else { self.with_texts(&logprobs).await? };
-        self.emitter.chunk(v1::Chunk { choice, token_ids: ids, text, logprobs, ..v1::Chunk::default() }).await
+        self.emitter.chunk(v1::Chunk { seq: 0, choice, token_ids: ids, text, logprobs, tool_calls }).await
     }
 
     async fn with_texts(&self, logprobs: &[TokenLogprobs]) -> Result<Vec<v1::TokenLogprob>, Failure> {
@@ -249,8 +249,8 @@ impl<'a> Pump<'a> {
             }
         }
         for (index, choice) in (0..).zip(0..self.choices.len()) {
-            let text = self.choices.get_mut(choice).map(Choice::close).unwrap_or_default();
-            self.emit(index, Piece { text, ..Piece::default() }).await?;
+            let piece = self.choices.get_mut(choice).map(Choice::close).unwrap_or_default();
+            self.emit(index, piece).await?;
         }
         Ok(())
     }

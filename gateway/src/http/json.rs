@@ -100,7 +100,6 @@ mod tests {
         check(r#"{"stop": "a", "what": 1}"#, "what: unknown field `what`");
         check(r#"{"stop": "a"} x"#, "body: trailing characters");
         check("", "body: EOF while parsing");
-        check(&format!("{}1{}", "[".repeat(500), "]".repeat(500)), "body: invalid type");
         check(&format!(r#"{{"stop": {}1{}}}"#, "[".repeat(500), "]".repeat(500)), "stop");
         assert!(parse::<Request>(b"{\"stop\": \"\xff\"}").is_err());
     }

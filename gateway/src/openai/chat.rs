@@ -9,7 +9,7 @@ use serde_json::{Map, Value};
 use super::{
     Answer, Front,
     logprobs::ChatLogprobs,
-    messages::{Message, Template, Tool, ToolChoice, conversation},
+    messages::{Message, Template, Tool, ToolChoice, Tools, conversation},
     parameters::{StreamOptions, include_usage, request},
     stream,
     usage::{Usage, fingerprint, finish_reason, now},
@@ -33,6 +33,7 @@ request! {
         top_logprobs: Option<u32>,
         tools: Option<Vec<Tool>>,
         tool_choice: Option<ToolChoice>,
+        parallel_tool_calls: Option<bool>,
         skip_special_tokens: Option<bool>,
         add_generation_prompt: Option<bool>,
         continue_final_message: Option<bool>,
@@ -224,9 +225,10 @@ impl ChatRequest {
             continue_final_message: self.continue_final_message,
             variables: self.chat_template_kwargs,
         };
+        let tools = Tools { tools: self.tools, choice: self.tool_choice, parallel: self.parallel_tool_calls };
         Ok(v1::ChatRequest {
             model: self.model.unwrap_or_default(),
-            conversation: Some(conversation(self.messages, self.tools, self.tool_choice, template)?),
+            conversation: Some(conversation(self.messages, tools, template)?),
             sampling: Some(sampling),
             output: Some(output),
         })

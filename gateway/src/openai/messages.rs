@@ -173,15 +173,16 @@ impl From<Tool> for v1::Tool {
 
 // === impl ToolChoice ===
 
-impl From<ToolChoice> for v1::ToolChoice {
-    fn from(choice: ToolChoice) -> Self {
+impl ToolChoice {
+    fn into_wire(self, parallel: Option<bool>) -> v1::ToolChoice {
+        let choice = self;
         let (mode, name) = match choice {
             ToolChoice::Mode(ToolMode::None) => (v1::ToolChoiceMode::None, String::new()),
             ToolChoice::Mode(ToolMode::Auto) => (v1::ToolChoiceMode::Auto, String::new()),
             ToolChoice::Mode(ToolMode::Required) => (v1::ToolChoiceMode::Required, String::new()),
             ToolChoice::Named(named) => (v1::ToolChoiceMode::Named, named.function.name),
         };
-        Self { mode: mode.into(), name }
+        v1::ToolChoice { mode: mode.into(), name, parallel }
     }
 }
 
@@ -193,21 +194,30 @@ pub(super) struct Template {
     pub(super) variables: Option<Map<String, Value>>,
 }
 
+/// Tools, and how they may be called.
+#[derive(Debug, Default)]
+pub(super) struct Tools {
+    pub(super) tools: Option<Vec<Tool>>,
+    pub(super) choice: Option<ToolChoice>,
+    pub(super) parallel: Option<bool>,
+}
+
 /// A conversation of all that a request says about it.
 pub(super) fn conversation(
     messages: Vec<Message>,
-    tools: Option<Vec<Tool>>,
-    tool_choice: Option<ToolChoice>,
+    tools: Tools,
     template: Template,
 ) -> Result<v1::Conversation, RequestError> {
-    if tool_choice.is_some() && tools.as_ref().is_none_or(Vec::is_empty) {
+    let Tools { tools, choice, parallel } = tools;
+    if matches!(choice, Some(ToolChoice::Mode(ToolMode::Required) | ToolChoice::Named(_))) && tools.is_none() {
         return Err(RequestError::invalid("tool_choice", "there are no tools to choose from"));
     }
+    let choice = choice.unwrap_or(ToolChoice::Mode(ToolMode::Auto));
     let variables = template.variables.map(|variables| Value::Object(variables).to_string());
     Ok(v1::Conversation {
         messages: messages.into_iter().map(v1::Message::from).collect(),
         tools: tools.unwrap_or_default().into_iter().map(v1::Tool::from).collect(),
-        tool_choice: tool_choice.map(v1::ToolChoice::from),
+        tool_choice: Some(choice.into_wire(parallel)),
         documents: Vec::new(),
         add_generation_prompt: template.add_generation_prompt,
         continue_final_message: template.continue_final_message,

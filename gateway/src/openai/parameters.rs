@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 
-use lockstep_proto::v1::SamplingParams;
+use lockstep_proto::v1::{Constraint, SamplingParams};
 use serde::Deserialize;
 
 use crate::{
@@ -47,6 +47,8 @@ macro_rules! request {
             min_tokens: Option<u32>,
             seed: Option<i64>,
             n: Option<u32>,
+            response_format: Option<super::constraint::ResponseFormat>,
+            structured_outputs: Option<super::constraint::StructuredOutputs>,
         }
 
         impl $name {
@@ -71,6 +73,7 @@ macro_rules! request {
                     min_tokens: self.min_tokens,
                     seed: self.seed,
                     n: self.n,
+                    constraint: super::constraint::read(self.response_format.take(), self.structured_outputs.take())?,
                 }
                 .params(max_new_tokens)
             }
@@ -97,6 +100,7 @@ pub(super) struct Sampling {
     pub(super) min_tokens: Option<u32>,
     pub(super) seed: Option<i64>,
     pub(super) n: Option<u32>,
+    pub(super) constraint: Option<Constraint>,
 }
 
 // === impl Sampling ===
@@ -149,6 +153,7 @@ impl Sampling {
             // The protocol's seeds have a sign; any 64 bits are a seed.
             seed: self.seed.map(i64::cast_unsigned),
             n: self.n,
+            constraint: self.constraint,
         })
     }
 }

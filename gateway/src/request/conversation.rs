@@ -1,12 +1,12 @@
 //! A conversation is all that a chat template sees: turns, tools, documents and further variables.
 
-use std::fmt;
+use std::{collections::BTreeSet, fmt};
 
 use lockstep_proto::v1::{Conversation, Document, Message, Role, Tool, ToolCall, ToolChoice, ToolChoiceMode};
 use serde_json::{Map, Value};
 
 use super::{ModelFacts, Violations, prompt::MAX_TEXT_BYTES};
-use crate::template::is_reserved_name;
+use crate::{template::is_reserved_name, tools};
 
 /// Most turns, as the contract states it.
 const MAX_MESSAGES: usize = 4_096;
@@ -20,11 +20,23 @@ const MAX_VARIABLES_BYTES: usize = 64 * 1024;
 /// Turns, tools, documents and variables that a template can render without further checks.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ValidConversation {
-    messages: Vec<ValidMessage>,
-    tools: Vec<ValidTool>,
+    pub(crate) messages: Vec<ValidMessage>,
+    pub(crate) tools: Vec<ValidTool>,
     documents: Vec<ValidDocument>,
+    tool_choice: ValidToolChoice,
     ending: Ending,
     variables: Map<String, Value>,
+}
+
+/// Whether the model may or must call tools.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct ValidToolChoice {
+    /// Tools that may be called.
+    pub(crate) tools: Vec<ValidTool>,
+    /// Whether one of them must be.
+    pub(crate) required: bool,
+    /// Whether one answer may call several; `None`: as the model does by itself.
+    pub(crate) parallel: Option<bool>,
 }
 
 /// How the rendered text ends.
@@ -107,14 +119,19 @@ impl ValidConversation {
         check_count("conversation.tools", wire.tools.len(), violations);
         check_count("conversation.documents", wire.documents.len(), violations);
         let ending = ending(&wire, violations);
-        let tools = read_tools(wire.tools, wire.tool_choice, violations);
-        Self {
+        let (tools, tool_choice) = read_tools(wire.tools, wire.tool_choice, violations);
+        let mut conversation = Self {
             messages: wire.messages.into_iter().enumerate().map(|at| read_message(at, violations)).collect(),
             tools,
+            tool_choice,
             documents: wire.documents.into_iter().map(ValidDocument::from).collect(),
             ending,
             variables: read_variables(&wire.template_variables_json, violations),
+        };
+        if !facts.convention().shown_by_template {
+            tools::prompt::spell_out(&mut conversation);
         }
+        conversation
     }
 
     /// The turns, oldest first; at least one.
@@ -125,6 +142,11 @@ impl ValidConversation {
     /// The tools that the template is shown.
     pub fn tools(&self) -> &[ValidTool] {
         &self.tools
+    }
+
+    /// Which tools may or must be called.
+    pub fn tool_choice(&self) -> &ValidToolChoice {
+        &self.tool_choice
     }
 
     /// The documents that the template is shown.
@@ -140,6 +162,15 @@ impl ValidConversation {
     /// Further template variables, none of them under a reserved name.
     pub fn variables(&self) -> &Map<String, Value> {
         &self.variables
+    }
+}
+
+// === impl ValidMessage ===
+
+impl ValidMessage {
+    /// A turn of nothing but text.
+    pub(crate) fn plain(role: &'static str, content: String) -> Self {
+        Self { role, content, tool_calls: Vec::new(), tool_call_id: String::new(), name: String::new() }
     }
 }
 
@@ -220,25 +251,46 @@ fn read_tool_call(message: &str, (index, wire): (usize, ToolCall), violations: &
     ValidToolCall { id: wire.id, name: wire.name, arguments: arguments.unwrap_or_default() }
 }
 
-fn read_tools(wire: Vec<Tool>, choice: Option<ToolChoice>, violations: &mut Violations) -> Vec<ValidTool> {
+fn read_tools(
+    wire: Vec<Tool>,
+    choice: Option<ToolChoice>,
+    violations: &mut Violations,
+) -> (Vec<ValidTool>, ValidToolChoice) {
     let choice = choice.unwrap_or_default();
     let path = "conversation.tool_choice";
+    let tools: Vec<_> = wire.into_iter().enumerate().map(|at| read_tool(at, violations)).collect();
+    let mut names = BTreeSet::new();
+    for (index, tool) in tools.iter().enumerate() {
+        if !names.insert(tool.name.clone()) {
+            violations.invalid(format_args!("conversation.tools[{index}].name"), "another tool has this name");
+        }
+    }
     let Ok(mode) = ToolChoiceMode::try_from(choice.mode) else {
         violations.invalid(format_args!("{path}.mode"), format!("{} is no mode", choice.mode));
-        return Vec::new();
+        return Default::default();
     };
-    match mode {
-        ToolChoiceMode::Required | ToolChoiceMode::Named => {
-            let message = format!("{} needs constrained output, which is not there yet", mode.as_str_name());
-            violations.unimplemented(format_args!("{path}.mode"), message);
-        }
-        _ if !choice.name.is_empty() => {
-            violations.invalid(format_args!("{path}.name"), "a name goes with TOOL_CHOICE_MODE_NAMED alone");
-        }
-        _ => {}
+    if mode != ToolChoiceMode::Named && !choice.name.is_empty() {
+        violations.invalid(format_args!("{path}.name"), "a name goes with TOOL_CHOICE_MODE_NAMED alone");
     }
-    let tools: Vec<_> = wire.into_iter().enumerate().map(|at| read_tool(at, violations)).collect();
-    if mode == ToolChoiceMode::None { Vec::new() } else { tools }
+    let mut callable = tools.clone();
+    let required = match mode {
+        ToolChoiceMode::None => return Default::default(),
+        ToolChoiceMode::Auto | ToolChoiceMode::Unspecified => false,
+        ToolChoiceMode::Required => {
+            if names.is_empty() {
+                violations.invalid(format_args!("{path}.mode"), "there are no tools to call");
+            }
+            true
+        }
+        ToolChoiceMode::Named => {
+            if !names.contains(&choice.name) {
+                violations.invalid(format_args!("{path}.name"), "no tool has this name");
+            }
+            callable.retain(|tool| tool.name == choice.name);
+            true
+        }
+    };
+    (tools, ValidToolChoice { tools: callable, required, parallel: choice.parallel })
 }
 
 fn read_tool((index, wire): (usize, Tool), violations: &mut Violations) -> ValidTool {

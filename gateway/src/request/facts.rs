@@ -2,7 +2,7 @@
 
 use lockstep_proto::tokenizer::v1::{GenerationDefaults, GetTokenizerResponse};
 
-use crate::sampling::range;
+use crate::{sampling::range, tools::Convention};
 
 /// What is known of a served model. Made once a model, from what its tokenizer service says.
 #[derive(Clone, Debug, PartialEq)]
@@ -11,6 +11,7 @@ pub struct ModelFacts {
     context_length: u32,
     eos_token_ids: Vec<u32>,
     has_chat_template: bool,
+    convention: Convention,
     defaults: GenerationDefaults,
 }
 
@@ -64,6 +65,7 @@ impl ModelFacts {
             context_length,
             eos_token_ids: tokenizer.eos_token_ids.clone(),
             has_chat_template: !tokenizer.chat_template.is_empty(),
+            convention: Convention::of(tokenizer),
             defaults,
         })
     }
@@ -86,6 +88,11 @@ impl ModelFacts {
     /// Whether a conversation can be rendered.
     pub fn has_chat_template(&self) -> bool {
         self.has_chat_template
+    }
+
+    /// How the model calls tools.
+    pub fn convention(&self) -> &Convention {
+        &self.convention
     }
 
     /// The sampling defaults of the model's files, each within its range.

@@ -148,7 +148,7 @@ fn tool_fields_go_with_their_roles() {
 }
 
 #[test]
-fn tools_are_checked_and_choices_that_need_constrained_output_are_unimplemented() {
+fn tools_and_the_choice_among_them_are_checked() {
     check(
         |talk| talk.tools = vec![Tool { name: "x".repeat(257), ..Tool::default() }],
         "conversation.tools[0].name: 257 bytes are over 256",
@@ -162,10 +162,34 @@ fn tools_are_checked_and_choices_that_need_constrained_output_are_unimplemented(
         |talk| talk.tool_choice = Some(ToolChoice { name: "f".into(), ..ToolChoice::default() }),
         "conversation.tool_choice.name: a name goes with TOOL_CHOICE_MODE_NAMED alone",
     );
-    let (facts, mut violations, mut conversation) = (facts(), Violations::default(), hello());
-    conversation.tool_choice = Some(ToolChoice { mode: ToolChoiceMode::Required.into(), ..ToolChoice::default() });
-    ValidConversation::read(Some(conversation), &facts, &mut violations);
-    assert_eq!(violations.into_result().unwrap_err().kind(), ViolationKind::Unimplemented);
+    let choice = |mode: ToolChoiceMode, name: &str| ToolChoice { mode: mode.into(), name: name.into(), parallel: None };
+    check(
+        |talk| talk.tool_choice = Some(choice(ToolChoiceMode::Required, "")),
+        "conversation.tool_choice.mode: there are no tools to call",
+    );
+    check(
+        |talk| talk.tool_choice = Some(choice(ToolChoiceMode::Named, "f")),
+        "conversation.tool_choice.name: no tool has this name",
+    );
+    let tool = Tool { name: "f".into(), ..Tool::default() };
+    check(|talk| talk.tools = vec![tool.clone(); 2], "conversation.tools[1].name: another tool has this name");
+}
+
+#[test]
+fn a_call_that_must_be_made_is_a_constraint_and_the_only_one() {
+    let mut conversation = hello();
+    conversation.tools = vec![Tool { name: "f".into(), ..Tool::default() }];
+    let mode = ToolChoiceMode::Named.into();
+    conversation.tool_choice = Some(ToolChoice { mode, name: "f".into(), parallel: None });
+    let mut request = ChatRequest { conversation: Some(conversation), ..ChatRequest::default() };
+    let valid = chat(request.clone()).unwrap();
+    assert_eq!(valid.sampling().constraint_path(), Some("conversation.tools"));
+    assert!(!valid.tools().unwrap().single);
+    let kind = Some(lockstep_proto::v1::constraint::Kind::Regex("x".into()));
+    let constraint = Some(lockstep_proto::v1::Constraint { kind });
+    request.sampling = Some(SamplingParams { constraint, ..SamplingParams::default() });
+    let refused = chat(request).unwrap_err().to_string();
+    assert!(refused.starts_with("conversation.tools: the answer's constraint"), "{refused}");
 }
 
 #[test]

@@ -79,7 +79,7 @@ fn one_of(ChoiceList { choices }: &ChoiceList) -> Result<String, String> {
 }
 
 /// A text as a string of Lark, which is JSON's but for DEL, which must be escaped.
-pub(super) fn lark_string(text: &str) -> String {
+pub(crate) fn lark_string(text: &str) -> String {
     serde_json::Value::from(text).to_string().replace('\u{7f}', "\\u007f")
 }
 
@@ -128,7 +128,7 @@ mod tests {
         assert_eq!(refused(choices(["x"; 1025])), "sampling.constraint.choices: 1025 choices are not in [1, 1024]");
         assert_eq!(refused(choices(["x", ""])), "sampling.constraint.choices: choice 1 is empty");
         let grown = refused(choices([&"\n".repeat(40_000)]));
-        assert_eq!(grown, "sampling.constraint.choices: as a Lark grammar it has 80026 bytes, which are over 65536");
+        assert_eq!(grown, "sampling.constraint.choices: as a Lark grammar it has 80025 bytes, which are over 65536");
         let mut violations = Violations::default();
         read(Some(&Constraint { kind: None }), &mut violations);
         let unset = violations.into_result().unwrap_err().to_string();

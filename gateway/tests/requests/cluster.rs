@@ -52,6 +52,7 @@ pub(crate) struct Group {
 pub(crate) struct Cluster {
     pub(crate) groups: Vec<Group>,
     pub(crate) tokenizers: Vec<FakeTokenizer>,
+    pub(crate) http_address: SocketAddr,
     pub(crate) metrics_address: SocketAddr,
     pub(crate) shutdown: Shutdown,
     channel: Channel,
@@ -116,11 +117,12 @@ impl Cluster {
         let keys = settings.api_keys.clone();
         let app = App::bind(Plan { settings, keys, policy: Policy::parse(setup.policy).unwrap() }).unwrap();
         let (address, metrics_address) = (app.server().grpc_address(), app.server().metrics_address().unwrap());
+        let http_address = app.server().http_address().unwrap();
         let shutdown = Shutdown::new();
         let stop = shutdown.clone();
         servers.push(AbortOnDropHandle::new(tokio::spawn(async move { app.serve(&stop).await.unwrap() })));
         let channel = connect_lazy(&address.to_string(), &ClientLimits::default()).unwrap();
-        Self { groups, tokenizers, metrics_address, shutdown, channel, _servers: servers }
+        Self { groups, tokenizers, http_address, metrics_address, shutdown, channel, _servers: servers }
     }
 
     pub(crate) fn client(&self) -> InferenceServiceClient<Channel> {

@@ -8,5 +8,7 @@ mod failures;
 mod fake_tokenizer;
 mod fake_worker;
 mod gate;
+mod http;
 mod life;
 mod models;
+mod tools;

@@ -13,6 +13,7 @@ fn rules(stop: &[&str]) -> TextRules {
         stop: StopStrings::new(&stop),
         skip_special_tokens: true,
         logprobs: false,
+        tools: None,
     }
 }
 
@@ -137,9 +138,9 @@ fn an_expired_choice_keeps_what_it_has() {
     assert_eq!(piece.text, "a");
     assert!(choice.expire().is_some());
     assert!(choice.expire().is_none(), "it is asked for its last text once");
-    assert_eq!(choice.close(), "b");
+    assert_eq!(choice.close().text, "b");
     assert_eq!(choice.finish().unwrap().reason(), v1::FinishReason::Deadline);
-    assert_eq!(choice.close(), "", "it is closed once");
+    assert_eq!(choice.close(), Piece::default(), "it is closed once");
 }
 
 #[test]
