@@ -10,7 +10,10 @@ mod logprobs;
 mod messages;
 mod models;
 mod parameters;
+mod prompts;
+mod responses;
 mod stream;
+mod tokens;
 mod usage;
 
 use std::sync::Arc;
@@ -42,6 +45,9 @@ pub fn routes(pipeline: Arc<Pipeline>, max_bytes: usize) -> Router {
     Router::new()
         .route("/v1/chat/completions", post(chat_completions))
         .route("/v1/completions", post(completions))
+        .route("/v1/responses", post(responses))
+        .route("/tokenize", post(tokenize))
+        .route("/detokenize", post(detokenize))
         .route("/v1/models", get(list_models))
         .route("/v1/models/{*name}", get(get_model))
         .fallback(no_such_path)
@@ -65,6 +71,18 @@ async fn chat_completions(State(front): State<Front>, request: Request) -> Respo
 
 async fn completions(State(front): State<Front>, request: Request) -> Response {
     say(completions::answer(&front, request).await)
+}
+
+async fn responses(State(front): State<Front>, request: Request) -> Response {
+    say(responses::answer(&front, request).await)
+}
+
+async fn tokenize(State(front): State<Front>, request: Request) -> Response {
+    say(tokens::tokenize(&front, request).await)
+}
+
+async fn detokenize(State(front): State<Front>, request: Request) -> Response {
+    say(tokens::detokenize(&front, request).await)
 }
 
 async fn list_models(State(front): State<Front>, request: Request) -> Response {

@@ -20,7 +20,7 @@ use crate::{
     },
     metrics::{Meter, Metrics},
     models::Models,
-    request::{ModelFacts, Rules, ValidChat, ValidConversation, ValidCount, ValidGenerate, ValidOutput},
+    request::{ModelFacts, Rules, ValidChat, ValidConversation, ValidCount, ValidGenerate, ValidOutput, ValidPrompt},
     router::ServedModel,
     sampling::{Policy, ValidSampling},
     status::Failure,
@@ -142,6 +142,26 @@ impl Pipeline {
         Ok(v1::CountTokensResponse { token_count: prompt.n_tokens() })
     }
 
+    /// Shows the tokens of a prompt, and how many the model's context holds.
+    ///
+    /// # Errors
+    /// When it is wrong, or cannot be rendered or encoded.
+    pub async fn tokenize(&self, mut call: Call, request: v1::CountTokensRequest) -> Result<(Vec<u32>, u32), Failure> {
+        let model = request.model.clone();
+        let prompt = self.prompt(request, &call).await;
+        let prompt = call.meter.settle(prompt)?;
+        Ok((prompt.ids, self.models.resolve(&model)?.1.context_length))
+    }
+
+    /// The text of tokens, control tokens included.
+    ///
+    /// # Errors
+    /// When an id is none of the model's, or no tokenizer answers.
+    pub async fn detokenize(&self, mut call: Call, model: &str, ids: Vec<u32>) -> Result<String, Failure> {
+        let text = self.text(model, ids, &call).await;
+        call.meter.settle(text)
+    }
+
     /// Shows the prompt that a conversation becomes.
     ///
     /// # Errors
@@ -239,6 +259,17 @@ impl Pipeline {
             ValidCount::Prompt(prompt) => Source::Raw(prompt),
         };
         source.prompt(&self.backends.tokenizers, &model.facts, call.caller()).await
+    }
+
+    async fn text(&self, model: &str, ids: Vec<u32>, call: &Call) -> Result<String, Failure> {
+        let model = self.facts(model, call).await?;
+        let prompt = v1::RawPrompt { prompt: Some(v1::raw_prompt::Prompt::TokenIds(v1::TokenIds { ids })) };
+        match ValidPrompt::new(Some(prompt), &model.rules)? {
+            ValidPrompt::Text(text) => Ok(text),
+            ValidPrompt::TokenIds(ids) => {
+                Ok(self.backends.tokenizers.decode(&model.facts, &ids, false, call.caller()).await?)
+            }
+        }
     }
 
     async fn rendered(&self, request: v1::RenderChatRequest, call: &Call) -> Result<Prompt, Failure> {

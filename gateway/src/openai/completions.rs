@@ -7,12 +7,13 @@ use axum::{
 use futures_util::{future::try_join_all, stream::select_all};
 use http::StatusCode;
 use lockstep_proto::v1;
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 
 use super::{
     Answer, Front,
     logprobs::CompletionLogprobs,
     parameters::{StreamOptions, include_usage, request},
+    prompts::{PromptItem, prompts},
     stream,
     usage::{Usage, fingerprint, finish_reason, now},
 };
@@ -48,15 +49,6 @@ request! {
         #[serde(rename = "suffix")]
         _suffix: Option<Unsupported>,
     }
-}
-
-/// One of several prompts, or one token of the only one.
-#[derive(Debug, Clone, PartialEq, Deserialize)]
-#[serde(untagged, expecting = "a string, a token id, or a list of token ids")]
-enum PromptItem {
-    Text(String),
-    Token(u32),
-    Tokens(Vec<u32>),
 }
 
 /// An answer, or a piece of one.
@@ -153,7 +145,7 @@ impl CompletionRequest {
         let max_tokens = self.max_tokens.unwrap_or(DEFAULT_MAX_TOKENS);
         let sampling = self.sampling(Some(max_tokens))?;
         let model = self.model.take().unwrap_or_default();
-        let prompts = prompts(&self.prompt)?;
+        let prompts = prompts("prompt", &self.prompt, MAX_PROMPTS)?;
         let request = |prompt| v1::GenerateRequest {
             model: model.clone(),
             prompt: Some(v1::RawPrompt { prompt: Some(prompt) }),
@@ -162,33 +154,6 @@ impl CompletionRequest {
         };
         Ok(prompts.into_iter().map(request).collect())
     }
-}
-
-/// A list is either of prompts, or of the ids of one.
-fn prompts(prompt: &OneOrMany<PromptItem>) -> Result<Vec<v1::raw_prompt::Prompt>, RequestError> {
-    use v1::raw_prompt::Prompt;
-    let ids = |ids: Vec<u32>| Prompt::TokenIds(v1::TokenIds { ids });
-    let items = match prompt {
-        OneOrMany::One(text) => return Ok(vec![Prompt::Text(text.clone())]),
-        OneOrMany::Many(items) => items,
-    };
-    let tokens: Vec<u32> =
-        items.iter().filter_map(|item| if let PromptItem::Token(id) = item { Some(*id) } else { None }).collect();
-    if !tokens.is_empty() {
-        if tokens.len() < items.len() {
-            return Err(RequestError::invalid("prompt", "it has token ids beside whole prompts"));
-        }
-        return Ok(vec![ids(tokens)]);
-    }
-    if items.is_empty() || items.len() > MAX_PROMPTS {
-        return Err(RequestError::invalid("prompt", format!("{} prompts are not in [1, {MAX_PROMPTS}]", items.len())));
-    }
-    let prompt = |item: &PromptItem| match item {
-        PromptItem::Text(text) => Prompt::Text(text.clone()),
-        PromptItem::Tokens(tokens) => ids(tokens.clone()),
-        PromptItem::Token(id) => ids(vec![*id]),
-    };
-    Ok(items.iter().map(prompt).collect())
 }
 
 fn whole(answers: Vec<collect::Answer>, view: View) -> Response {
@@ -319,41 +284,5 @@ impl Pieces {
         let (id, model) = (self.id.clone(), self.model.clone());
         let object = "text_completion";
         stream::data(&Completion { id, object, created: self.created, model, choices, usage, system_fingerprint })
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use v1::raw_prompt::Prompt;
-
-    use super::*;
-    use crate::http::parse;
-
-    fn read(text: &str) -> Result<Vec<Prompt>, String> {
-        let items = parse::<OneOrMany<PromptItem>>(text.as_bytes()).map_err(|error| error.to_string())?;
-        prompts(&items).map_err(|error| error.to_string())
-    }
-
-    #[test]
-    fn all_four_forms_of_a_prompt_are_read() {
-        let ids = |ids: &[u32]| Prompt::TokenIds(v1::TokenIds { ids: ids.to_vec() });
-        assert_eq!(read(r#""a""#), Ok(vec![Prompt::Text("a".into())]));
-        assert_eq!(read(r#"["a", "b"]"#), Ok(vec![Prompt::Text("a".into()), Prompt::Text("b".into())]));
-        assert_eq!(read("[1, 2]"), Ok(vec![ids(&[1, 2])]));
-        assert_eq!(read("[[1, 2], [3]]"), Ok(vec![ids(&[1, 2]), ids(&[3])]));
-    }
-
-    #[test]
-    fn other_prompts_are_refused_by_name() {
-        for (text, expected) in [
-            ("1", "body: invalid type: integer `1`, expected a string or a list"),
-            ("[]", "prompt: 0 prompts are not in [1, 128]"),
-            (r#"[1, "a"]"#, "prompt: it has token ids beside whole prompts"),
-            ("[-1]", "[0]: a string, a token id, or a list of token ids"),
-            ("[{}]", "[0]: a string, a token id, or a list of token ids"),
-        ] {
-            let error = read(text).unwrap_err();
-            assert!(error.starts_with(expected), "{text}: {error}");
-        }
     }
 }

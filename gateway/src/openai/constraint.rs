@@ -28,6 +28,15 @@ pub(super) struct NamedSchema {
     _strict: Option<bool>,
 }
 
+// === impl NamedSchema ===
+
+impl NamedSchema {
+    /// A schema without a name.
+    pub(super) fn of(schema: Option<Value>) -> Self {
+        Self { _name: None, _description: None, schema, _strict: None }
+    }
+}
+
 /// `structured_outputs`: one of these.
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields)]

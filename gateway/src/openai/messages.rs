@@ -213,14 +213,25 @@ pub(super) fn conversation(
         return Err(RequestError::invalid("tool_choice", "there are no tools to choose from"));
     }
     let choice = choice.unwrap_or(ToolChoice::Mode(ToolMode::Auto));
-    let variables = template.variables.map(|variables| Value::Object(variables).to_string());
     Ok(v1::Conversation {
-        messages: messages.into_iter().map(v1::Message::from).collect(),
         tools: tools.unwrap_or_default().into_iter().map(v1::Tool::from).collect(),
         tool_choice: Some(choice.into_wire(parallel)),
-        documents: Vec::new(),
-        add_generation_prompt: template.add_generation_prompt,
-        continue_final_message: template.continue_final_message,
-        template_variables_json: variables.unwrap_or_default(),
+        ..template.conversation(messages.into_iter().map(v1::Message::from).collect())
     })
+}
+
+// === impl Template ===
+
+impl Template {
+    /// A conversation without tools.
+    pub(super) fn conversation(self, messages: Vec<v1::Message>) -> v1::Conversation {
+        let variables = self.variables.map(|variables| Value::Object(variables).to_string());
+        v1::Conversation {
+            messages,
+            add_generation_prompt: self.add_generation_prompt,
+            continue_final_message: self.continue_final_message,
+            template_variables_json: variables.unwrap_or_default(),
+            ..v1::Conversation::default()
+        }
+    }
 }

@@ -2,7 +2,7 @@
 
 use lockstep_proto::v1::{RawPrompt, raw_prompt::Prompt};
 
-use super::{ModelFacts, Violations};
+use super::{ModelFacts, RequestError, Violations};
 
 /// Longest text of a request, raw or in a conversation. The tokenizer service takes no longer one.
 pub(super) const MAX_TEXT_BYTES: usize = 4 * 1024 * 1024;
@@ -19,6 +19,18 @@ pub enum ValidPrompt {
 // === impl ValidPrompt ===
 
 impl ValidPrompt {
+    /// Checks a prompt by itself.
+    ///
+    /// # Errors
+    ///
+    /// Every violation.
+    pub fn new(wire: Option<RawPrompt>, facts: &ModelFacts) -> Result<Self, RequestError> {
+        let mut violations = Violations::default();
+        let valid = Self::read(wire, facts, &mut violations);
+        violations.into_result()?;
+        Ok(valid)
+    }
+
     /// Reads a prompt, noting what is wrong with it under `prompt`.
     pub(super) fn read(wire: Option<RawPrompt>, facts: &ModelFacts, violations: &mut Violations) -> Self {
         match wire.and_then(|wire| wire.prompt) {

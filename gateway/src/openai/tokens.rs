@@ -1,0 +1,95 @@
+//! `/tokenize` and `/detokenize`, as vLLM has them.
+
+use axum::extract::Request;
+use http::StatusCode;
+use lockstep_proto::v1::{self, count_tokens_request::Input, raw_prompt::Prompt};
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+use super::{
+    Answer, Front,
+    messages::{Message, Template, Tool, Tools, conversation},
+};
+use crate::{http::json_response, request::RequestError};
+
+/// A raw prompt or a conversation.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct TokenizeRequest {
+    model: Option<String>,
+    prompt: Option<String>,
+    messages: Option<Vec<Message>>,
+    tools: Option<Vec<Tool>>,
+    add_generation_prompt: Option<bool>,
+    continue_final_message: Option<bool>,
+    chat_template_kwargs: Option<Map<String, Value>>,
+    /// What comes before a raw prompt. A template writes its own.
+    add_special_tokens: Option<bool>,
+}
+
+#[derive(Debug, Serialize)]
+struct TokenizeResponse {
+    count: usize,
+    max_model_len: u32,
+    tokens: Vec<u32>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct DetokenizeRequest {
+    model: Option<String>,
+    tokens: Vec<u32>,
+}
+
+#[derive(Debug, Serialize)]
+struct DetokenizeResponse {
+    prompt: String,
+}
+
+pub(super) async fn tokenize(front: &Front, request: Request) -> Answer {
+    let inbound = front.read(request).await?;
+    let request: TokenizeRequest = inbound.json()?;
+    let model = request.model.clone().unwrap_or_default();
+    let request = v1::CountTokensRequest { model, input: Some(request.into_input()?) };
+    let call = inbound.enter(&front.pipeline, "tokenize")?;
+    let (tokens, max_model_len) = front.pipeline.tokenize(call, request).await?;
+    Ok(json_response(StatusCode::OK, &TokenizeResponse { count: tokens.len(), max_model_len, tokens }))
+}
+
+pub(super) async fn detokenize(front: &Front, request: Request) -> Answer {
+    let inbound = front.read(request).await?;
+    let DetokenizeRequest { model, tokens } = inbound.json()?;
+    let call = inbound.enter(&front.pipeline, "detokenize")?;
+    let prompt = front.pipeline.detokenize(call, &model.unwrap_or_default(), tokens).await?;
+    Ok(json_response(StatusCode::OK, &DetokenizeResponse { prompt }))
+}
+
+// === impl TokenizeRequest ===
+
+impl TokenizeRequest {
+    fn into_input(self) -> Result<Input, RequestError> {
+        match (self.prompt, self.messages) {
+            (Some(_), Some(_)) => Err(RequestError::invalid("messages", "there is a `prompt` already")),
+            (None, None) => Err(RequestError::invalid("prompt", "neither `prompt` nor `messages` are set")),
+            (Some(text), None) => {
+                if self.add_special_tokens == Some(false) {
+                    let message = "false is not supported: a prompt is encoded as it would be to be continued";
+                    return Err(RequestError::invalid("add_special_tokens", message));
+                }
+                Ok(Input::Prompt(v1::RawPrompt { prompt: Some(Prompt::Text(text)) }))
+            }
+            (None, Some(messages)) => {
+                if self.add_special_tokens == Some(true) {
+                    return Err(RequestError::invalid("add_special_tokens", "the template writes its own"));
+                }
+                let template = Template {
+                    add_generation_prompt: self.add_generation_prompt,
+                    continue_final_message: self.continue_final_message,
+                    variables: self.chat_template_kwargs,
+                };
+                let tools = Tools { tools: self.tools, ..Tools::default() };
+                Ok(Input::Conversation(conversation(messages, tools, template)?))
+            }
+        }
+    }
+}
