@@ -7,7 +7,7 @@ use lockstep_worker::{
     device::Device,
     scheduler::{
         NewSequence, Sampled, Scheduler, SchedulerConfig,
-        plan::{LogitsRows, SeqId, SequenceStep},
+        plan::{RowResults, SeqId, SequenceStep},
         speculation::Speculation,
     },
 };
@@ -134,7 +134,7 @@ fn run(ranks: &mut Ranks, scheduler: &mut Scheduler, target: SeqId) -> Continuat
         let logits = ranks.group.run(&plan).expect("the step runs");
         let mut rows = logits.chunks_exact(ranks.vocab_size);
         let mut sampled = Vec::new();
-        for step in plan.sequences.iter().filter(|step| step.logits != LogitsRows::None) {
+        for step in plan.sequences.iter().filter(|step| step.results != RowResults::None) {
             let rows: Vec<&[f32]> = rows.by_ref().take(step.n_logits_rows()).collect();
             let tokens = verify(step, &rows);
             if step.id == target {

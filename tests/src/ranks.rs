@@ -10,7 +10,7 @@ use lockstep_worker::{
     local_group::LocalGroup,
     model::load::Source,
     model_runner::{self, RunnerSettings},
-    scheduler::plan::{BlockId, LogitsRows, SeqId, SequenceStep, StepPlan},
+    scheduler::plan::{BlockId, RowResults, SeqId, SequenceStep, StepPlan},
 };
 
 /// Positions in a block.
@@ -76,7 +76,7 @@ impl Ranks {
                 start_position: start as u32,
                 token_ids: ids.to_vec(),
                 new_blocks: blocks.map(BlockId).collect(),
-                logits: LogitsRows::All,
+                results: RowResults::AllLogits,
             };
             let plan = StepPlan { step_id, sequences: vec![sequence], ..StepPlan::default() };
             logits.extend(self.group.run(&plan)?);

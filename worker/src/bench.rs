@@ -29,7 +29,7 @@ use crate::{
     sampler::{Sampler, SamplingParams},
     scheduler::{
         NewSequence, Sampled, Scheduler, SchedulerConfig,
-        plan::{LogitsRows, SeqId, StepPlan},
+        plan::{RowResults, SeqId, StepPlan},
         speculation::Speculation,
     },
 };
@@ -252,7 +252,7 @@ impl EngineBench {
                 None => sampler.sample(&out.logits[row * vocab_size..][..vocab_size], &params, &[], &[], 0),
             };
             let tokens = (0..plan.n_logits_rows()).map(token).collect::<Vec<_>>();
-            let due = plan.sequences.iter().filter(|step| step.logits != LogitsRows::None);
+            let due = plan.sequences.iter().filter(|step| step.results != RowResults::None);
             let sampled: Vec<Sampled> = due
                 .zip(tokens)
                 .map(|(step, token)| Sampled { id: step.id, tokens: vec![token], stop: false })

@@ -27,7 +27,7 @@ use crate::{
     },
     scheduler::{
         ahead::PENDING,
-        plan::{BlockId, LogitsRows, SeqId, SequenceStep, StepPlan},
+        plan::{BlockId, RowResults, SeqId, SequenceStep, StepPlan},
     },
 };
 
@@ -228,12 +228,12 @@ impl<B: Backend> ModelRunner<B> {
                 batch.attention.push(AttentionRow { position: position as u32, table: batch.block_tables.len() });
             }
             batch.block_tables.push(table.clone());
-            let rows = match step.logits {
-                LogitsRows::None => batch.n_rows()..batch.n_rows(),
-                LogitsRows::Last => batch.n_rows() - 1..batch.n_rows(),
-                LogitsRows::All => first_row..batch.n_rows(),
+            let rows = match step.results {
+                RowResults::None => batch.n_rows()..batch.n_rows(),
+                RowResults::LastLogits => batch.n_rows() - 1..batch.n_rows(),
+                RowResults::AllLogits => first_row..batch.n_rows(),
             };
-            if plan.chooses && step.logits == LogitsRows::Last {
+            if plan.chooses && step.results == RowResults::LastLogits {
                 self.chosen_rows.insert(step.id, batch.logits_rows.len() as u32);
             }
             batch.logits_attention.extend(&batch.attention[rows.clone()]);
@@ -320,7 +320,7 @@ pub fn warm_up(runner: &mut dyn RunStep, collective: &mut dyn Collective) -> Res
         start_position: 0,
         token_ids: (0..runner.block_size()).map(|i| (i % runner.vocab_size()) as u32).collect(),
         new_blocks: vec![BlockId(0)],
-        logits: LogitsRows::Last,
+        results: RowResults::LastLogits,
     };
     let plan = StepPlan { sequences: vec![prefill], ..StepPlan::default() };
     runner.run(&plan, collective, &mut StepOutput::default())?;

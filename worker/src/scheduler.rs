@@ -121,7 +121,7 @@ pub struct NewSequence {
     /// Ends with what it has at this time; never starts after it.
     pub deadline: Option<Instant>,
     /// Whether the logits of every prompt position are needed. Such a sequence does not start from the prefix cache.
-    /// Each position is delivered once, by a chunk with [`LogitsRows::All`](plan::LogitsRows): chunks that compute
+    /// Each position is delivered once, by a chunk with [`RowResults::AllLogits`](plan::RowResults): chunks that compute
     /// delivered positions again, after a preemption, do not deliver them again.
     pub prompt_logprobs: bool,
     /// Does not start before this sequence has delivered the logits of its prompt, or is gone. It must be older.
@@ -480,7 +480,7 @@ impl Scheduler {
                 start_position: sequence.n_computed() as u32,
                 token_ids: sequence.rows(chunk),
                 new_blocks: sequence.take_new_blocks(),
-                logits: chunk.logits,
+                results: chunk.results,
             });
         }
         self.in_flight = Some(chunks);

@@ -23,7 +23,7 @@ use std::fmt::Write;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use lockstep_worker::scheduler::plan::{LogitsRows, SeqId, SequenceStep, StepPlan};
+use lockstep_worker::scheduler::plan::{RowResults, SeqId, SequenceStep, StepPlan};
 use lockstep_worker::scheduler::speculation::Speculation;
 use lockstep_worker::scheduler::{Ended, NewSequence, Sampled, Scheduler, SchedulerConfig};
 
@@ -209,10 +209,10 @@ impl Player {
         if !drafts.is_empty() {
             write!(shown, "; drafts {}", join(drafts)).unwrap();
         }
-        match step.logits {
-            LogitsRows::None => {}
-            LogitsRows::Last => shown += "; last logits",
-            LogitsRows::All => shown += "; all logits",
+        match step.results {
+            RowResults::None => {}
+            RowResults::LastLogits => shown += "; last logits",
+            RowResults::AllLogits => shown += "; all logits",
         }
         shown + "\n"
     }

@@ -35,7 +35,7 @@ use lockstep_worker::{
     scheduler::{
         Scheduler, SchedulerConfig,
         ahead::PENDING,
-        plan::{LogitsRows, SeqId, StepPlan},
+        plan::{RowResults, SeqId, StepPlan},
         speculation::Speculation,
     },
 };
@@ -182,10 +182,10 @@ impl RunStep for Parrot {
             let rows = step.start_position as usize..step.start_position as usize + step.token_ids.len();
             let known = |id: &u32| if *id == PENDING { self.chosen[&step.id] } else { *id };
             self.slots.extend(rows.clone().map(slot).zip(step.token_ids.iter().map(known)));
-            let wanted = match step.logits {
-                LogitsRows::None => rows.end..rows.end,
-                LogitsRows::Last => rows.end - 1..rows.end,
-                LogitsRows::All => rows,
+            let wanted = match step.results {
+                RowResults::None => rows.end..rows.end,
+                RowResults::LastLogits => rows.end - 1..rows.end,
+                RowResults::AllLogits => rows,
             };
             for row in wanted {
                 let heard: Vec<u32> = (0..=row).map(|position| self.slots[&slot(position)]).collect();
@@ -198,7 +198,7 @@ impl RunStep for Parrot {
             assert!(rules.iter().all(|rule| rule.temperature == 0.0), "the likeliest of all rows: {rules:?}");
             out.token_ids = logits.chunks_exact(VOCAB_SIZE).map(argmax).collect();
             assert_eq!(out.token_ids.len(), rules.len());
-            let steps = plan.sequences.iter().filter(|step| step.logits != LogitsRows::None);
+            let steps = plan.sequences.iter().filter(|step| step.results != RowResults::None);
             let mut end = 0;
             self.chosen = steps
                 .map(|step| {

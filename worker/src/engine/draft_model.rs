@@ -39,7 +39,7 @@ use crate::{
     model_runner::{RunStep, RunnerSettings, warm_up},
     sampler::{Sampler, SamplingParams},
     scheduler::{
-        plan::{LogitsRows, SeqId, StepPlan},
+        plan::{RowResults, SeqId, StepPlan},
         speculation::{Draftable, Drafts, MAX_ROWS},
     },
 };
@@ -176,7 +176,7 @@ impl DraftModel {
             return Ok(());
         }
         let n_rows = MAX_CATCH_UP_ROWS - room;
-        let plan = self.shadows.plan(&rows, LogitsRows::None);
+        let plan = self.shadows.plan(&rows, RowResults::None);
         let start = (self.clock)();
         self.run(&plan)?;
         self.pace.note_catch_up(n_rows, (self.clock)() - start);
@@ -190,7 +190,7 @@ impl DraftModel {
         let start = (self.clock)();
         let mut drafting: Vec<_> = drafting.iter_mut().filter(|drafting| !drafting.is_done).collect();
         let rows: Vec<_> = drafting.iter().map(|drafting| drafting.rows()).collect();
-        let plan = self.shadows.plan(&rows, LogitsRows::Last);
+        let plan = self.shadows.plan(&rows, RowResults::LastLogits);
         let logits = self.run(&plan)?;
         for (drafting, logits) in drafting.iter_mut().zip(logits.chunks_exact(sampler.vocab_size())) {
             drafting.draw(logits, sampler);

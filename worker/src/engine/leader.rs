@@ -25,7 +25,7 @@ use crate::{
     sampler::Sampler,
     scheduler::{
         Ended, Sampled, Scheduler,
-        plan::{LogitsRows, SeqId, StepPlan},
+        plan::{RowResults, SeqId, StepPlan},
     },
 };
 
@@ -276,7 +276,7 @@ impl Leader {
         for step in &plan.sequences {
             let first = end;
             end += step.n_logits_rows();
-            if step.logits == LogitsRows::All && !plan.chooses {
+            if step.results == RowResults::AllLogits && !plan.chooses {
                 let logits = &out.logits[first * vocab_size..end * vocab_size];
                 self.live.keep_prompt_logprobs(step, logits, &mut self.sampler);
             }

@@ -10,7 +10,7 @@ use crate::{
     sampler::{self, Sampler, TokenLogprobs},
     scheduler::{
         NewSequence, Refusal, Sampled, Scheduler,
-        plan::{LogitsRows, SeqId, SequenceStep, StepPlan},
+        plan::{RowResults, SeqId, SequenceStep, StepPlan},
         speculation::Draftable,
     },
 };
@@ -140,7 +140,7 @@ impl LiveJobs {
     /// its logits are to come to the host.
     pub(super) fn choice_rules(&self, plan: &StepPlan) -> Option<Vec<ChoiceRule>> {
         let mut rules = Vec::new();
-        for step in plan.sequences.iter().filter(|step| step.logits != LogitsRows::None) {
+        for step in plan.sequences.iter().filter(|step| step.results != RowResults::None) {
             let sequence = self.sequences.get(&step.id)?;
             let job = &self.jobs.get(&sequence.generation)?.job;
             let is_of_prompt = (step.start_position as usize) < job.prompt.len();
@@ -368,7 +368,7 @@ mod tests {
             let scheduled = self.scheduler.schedule(now);
             scheduled.expired.into_iter().for_each(|id| self.live.finish(id, Reason::Deadline));
             let Some(plan) = scheduled.plan else { return };
-            for step in plan.sequences.iter().filter(|step| step.logits == LogitsRows::All) {
+            for step in plan.sequences.iter().filter(|step| step.results == RowResults::AllLogits) {
                 let rows = vec![0.0; step.token_ids.len() * VOCAB_SIZE];
                 self.live.keep_prompt_logprobs(step, &rows, &mut self.sampler);
             }

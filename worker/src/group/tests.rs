@@ -15,7 +15,7 @@ use tokio::{net::TcpListener, runtime::Runtime};
 use tokio_stream::wrappers::TcpListenerStream;
 
 use super::*;
-use crate::scheduler::plan::{BlockId, LogitsRows, SeqId, SequenceStep, StepPlan};
+use crate::scheduler::plan::{BlockId, RowResults, SeqId, SequenceStep, StepPlan};
 
 /// So long that what takes it has hung.
 const LONG: Duration = Duration::from_secs(30);
@@ -128,7 +128,7 @@ fn plan(step_id: u64, n_rows: usize) -> StepPlan {
         start_position: 0,
         token_ids: (0..n_rows as u32).collect(),
         new_blocks: vec![BlockId(step_id as u32)],
-        logits: LogitsRows::Last,
+        results: RowResults::LastLogits,
     };
     StepPlan { step_id, released: vec![SeqId(step_id)], sequences: vec![sequence], chooses: false }
 }

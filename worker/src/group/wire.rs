@@ -7,7 +7,7 @@ use lockstep_proto::worker::v1 as pb;
 use thiserror::Error;
 
 use super::membership::{Contact, Join};
-use crate::scheduler::plan::{BlockId, LogitsRows, SeqId, SequenceStep, StepPlan};
+use crate::scheduler::plan::{BlockId, RowResults, SeqId, SequenceStep, StepPlan};
 
 /// Most sequences of a step, and most released before one. The scheduler's batches are far smaller.
 const SEQUENCES_MAX: usize = 65_536;
@@ -62,10 +62,10 @@ pub fn plan_to_proto(plan: &StepPlan) -> pb::StepPlan {
         start_position: sequence.start_position,
         token_ids: sequence.token_ids.clone(),
         new_blocks: sequence.new_blocks.iter().map(|block| block.0).collect(),
-        logits: match sequence.logits {
-            LogitsRows::None => pb::LogitsRows::None,
-            LogitsRows::Last => pb::LogitsRows::Last,
-            LogitsRows::All => pb::LogitsRows::All,
+        results: match sequence.results {
+            RowResults::None => pb::RowResults::None,
+            RowResults::LastLogits => pb::RowResults::LastLogits,
+            RowResults::AllLogits => pb::RowResults::AllLogits,
         }
         .into(),
     };
@@ -108,7 +108,7 @@ pub fn plan_from_proto(plan: pb::StepPlan) -> Result<StepPlan, WireError> {
 }
 
 fn sequence_from_proto(step: u64, sequence: pb::SequenceStep) -> Result<SequenceStep, WireError> {
-    let logits = sequence.logits();
+    let results = sequence.results();
     let wrong = |problem| Err(WireError::Sequence { step, sequence: sequence.sequence_id, problem });
     if sequence.token_ids.is_empty() {
         return wrong("has no rows");
@@ -117,19 +117,19 @@ fn sequence_from_proto(step: u64, sequence: pb::SequenceStep) -> Result<Sequence
     if sequence.start_position.checked_add(sequence.token_ids.len() as u32).is_none() {
         return wrong("has positions beyond 32 bits");
     }
-    let logits = match logits {
-        pb::LogitsRows::None => LogitsRows::None,
-        pb::LogitsRows::Last => LogitsRows::Last,
-        pb::LogitsRows::All => LogitsRows::All,
+    let results = match results {
+        pb::RowResults::None => RowResults::None,
+        pb::RowResults::LastLogits => RowResults::LastLogits,
+        pb::RowResults::AllLogits => RowResults::AllLogits,
         // So is a value that this version does not know.
-        pb::LogitsRows::Unspecified => return wrong("does not say which rows need logits"),
+        pb::RowResults::Unspecified => return wrong("does not say what its rows give"),
     };
     Ok(SequenceStep {
         id: SeqId(sequence.sequence_id),
         start_position: sequence.start_position,
         token_ids: sequence.token_ids,
         new_blocks: sequence.new_blocks.into_iter().map(BlockId).collect(),
-        logits,
+        results,
     })
 }
 
@@ -188,19 +188,19 @@ fn at_most(max: usize, found: usize, what: &'static str) -> Result<(), WireError
 mod tests {
     use super::*;
 
-    fn sequence(id: u64, logits: LogitsRows) -> SequenceStep {
+    fn sequence(id: u64, results: RowResults) -> SequenceStep {
         SequenceStep {
             id: SeqId(id),
             start_position: 16,
             token_ids: vec![1, 0, u32::MAX],
             new_blocks: vec![BlockId(3), BlockId(0)],
-            logits,
+            results,
         }
     }
 
     fn plan() -> StepPlan {
-        let sequences = [LogitsRows::None, LogitsRows::Last, LogitsRows::All];
-        let sequences = sequences.into_iter().zip(1..).map(|(logits, id)| sequence(id, logits)).collect();
+        let sequences = [RowResults::None, RowResults::LastLogits, RowResults::AllLogits];
+        let sequences = sequences.into_iter().zip(1..).map(|(results, id)| sequence(id, results)).collect();
         StepPlan { step_id: 5, released: vec![SeqId(9), SeqId(u64::MAX)], sequences, chooses: true }
     }
 
@@ -230,9 +230,9 @@ mod tests {
     fn a_plan_that_breaks_the_contract_is_refused() {
         check(|plan| plan.sequences[1].token_ids.clear(), "sequence 2 of step 5: has no rows");
         check(|plan| plan.sequences[2].sequence_id = 1, "sequence 1 of step 5: is there twice");
-        let unknown = "sequence 1 of step 5: does not say which rows need logits";
-        check(|plan| plan.sequences[0].logits = 0, unknown);
-        check(|plan| plan.sequences[0].logits = 77, unknown);
+        let unknown = "sequence 1 of step 5: does not say what its rows give";
+        check(|plan| plan.sequences[0].results = 0, unknown);
+        check(|plan| plan.sequences[0].results = 77, unknown);
         let position = "sequence 1 of step 5: has positions beyond 32 bits";
         check(|plan| plan.sequences[0].start_position = u32::MAX - 2, position);
         let sequences = "65537 released sequences in a step, at most 65536 are allowed";

@@ -16,7 +16,7 @@ use std::collections::BTreeMap;
 use super::{
     Scheduler,
     allowance::Allowance,
-    plan::{LogitsRows, SeqId, SequenceStep, StepPlan},
+    plan::{RowResults, SeqId, SequenceStep, StepPlan},
     sequence::Chunk,
     speculation::Draftable,
 };
@@ -45,10 +45,10 @@ impl Scheduler {
                 start_position: sequence.n_known() as u32,
                 token_ids: vec![PENDING],
                 new_blocks: sequence.take_new_blocks(),
-                logits: LogitsRows::Last,
+                results: RowResults::LastLogits,
             });
         }
-        let one_row = Chunk { n_rows: 1, logits: LogitsRows::Last, samples: true, drafts: Vec::new() };
+        let one_row = Chunk { n_rows: 1, results: RowResults::LastLogits, samples: true, drafts: Vec::new() };
         let chunks: BTreeMap<_, _> = ids.into_iter().map(|id| (id, one_row.clone())).collect();
         self.ahead = Some(chunks);
         Some(self.number_plan(sequences))
@@ -57,7 +57,8 @@ impl Scheduler {
     /// Whether the plan under way gives everybody who runs a token, and the next one could admit nobody.
     fn is_steady(&self) -> bool {
         let Some(in_flight) = &self.in_flight else { return false };
-        let gives_one = |chunk: &Chunk| chunk.samples && chunk.drafts.is_empty() && chunk.logits == LogitsRows::Last;
+        let gives_one =
+            |chunk: &Chunk| chunk.samples && chunk.drafts.is_empty() && chunk.results == RowResults::LastLogits;
         let is_full = self.running.len() >= self.config.max_running || self.lacks_blocks;
         let nobody_comes = self.waiting.is_empty() || is_full;
         nobody_comes && in_flight.len() == self.running.len() && in_flight.values().all(gives_one)

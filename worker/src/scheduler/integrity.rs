@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 
 use super::Scheduler;
-use super::plan::{BlockId, LogitsRows};
+use super::plan::{BlockId, RowResults};
 use crate::kv::prefix_cache::BlockCounts;
 
 /// A scheduler's load.
@@ -49,7 +49,7 @@ impl Scheduler {
         let in_flight = || self.in_flight.iter().flatten().map(|(_, chunk)| chunk);
         let n_rows = self.n_rows_in_flight();
         assert!(n_rows <= self.config.max_step_tokens, "{n_rows} rows");
-        let prompts = in_flight().filter(|chunk| chunk.logits == LogitsRows::All);
+        let prompts = in_flight().filter(|chunk| chunk.results == RowResults::AllLogits);
         let n_rows: usize = prompts.map(|chunk| chunk.n_rows).sum();
         assert!(n_rows <= self.config.max_prompt_logits_rows, "{n_rows} rows of prompt logits");
     }

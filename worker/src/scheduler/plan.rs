@@ -16,16 +16,16 @@ pub struct SeqId(pub u64);
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
 pub struct BlockId(pub u32);
 
-/// Which rows of a sequence need logits.
+/// What the rows of a sequence give, beside keys and values.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-pub enum LogitsRows {
-    /// None: a prefill chunk after which tokens of the sequence are still to be computed.
+pub enum RowResults {
+    /// Nothing: a prefill chunk after which tokens of the sequence are still to be computed.
     None,
-    /// The last row alone, which the next token is sampled from.
-    Last,
-    /// Every row: for the log-probabilities of the prompt, where the next token is sampled from the last one if the chunk
-    /// ends the prompt; or of a decoding sequence whose rows but the first are drafts.
-    All,
+    /// Logits of the last row alone, which the next token is sampled from.
+    LastLogits,
+    /// Logits of every row: for the log-probabilities of the prompt, where the next token is sampled from the last one if
+    /// the chunk ends the prompt; or of a decoding sequence whose rows but the first are drafts.
+    AllLogits,
 }
 
 /// The part of a step that belongs to one sequence.
@@ -41,8 +41,8 @@ pub struct SequenceStep {
     /// Blocks to append to the sequence's block table before the step. The table then covers every row. Blocks that
     /// lie wholly before `start_position` are shared, and are not written by this or any later step of the sequence.
     pub new_blocks: Vec<BlockId>,
-    /// Which rows need logits.
-    pub logits: LogitsRows,
+    /// What the rows give.
+    pub results: RowResults,
 }
 
 /// One forward pass.
@@ -62,10 +62,10 @@ pub struct StepPlan {
 impl SequenceStep {
     /// Rows of logits that the step gives for this sequence.
     pub fn n_logits_rows(&self) -> usize {
-        match self.logits {
-            LogitsRows::None => 0,
-            LogitsRows::Last => 1,
-            LogitsRows::All => self.token_ids.len(),
+        match self.results {
+            RowResults::None => 0,
+            RowResults::LastLogits => 1,
+            RowResults::AllLogits => self.token_ids.len(),
         }
     }
 }

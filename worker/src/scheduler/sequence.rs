@@ -15,7 +15,7 @@ use std::time::Instant;
 
 use super::allowance::Allowance;
 use super::drafter::Drafter;
-use super::plan::{BlockId, LogitsRows, SeqId};
+use super::plan::{BlockId, RowResults, SeqId};
 use crate::kv::prefix_cache::BlockKey;
 
 /// See the module's documentation.
@@ -53,8 +53,8 @@ pub(super) struct Sequence {
 pub(super) struct Chunk {
     /// Rows of known tokens.
     pub(super) n_rows: usize,
-    /// Which of them need logits.
-    pub(super) logits: LogitsRows,
+    /// What they give.
+    pub(super) results: RowResults,
     /// Whether the last row's logits decide the sequence's next token.
     pub(super) samples: bool,
     /// Rows after them, all of which need logits: guesses at the next tokens. None unless the chunk samples.
@@ -65,7 +65,7 @@ pub(super) struct Chunk {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Room {
     pub(super) rows: usize,
-    /// Rows of [`LogitsRows::All`].
+    /// Rows of [`RowResults::AllLogits`].
     pub(super) prompt_logits_rows: usize,
 }
 
@@ -79,7 +79,7 @@ impl Room {
 
     pub(super) fn take(&mut self, chunk: &Chunk) {
         self.rows -= chunk.n_rows;
-        if chunk.logits == LogitsRows::All {
+        if chunk.results == RowResults::AllLogits {
             self.prompt_logits_rows -= chunk.n_rows;
         }
     }
@@ -232,17 +232,17 @@ impl Sequence {
         let (max_rows, gives_prompt_logits) = match (self.owes_prompt_logits(), n_repeated) {
             (false, _) => (room.rows, false),
             (true, 0) => (room.rows.min(room.prompt_logits_rows), true),
-            // Computed again after a preemption: their logits were delivered, so they are no part of an `All` chunk.
+            // Computed again after a preemption: their logits were delivered, so they are no part of an `AllLogits` chunk.
             (true, n_repeated) => (room.rows.min(n_repeated), false),
         };
         let n_rows = self.n_remaining().min(max_rows);
         let samples = n_rows == self.n_remaining();
-        let logits = match (gives_prompt_logits, samples) {
-            (true, _) => LogitsRows::All,
-            (false, true) => LogitsRows::Last,
-            (false, false) => LogitsRows::None,
+        let results = match (gives_prompt_logits, samples) {
+            (true, _) => RowResults::AllLogits,
+            (false, true) => RowResults::LastLogits,
+            (false, false) => RowResults::None,
         };
-        (n_rows > 0).then_some(Chunk { n_rows, logits, samples, drafts: Vec::new() })
+        (n_rows > 0).then_some(Chunk { n_rows, results, samples, drafts: Vec::new() })
     }
 
     /// Drafts that it may have: a token is sampled after the last one, too.
@@ -269,7 +269,7 @@ impl Sequence {
 
     /// The chunk's known tokens have been computed. Returns the blocks that they filled, each with its key.
     pub(super) fn advance(&mut self, chunk: &Chunk) -> impl Iterator<Item = (BlockKey, BlockId)> {
-        if chunk.logits == LogitsRows::All {
+        if chunk.results == RowResults::AllLogits {
             self.n_prompt_rows_delivered = self.n_computed + chunk.n_rows;
         }
         self.count_computed(chunk.n_rows)

@@ -14,7 +14,7 @@ use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use super::ahead::PENDING;
-use super::plan::{BlockId, LogitsRows, SeqId, SequenceStep, StepPlan};
+use super::plan::{BlockId, RowResults, SeqId, SequenceStep, StepPlan};
 use super::speculation::{Draftable, Drafts, MAX_ROWS, Speculation};
 use super::{Ended, NewSequence, Refusal, Sampled, Scheduled, Scheduler, SchedulerConfig};
 use crate::test_seed::seed;
@@ -461,8 +461,8 @@ impl World {
             let n_drafts = self.scheduler.drafts(step.id).len();
             let token_ids = step.token_ids[..step.token_ids.len() - n_drafts].to_vec();
             let new_blocks = step.new_blocks[..plain.new_blocks.len()].to_vec();
-            let logits = if n_drafts > 0 { LogitsRows::Last } else { step.logits };
-            assert_eq!(SequenceStep { token_ids, new_blocks, logits, ..*step }, *plain, "{step:?}");
+            let results = if n_drafts > 0 { RowResults::LastLogits } else { step.results };
+            assert_eq!(SequenceStep { token_ids, new_blocks, results, ..*step }, *plain, "{step:?}");
             if step.new_blocks.len() > plain.new_blocks.len() {
                 let stats = self.scheduler.stats();
                 assert!(stats.waiting == 0 && stats.blocks.free + stats.blocks.cached >= stats.running, "{stats:?}");
@@ -500,7 +500,7 @@ impl World {
         for step in plan.sequences.iter().filter(|_| is_ahead) {
             let client = &self.clients[&step.id];
             assert_eq!(step.start_position as usize, client.token_ids.len());
-            assert!(client.token_ids.len() + 1 < client.max_len && step.logits == LogitsRows::Last, "{step:?}");
+            assert!(client.token_ids.len() + 1 < client.max_len && step.results == RowResults::LastLogits, "{step:?}");
         }
     }
 
@@ -510,10 +510,10 @@ impl World {
         let (drafting, others): (Vec<_>, Vec<_>) =
             plan.sequences.iter().partition(|step| !self.scheduler.drafts(step.id).is_empty());
         assert!(drafting.iter().map(|step| step.token_ids.len()).sum::<usize>() <= MAX_ROWS, "{plan:?}");
-        let rows_of = |kind| others.iter().copied().filter(move |step| step.logits == kind);
-        let n_prompt_rows: usize = rows_of(LogitsRows::All).map(SequenceStep::n_logits_rows).sum();
+        let rows_of = |kind| others.iter().copied().filter(move |step| step.results == kind);
+        let n_prompt_rows: usize = rows_of(RowResults::AllLogits).map(SequenceStep::n_logits_rows).sum();
         assert!(n_prompt_rows <= max_prompt_logits_rows, "{plan:?}");
-        assert!(rows_of(LogitsRows::Last).count() <= max_running);
+        assert!(rows_of(RowResults::LastLogits).count() <= max_running);
         seen.prompt_logits_cut += u64::from(n_prompt_rows == max_prompt_logits_rows);
         let skipped = self.scheduler.running.keys().filter(|id| plan.sequences.iter().all(|step| step.id != **id));
         seen.skipped_for_prompt_logits += skipped.filter(|id| self.clients[*id].owes_prompt_logits()).count() as u64;
@@ -540,16 +540,16 @@ impl World {
         assert_eq!(is_due, end == client.token_ids.len(), "{step:?}");
         let expected = if client.owes_prompt_logits() && start >= client.n_delivered {
             assert_eq!(start, client.n_delivered, "no prompt position is left out: {step:?}");
-            LogitsRows::All
+            RowResults::AllLogits
         } else if n_drafts > 0 {
             assert!(is_due, "{step:?}");
-            LogitsRows::All
+            RowResults::AllLogits
         } else if is_due {
-            LogitsRows::Last
+            RowResults::LastLogits
         } else {
-            LogitsRows::None
+            RowResults::None
         };
-        assert_eq!(step.logits, expected, "{step:?}");
+        assert_eq!(step.results, expected, "{step:?}");
         let n_cached = self.scheduler.cached_tokens(step.id) as usize;
         assert!(n_cached < client.n_prompt && (n_cached == 0 || !client.prompt_logprobs));
         if !client.has_run {
@@ -562,7 +562,7 @@ impl World {
     fn commit(&mut self, plan: &StepPlan, rng: &mut ChaCha8Rng, seen: &mut Seen) {
         let due: Vec<_> = self.scheduler.due().collect();
         let sampled: Vec<Sampled> = due.into_iter().map(|id| self.sample(id, rng, seen)).collect();
-        for step in plan.sequences.iter().filter(|step| step.logits == LogitsRows::All) {
+        for step in plan.sequences.iter().filter(|step| step.results == RowResults::AllLogits) {
             if let Some(client) = self.clients.get_mut(&step.id)
                 && client.owes_prompt_logits()
             {

@@ -28,7 +28,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::plan::{LogitsRows, SeqId, StepPlan};
+use super::plan::{RowResults, SeqId, StepPlan};
 use super::sequence::Sequence;
 use super::{
     Scheduler,
@@ -156,7 +156,7 @@ impl Scheduler {
         step.new_blocks.extend(sequence.take_new_blocks());
         if !drafts.is_empty() {
             step.token_ids.extend(&drafts);
-            step.logits = LogitsRows::All;
+            step.results = RowResults::AllLogits;
         }
         let chunk = self.in_flight.as_mut().and_then(|chunks| chunks.get_mut(&id)).expect("the plan is under way");
         chunk.drafts = drafts;

@@ -16,7 +16,7 @@ use std::collections::HashMap;
 
 use crate::{
     kv::prefix_cache::{BlockKey, PrefixCache},
-    scheduler::plan::{BlockId, LogitsRows, SeqId, SequenceStep, StepPlan},
+    scheduler::plan::{BlockId, RowResults, SeqId, SequenceStep, StepPlan},
 };
 
 /// All shadows, and the blocks that they share.
@@ -102,7 +102,7 @@ impl Shadows {
     }
 
     /// A step that computes `rows`, which are then held. Each sequence must have been followed, with room for them.
-    pub(super) fn plan(&mut self, rows: &[Rows<'_>], logits: LogitsRows) -> StepPlan {
+    pub(super) fn plan(&mut self, rows: &[Rows<'_>], results: RowResults) -> StepPlan {
         let mut sequences = Vec::with_capacity(rows.len());
         for Rows { id, token_ids } in rows {
             let shadow = self.by_id.get_mut(id).expect("it has been followed");
@@ -112,7 +112,7 @@ impl Shadows {
                 start_position: shadow.held.len() as u32,
                 token_ids: token_ids.to_vec(),
                 new_blocks: shadow.blocks[shadow.n_planned_blocks..].to_vec(),
-                logits,
+                results,
             });
             shadow.n_planned_blocks = shadow.blocks.len();
             shadow.held.extend(*token_ids);
@@ -140,7 +140,7 @@ mod tests {
     fn draft(shadows: &mut Shadows, id: u64, known: &[u32], drafts: &[u32]) -> Option<usize> {
         let n_held = shadows.follow(SeqId(id), known, drafts.len())?;
         let token_ids = [&known[n_held..], drafts].concat();
-        shadows.plan(&[Rows { id: SeqId(id), token_ids: &token_ids }], LogitsRows::Last);
+        shadows.plan(&[Rows { id: SeqId(id), token_ids: &token_ids }], RowResults::LastLogits);
         shadows.kv.check_integrity();
         Some(n_held)
     }
@@ -212,7 +212,7 @@ mod tests {
             n_shared += usize::from(is_new && n_held > 0);
             let drafts: Vec<u32> = (0..n_drafts).map(|_| rng.random_range(0..2)).collect();
             let token_ids = [&text[n_held..], &drafts].concat();
-            let plan = shadows.plan(&[Rows { id, token_ids: &token_ids }], LogitsRows::Last);
+            let plan = shadows.plan(&[Rows { id, token_ids: &token_ids }], RowResults::LastLogits);
             shadows.kv.check_integrity();
             plan.released.iter().for_each(|id| drop(tables.remove(id)));
             let [step] = &plan.sequences[..] else { panic!("{plan:?}") };
