@@ -15,13 +15,20 @@ type Rows = Vec<Vec<f64>>;
 /// The logits `[n_ids][vocab_size]` after each of `ids`.
 ///
 /// # Errors
-/// If the model is not a Llama of a form that is handled here, or an id is outside its vocabulary.
+/// As [`hidden`].
 pub fn logits(model: &Checkpoint, ids: &[u32]) -> Result<Rows> {
-    let config = Config::read(model)?;
     let embedding = model.tensor("token_embd.weight")?;
     let output = model.find("output.weight").unwrap_or(embedding); // tied when absent
+    linear(&hidden(model, ids)?, output)
+}
 
-    let mut x = embed(embedding, ids)?; // [n_ids][hidden_dim]
+/// The hidden states `[n_ids][hidden_dim]` of `ids`, normalized.
+///
+/// # Errors
+/// If the model is not a Llama of a form that is handled here, or an id is outside its vocabulary.
+pub fn hidden(model: &Checkpoint, ids: &[u32]) -> Result<Rows> {
+    let config = Config::read(model)?;
+    let mut x = embed(model.tensor("token_embd.weight")?, ids)?; // [n_ids][hidden_dim]
     for layer in 0..config.n_layers {
         let weight = |name: &str| model.tensor(&format!("blk.{layer}.{name}.weight"));
 
@@ -39,8 +46,7 @@ pub fn logits(model: &Checkpoint, ids: &[u32]) -> Result<Rows> {
         let up = linear(&normed, weight("ffn_up")?)?; // [n_ids][ffn_dim]
         add(&mut x, &linear(&silu_times(&gate, &up), weight("ffn_down")?)?);
     }
-    let normed = rms_norm(&x, model.tensor("output_norm.weight")?, config.norm_eps)?;
-    linear(&normed, output)
+    rms_norm(&x, model.tensor("output_norm.weight")?, config.norm_eps)
 }
 
 /// Natural log-probabilities of one row of logits.

@@ -8,7 +8,7 @@ use lockstep_kernels::KvEncoding;
 use lockstep_worker::{
     device::Device,
     local_group::LocalGroup,
-    model::load::Source,
+    model::{load::Source, output::StepOutput},
     model_runner::{self, RunnerSettings},
     scheduler::plan::{BlockId, RowResults, SeqId, SequenceStep, StepPlan},
 };
@@ -63,8 +63,26 @@ impl Ranks {
     /// # Errors
     /// A step that fails.
     pub fn logits(&mut self, ids: &[u32], chunk: usize) -> Result<Vec<f32>> {
+        self.compute(ids, chunk, RowResults::AllLogits, |out| &out.logits)
+    }
+
+    /// The hidden states at every position of `ids`, computed in chunks of at most `chunk` rows: `[n_ids, hidden_dim]`.
+    ///
+    /// # Errors
+    /// A step that fails.
+    pub fn hidden(&mut self, ids: &[u32], chunk: usize) -> Result<Vec<f32>> {
+        self.compute(ids, chunk, RowResults::AllHidden, |out| &out.hidden)
+    }
+
+    fn compute(
+        &mut self,
+        ids: &[u32],
+        chunk: usize,
+        results: RowResults,
+        part: fn(&StepOutput) -> &[f32],
+    ) -> Result<Vec<f32>> {
         self.group.reset();
-        let mut logits = Vec::with_capacity(ids.len() * self.vocab_size);
+        let mut found = Vec::new();
         let mut n_blocks = 0;
         let mut start = 0;
         for (step_id, ids) in (0..).zip(ids.chunks(chunk)) {
@@ -76,13 +94,13 @@ impl Ranks {
                 start_position: start as u32,
                 token_ids: ids.to_vec(),
                 new_blocks: blocks.map(BlockId).collect(),
-                results: RowResults::AllLogits,
+                results,
             };
             let plan = StepPlan { step_id, sequences: vec![sequence], ..StepPlan::default() };
-            logits.extend(self.group.run(&plan)?);
+            found.extend(part(self.group.run(&plan)?));
             start = end;
         }
-        Ok(logits)
+        Ok(found)
     }
 
     /// The log-probability of every token of a text that has one before it in its window, each window by itself.

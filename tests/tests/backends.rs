@@ -18,15 +18,23 @@ use lockstep_worker::device::Device;
 const PROMPT: [u32; 24] =
     [5, 17, 301, 44, 9, 260, 3, 77, 128, 255, 64, 31, 8, 190, 222, 101, 12, 13, 14, 350, 2, 99, 140, 7];
 
-/// Root mean square of the difference between a backend's logits and the oracle's.
+/// Root mean square of the difference between a backend's logits and the oracle's, or between their hidden states, whichever
+/// is greater.
 fn difference(model: &TinyModel, device: &Device, kv_encoding: KvEncoding) -> f64 {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let path = folder.path().join("model");
     model.write(&path).expect("the model is written");
-    let wanted = oracle::logits(&Checkpoint::open(&path).expect("it opens"), &PROMPT).expect("the oracle runs");
+    let checkpoint = Checkpoint::open(&path).expect("it opens");
     let mut ranks = Ranks::load(&path, device, kv_encoding, 1, 1, 64).expect("the model loads");
-    let got = ranks.logits(&PROMPT, 16).expect("the model runs");
-    let squares = wanted.iter().flatten().zip(&got).map(|(wanted, got)| (wanted - f64::from(*got)).powi(2));
+    let logits = oracle::logits(&checkpoint, &PROMPT).expect("the oracle runs");
+    let hidden = oracle::hidden(&checkpoint, &PROMPT).expect("the oracle runs");
+    let of_logits = root_mean_square(&logits, &ranks.logits(&PROMPT, 16).expect("the model runs"));
+    of_logits.max(root_mean_square(&hidden, &ranks.hidden(&PROMPT, 16).expect("the model runs")))
+}
+
+fn root_mean_square(wanted: &[Vec<f64>], got: &[f32]) -> f64 {
+    assert_eq!(wanted.iter().flatten().count(), got.len());
+    let squares = wanted.iter().flatten().zip(got).map(|(wanted, got)| (wanted - f64::from(*got)).powi(2));
     (squares.sum::<f64>() / got.len() as f64).sqrt()
 }
 

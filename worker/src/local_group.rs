@@ -57,13 +57,13 @@ impl LocalGroup {
         Ok(Self { leader, out: StepOutput::default(), collective, followers })
     }
 
-    /// Runs one plan on every rank: rank 0's logits.
+    /// Runs one plan on every rank: what it gives on rank 0.
     ///
     /// # Errors
     /// Any rank's failure.
-    pub fn run(&mut self, plan: &StepPlan) -> Result<&[f32], StepError> {
+    pub fn run(&mut self, plan: &StepPlan) -> Result<&StepOutput, StepError> {
         self.start_plan(plan)?;
-        Ok(&self.finish_plan()?.logits)
+        self.finish_plan()
     }
 
     /// Whether a plan may have its tokens chosen and be started before the one before it is finished.

@@ -194,6 +194,7 @@ impl<B: Backend> ModelRunner<B> {
         let block_size = self.kv_shape.block_size;
         let vocab_size = self.model.vocab_size();
         let mut batch = Batch { chooses: plan.chooses, ..Batch::default() };
+        let mut hidden_rows = Vec::new();
         let chosen_before = std::mem::take(&mut self.chosen_rows);
         for step in &plan.sequences {
             let table = self.block_tables.entry(step.id).or_default();
@@ -228,17 +229,21 @@ impl<B: Backend> ModelRunner<B> {
                 batch.attention.push(AttentionRow { position: position as u32, table: batch.block_tables.len() });
             }
             batch.block_tables.push(table.clone());
-            let rows = match step.results {
-                RowResults::None => batch.n_rows()..batch.n_rows(),
-                RowResults::LastLogits => batch.n_rows() - 1..batch.n_rows(),
-                RowResults::AllLogits => first_row..batch.n_rows(),
-            };
             if plan.chooses && step.results == RowResults::LastLogits {
-                self.chosen_rows.insert(step.id, batch.logits_rows.len() as u32);
+                self.chosen_rows.insert(step.id, batch.result_rows.len() as u32);
             }
-            batch.logits_attention.extend(&batch.attention[rows.clone()]);
-            batch.logits_rows.extend(rows.map(|row| row as u32));
+            let rows = first_row as u32..batch.n_rows() as u32;
+            match step.results {
+                RowResults::None => {}
+                RowResults::LastLogits => batch.result_rows.extend(rows.last()),
+                RowResults::AllLogits => batch.result_rows.extend(rows),
+                RowResults::LastHidden => hidden_rows.extend(rows.last()),
+                RowResults::AllHidden => hidden_rows.extend(rows),
+            }
         }
+        batch.n_logits_rows = batch.result_rows.len();
+        batch.result_rows.extend(hidden_rows);
+        batch.result_attention = batch.result_rows.iter().map(|row| batch.attention[*row as usize]).collect();
         Ok(batch)
     }
 }
@@ -265,7 +270,7 @@ where
         if plan.chooses {
             batch.rules.extend_from_slice(rules);
             // Other ranks need to know how many there are.
-            batch.rules.resize(batch.logits_rows.len(), ChoiceRule::default());
+            batch.rules.resize(batch.n_logits_rows, ChoiceRule::default());
         }
         let started = match batch.n_rows() {
             0 => None,

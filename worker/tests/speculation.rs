@@ -182,12 +182,7 @@ impl RunStep for Parrot {
             let rows = step.start_position as usize..step.start_position as usize + step.token_ids.len();
             let known = |id: &u32| if *id == PENDING { self.chosen[&step.id] } else { *id };
             self.slots.extend(rows.clone().map(slot).zip(step.token_ids.iter().map(known)));
-            let wanted = match step.results {
-                RowResults::None => rows.end..rows.end,
-                RowResults::LastLogits => rows.end - 1..rows.end,
-                RowResults::AllLogits => rows,
-            };
-            for row in wanted {
+            for row in rows.end - step.n_logits_rows()..rows.end {
                 let heard: Vec<u32> = (0..=row).map(|position| self.slots[&slot(position)]).collect();
                 logits.extend(self.logits(&heard));
             }

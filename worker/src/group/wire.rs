@@ -66,6 +66,8 @@ pub fn plan_to_proto(plan: &StepPlan) -> pb::StepPlan {
             RowResults::None => pb::RowResults::None,
             RowResults::LastLogits => pb::RowResults::LastLogits,
             RowResults::AllLogits => pb::RowResults::AllLogits,
+            RowResults::LastHidden => pb::RowResults::LastHidden,
+            RowResults::AllHidden => pb::RowResults::AllHidden,
         }
         .into(),
     };
@@ -121,6 +123,8 @@ fn sequence_from_proto(step: u64, sequence: pb::SequenceStep) -> Result<Sequence
         pb::RowResults::None => RowResults::None,
         pb::RowResults::LastLogits => RowResults::LastLogits,
         pb::RowResults::AllLogits => RowResults::AllLogits,
+        pb::RowResults::LastHidden => RowResults::LastHidden,
+        pb::RowResults::AllHidden => RowResults::AllHidden,
         // So is a value that this version does not know.
         pb::RowResults::Unspecified => return wrong("does not say what its rows give"),
     };
@@ -199,7 +203,8 @@ mod tests {
     }
 
     fn plan() -> StepPlan {
-        let sequences = [RowResults::None, RowResults::LastLogits, RowResults::AllLogits];
+        use RowResults::{AllHidden, AllLogits, LastHidden, LastLogits};
+        let sequences = [RowResults::None, LastLogits, AllLogits, LastHidden, AllHidden];
         let sequences = sequences.into_iter().zip(1..).map(|(results, id)| sequence(id, results)).collect();
         StepPlan { step_id: 5, released: vec![SeqId(9), SeqId(u64::MAX)], sequences, chooses: true }
     }
@@ -237,7 +242,7 @@ mod tests {
         check(|plan| plan.sequences[0].start_position = u32::MAX - 2, position);
         let sequences = "65537 released sequences in a step, at most 65536 are allowed";
         check(|plan| plan.released = vec![0; SEQUENCES_MAX + 1], sequences);
-        let rows = "1048583 rows in a step, at most 1048576 are allowed";
+        let rows = "1048589 rows in a step, at most 1048576 are allowed";
         check(|plan| plan.sequences[0].token_ids = vec![0; ROWS_MAX + 1], rows);
     }
 

@@ -24,10 +24,12 @@ pub struct Batch {
     pub attention: Vec<AttentionRow>,
     /// Block tables that `attention` points into: one for each sequence of the step.
     pub block_tables: Vec<Vec<u32>>,
-    /// Rows that need logits, ascending.
-    pub logits_rows: Vec<u32>,
-    /// `[n_logits_rows]`: what each of them attends to.
-    pub logits_attention: Vec<AttentionRow>,
+    /// Rows that give a result: those that give logits, then those that give hidden states, both ascending.
+    pub result_rows: Vec<u32>,
+    /// `[n_result_rows]`: what each of them attends to.
+    pub result_attention: Vec<AttentionRow>,
+    /// How many of them give logits.
+    pub n_logits_rows: usize,
     /// Whether a token is chosen from each row of logits, where they are.
     pub chooses: bool,
     /// `[n_logits_rows]`: how, on rank 0.
@@ -39,14 +41,25 @@ pub struct Batch {
 pub enum Rows {
     /// All of them.
     All,
-    /// Those that need logits.
-    Logits,
+    /// Those that give a result.
+    Results,
 }
 
 impl Batch {
     /// Rows in the step.
     pub fn n_rows(&self) -> usize {
         self.tokens.len()
+    }
+
+    /// Rows that give hidden states.
+    pub fn n_hidden_rows(&self) -> usize {
+        self.result_rows.len() - self.n_logits_rows
+    }
+
+    /// Whether all rows give a result, in the order in which they are.
+    pub fn is_all_results(&self) -> bool {
+        let in_order = self.result_rows.iter().copied().eq(0..self.result_rows.len() as u32);
+        in_order && self.result_rows.len() == self.n_rows()
     }
 
     /// The ids of all rows. `None` if some are still to be chosen.
@@ -62,7 +75,7 @@ impl Batch {
     pub fn attention(&self, rows: Rows) -> &[AttentionRow] {
         match rows {
             Rows::All => &self.attention,
-            Rows::Logits => &self.logits_attention,
+            Rows::Results => &self.result_attention,
         }
     }
 }

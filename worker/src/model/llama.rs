@@ -3,6 +3,7 @@
 use std::ops::Range;
 
 use lockstep_collectives::Collective;
+use lockstep_kernels::plain;
 
 use super::{
     StepError,
@@ -11,7 +12,7 @@ use super::{
     config::ModelConfig,
     linear::ColumnParallel,
     mlp::Mlp,
-    ops::{Backend, StepRun},
+    ops::{Backend, StepResults, StepRun},
     output::StepOutput,
 };
 
@@ -22,6 +23,8 @@ pub struct Llama<B: Backend> {
     pub(super) embedding: B::Table,
     pub(super) layers: Vec<Layer<B>>,
     pub(super) norm: B::Tensor,
+    /// The same weights, for hidden states: these are normalized on the host.
+    pub(super) host_norm: Vec<f32>,
     pub(super) output: ColumnParallel<B>,
     pub(super) vocab: Vec<Range<usize>>,
 }
@@ -76,11 +79,20 @@ impl<B: Backend> Llama<B> {
         collective: &mut dyn Collective,
         out: &mut StepOutput,
     ) -> Result<(), StepError> {
-        ops.finish_step(started, &self.vocab, collective, out)
+        ops.finish_step(started, &self.vocab, collective, out)?;
+        if !out.hidden.is_empty() {
+            let before = out.hidden.clone();
+            plain::rms_norm(&before, &self.host_norm, self.config.rms_eps, &mut out.hidden);
+        }
+        Ok(())
     }
 
-    /// From token ids to this rank's part of the logits, if any row needs them.
-    fn layers(&self, ops: &mut B, run: &mut StepRun<'_, B::Kv>) -> Result<Option<B::Logits>, StepError> {
+    /// From token ids to the results of the rows that give some: this rank's part of the logits, and hidden states.
+    fn layers(
+        &self,
+        ops: &mut B,
+        run: &mut StepRun<'_, B::Kv>,
+    ) -> Result<StepResults<B::Logits, B::Hidden>, StepError> {
         let StepRun { collective, kv, batch, .. } = run;
         let step = &mut Step { ops, collective: &mut **collective, kv, batch };
         let mut x = step.ops.embed(&self.embedding, batch)?; // [n_rows, hidden_dim]
@@ -90,20 +102,30 @@ impl<B: Backend> Llama<B> {
             let normed = step.ops.rms_norm(&mut x, terms.take(), &layer.attention_norm, eps)?;
             let mut q = layer.attention.project(step, i, &normed)?;
             let mut rows = Rows::All;
-            if i + 1 == self.layers.len() && batch.logits_rows.len() < batch.n_rows() {
+            if i + 1 == self.layers.len() && !batch.is_all_results() {
                 // Of the other rows nothing is needed any more.
-                if batch.logits_rows.is_empty() {
-                    return Ok(None);
+                if batch.result_rows.is_empty() {
+                    return Ok(StepResults::default());
                 }
-                q = step.ops.logits_rows(q, batch)?;
-                x = step.ops.logits_rows(x, batch)?; // [n_logits_rows, hidden_dim]
-                rows = Rows::Logits;
+                q = step.ops.result_rows(q, batch)?;
+                x = step.ops.result_rows(x, batch)?; // [n_result_rows, hidden_dim]
+                rows = Rows::Results;
             }
             let attended = layer.attention.mix(step, i, q, rows)?;
             let normed = step.ops.rms_norm(&mut x, Some(attended), &layer.mlp_norm, eps)?;
             terms = Some(layer.mlp.forward(step, &normed)?);
         }
-        let normed = step.ops.rms_norm(&mut x, terms, &self.norm, eps)?;
-        Ok(Some(step.ops.logits(&self.output.weight, &normed)?)) // [n_logits_rows, vocab_size/world]
+        let mut normed = step.ops.rms_norm(&mut x, terms, &self.norm, eps)?;
+        let mut results = StepResults::default();
+        if batch.n_hidden_rows() > 0 {
+            // As they are before the norm, whose results are rounded for products.
+            results.hidden = Some(step.ops.take_hidden(&mut x, batch, step.collective.rank())?);
+            if batch.n_logits_rows == 0 {
+                return Ok(results);
+            }
+            normed = step.ops.rms_norm(&mut x, None, &self.norm, eps)?; // [n_logits_rows, hidden_dim]
+        }
+        results.logits = Some(step.ops.logits(&self.output.weight, &normed)?); // [n_logits_rows, vocab_size/world]
+        Ok(results)
     }
 }

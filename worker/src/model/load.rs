@@ -151,6 +151,7 @@ impl Source {
             embedding: self.embedding(ops)?,
             layers,
             norm: self.load_vector(ops, OUTPUT_NORM, hidden_dim)?,
+            host_norm: self.read_vector(OUTPUT_NORM, hidden_dim)?,
             output,
             vocab: self.plan.vocab.clone(),
             config: self.config.clone(),

@@ -78,6 +78,21 @@ pub struct StepRun<'a, Kv> {
     pub vocab: &'a [Range<usize>],
 }
 
+/// What this rank has of a step's results, on its device or on its way from there.
+#[derive(Debug)]
+pub struct StepResults<Logits, Hidden> {
+    /// If any row gives logits.
+    pub logits: Option<Logits>,
+    /// If any row gives hidden states.
+    pub hidden: Option<Hidden>,
+}
+
+impl<Logits, Hidden> Default for StepResults<Logits, Hidden> {
+    fn default() -> Self {
+        Self { logits: None, hidden: None }
+    }
+}
+
 /// A device and how it computes. See the module for what every method keeps to.
 pub trait Backend: Debug + Send {
     /// Activations, `[n_rows, width]`, or norm weights, `[1, width]`.
@@ -92,6 +107,8 @@ pub trait Backend: Debug + Send {
     type Table: Debug + Send;
     /// One rank's part of the logits, `[n_logits_rows, vocab_size/world]`.
     type Logits: Debug + Send;
+    /// Hidden states on their way to the host.
+    type Hidden: Debug + Send;
     /// A step that was started.
     type Started: Debug + Send;
     /// Keys and values of all layers.
@@ -113,7 +130,7 @@ pub trait Backend: Debug + Send {
     /// Bytes of device memory that a loaded weight takes.
     fn matrix_bytes(&self, matrix: &Self::Matrix) -> usize;
 
-    /// A step begins: all that follows, up to its logits, is of this batch.
+    /// A step begins: all that follows, up to its results, is of this batch.
     fn begin(&mut self, _kv: &Self::Kv, _batch: &Batch) -> Result<(), OpError> {
         Ok(())
     }
@@ -121,31 +138,35 @@ pub trait Backend: Debug + Send {
     fn runs_ahead(&self, _collective: &mut dyn Collective) -> bool {
         false
     }
-    /// Starts a step: `forward` computes its logits, if it has any. A backend may record what `forward` does, and do it again
-    /// for another step without asking; or ask twice.
+    /// Starts a step: `forward` computes its results. A backend may record what `forward` does, and do it again for another
+    /// step without asking; or ask twice.
     fn start_step(
         &mut self,
         mut run: StepRun<'_, Self::Kv>,
-        forward: impl Fn(&mut Self, &mut StepRun<'_, Self::Kv>) -> Result<Option<Self::Logits>, StepError>,
+        forward: impl Fn(
+            &mut Self,
+            &mut StepRun<'_, Self::Kv>,
+        ) -> Result<StepResults<Self::Logits, Self::Hidden>, StepError>,
     ) -> Result<Self::Started, StepError>
     where
         Self: Sized,
     {
         self.begin(run.kv, run.batch)?;
-        let logits = forward(self, &mut run)?;
-        self.send_results(&mut run, logits)
+        let results = forward(self, &mut run)?;
+        self.send_results(&mut run, results)
     }
     /// Sends what was computed of a step on its way back from the device.
     fn send_results(
         &mut self,
         run: &mut StepRun<'_, Self::Kv>,
-        logits: Option<Self::Logits>,
+        results: StepResults<Self::Logits, Self::Hidden>,
     ) -> Result<Self::Started, StepError>;
     /// Whether a step that was started has been computed.
     fn is_finished(&self, _started: &Self::Started) -> Result<bool, OpError> {
         Ok(true)
     }
-    /// Waits for a step, the oldest that was started, and brings what it gives to `out`: on rank 0 the logits of all ranks.
+    /// Waits for a step, the oldest that was started, and brings what it gives to `out`: on rank 0 the logits of all
+    /// ranks, and hidden states as [`Backend::take_hidden`] has taken them.
     fn finish_step(
         &mut self,
         started: Self::Started,
@@ -209,6 +230,9 @@ pub trait Backend: Debug + Send {
         batch: &Batch,
         rows: Rows,
     ) -> Result<Self::Input, OpError>;
-    /// Of all rows of the batch, those that need logits.
-    fn logits_rows(&mut self, x: Self::Tensor, batch: &Batch) -> Result<Self::Tensor, OpError>;
+    /// Of all rows of the batch, those that give a result.
+    fn result_rows(&mut self, x: Self::Tensor, batch: &Batch) -> Result<Self::Tensor, OpError>;
+    /// Takes the rows that give hidden states off the batch's results, of which they are the last, and sends them to the host
+    /// of rank 0, which alone needs them. Those that give logits are left.
+    fn take_hidden(&mut self, x: &mut Self::Tensor, batch: &Batch, rank: usize) -> Result<Self::Hidden, OpError>;
 }

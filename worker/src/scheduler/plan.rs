@@ -26,6 +26,10 @@ pub enum RowResults {
     /// Logits of every row: for the log-probabilities of the prompt, where the next token is sampled from the last one if
     /// the chunk ends the prompt; or of a decoding sequence whose rows but the first are drafts.
     AllLogits,
+    /// The hidden state of the last row: the end of a prompt that is embedded by it.
+    LastHidden,
+    /// Hidden states of every row: part of a prompt that is embedded by all of them.
+    AllHidden,
 }
 
 /// The part of a step that belongs to one sequence.
@@ -63,9 +67,18 @@ impl SequenceStep {
     /// Rows of logits that the step gives for this sequence.
     pub fn n_logits_rows(&self) -> usize {
         match self.results {
-            RowResults::None => 0,
             RowResults::LastLogits => 1,
             RowResults::AllLogits => self.token_ids.len(),
+            RowResults::None | RowResults::LastHidden | RowResults::AllHidden => 0,
+        }
+    }
+
+    /// Hidden states that the step gives for this sequence.
+    pub fn n_hidden_rows(&self) -> usize {
+        match self.results {
+            RowResults::LastHidden => 1,
+            RowResults::AllHidden => self.token_ids.len(),
+            RowResults::None | RowResults::LastLogits | RowResults::AllLogits => 0,
         }
     }
 }
@@ -79,5 +92,10 @@ impl StepPlan {
     /// Rows of logits in all.
     pub fn n_logits_rows(&self) -> usize {
         self.sequences.iter().map(SequenceStep::n_logits_rows).sum()
+    }
+
+    /// Hidden states in all.
+    pub fn n_hidden_rows(&self) -> usize {
+        self.sequences.iter().map(SequenceStep::n_hidden_rows).sum()
     }
 }

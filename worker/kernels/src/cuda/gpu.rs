@@ -293,7 +293,7 @@ impl Gpu {
         Ok(out)
     }
 
-    /// The rows of `x` that need logits.
+    /// The rows of `x` that give a result, in the step's order.
     ///
     /// # Errors
     /// The driver's.
@@ -302,11 +302,11 @@ impl Gpu {
     /// If `x` has other rows than the step.
     pub fn select_rows(&self, x: &GpuTensor, step: &GpuStep) -> Result<GpuTensor, CudaError> {
         assert_eq!(x.n_rows, step.layout.n_rows, "all rows of the step");
-        let n_rows = step.layout.queries(RowChoice::Logits).n_rows;
+        let n_rows = step.layout.queries(RowChoice::Results).n_rows;
         let out = self.tensor(n_rows, x.width)?;
         let args = [
             Arg::Ptr(x.values.pointer()),
-            Arg::Ptr(step.at(step.layout.logits_rows)),
+            Arg::Ptr(step.at(step.layout.result_rows)),
             Arg::Ptr(out.values.pointer()),
             Arg::U32(x.width as u32),
         ];

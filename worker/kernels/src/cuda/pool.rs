@@ -71,6 +71,15 @@ impl Target {
         unsafe { device.queue_copy_back(self.pointer, values) }
     }
 
+    /// Where the values after the first `len` lie.
+    pub(super) fn after<T: Pod>(self, len: usize) -> Result<Self, CudaError> {
+        let Self { pointer, n_bytes } = self;
+        match len.checked_mul(size_of::<T>()).filter(|skipped| *skipped <= n_bytes) {
+            Some(skipped) => Ok(Self { pointer: pointer + skipped as u64, n_bytes: n_bytes - skipped }),
+            None => Err(CudaError::Range { offset: len, len: 0, buffer_len: n_bytes }),
+        }
+    }
+
     fn check_room<T>(self, values: &[T]) -> Result<(), CudaError> {
         let (len, buffer_len) = (size_of_val(values), self.n_bytes);
         if len <= buffer_len { Ok(()) } else { Err(CudaError::Range { offset: 0, len, buffer_len }) }

@@ -24,11 +24,11 @@ pub struct StepRows<'a> {
     pub slots: &'a [u32],
     /// What each row attends to. Rows of one sequence are neighbours, with ascending positions.
     pub rows: &'a [AttentionRow],
-    /// Rows that need logits, ascending.
-    pub logits_rows: &'a [u32],
+    /// Rows that give a result: those that give logits, then those that give hidden states.
+    pub result_rows: &'a [u32],
     /// What each of those attends to.
-    pub logits_attention: &'a [AttentionRow],
-    /// How the token of each of those is chosen; empty if no token is.
+    pub result_attention: &'a [AttentionRow],
+    /// How the token of each row of logits is chosen; empty if no token is.
     pub choices: &'a [ChoiceRule],
     /// Block tables, one for each sequence.
     pub tables: &'a [Vec<u32>],
@@ -39,8 +39,8 @@ pub struct StepRows<'a> {
 pub enum RowChoice {
     /// All of them.
     All,
-    /// Those that need logits.
-    Logits,
+    /// Those that give a result.
+    Results,
 }
 
 /// Neighbouring rows of one sequence, with the heads that share a KV head.
@@ -99,14 +99,14 @@ pub(super) struct Layout {
     pub(super) n_rows: usize,
     pub(super) tokens: Part,
     pub(super) slots: Part,
-    pub(super) logits_rows: Part,
+    pub(super) result_rows: Part,
     pub(super) choices: Part,
-    /// Rows of logits whose token is chosen: all, or none.
+    /// Rows whose token is chosen: all that give logits, or none.
     pub(super) n_choices: usize,
     pub(super) tables: Part,
     pub(super) table_stride: usize,
     all: Queries,
-    logits: Queries,
+    results: Queries,
 }
 
 /// Where the queries of a step are, and what launches need to know of them.
@@ -180,9 +180,11 @@ impl StepShape {
         Some(Self { n_rows, n_splits, chooses: !step.choices.is_empty() })
     }
 
-    /// Whether every row needs logits, and every table has a row.
+    /// Whether every row gives a result, of one kind, and every table has a row.
     fn all_count(step: &StepRows<'_>) -> bool {
-        step.logits_rows.len() == step.rows.len() && step.tables.len() <= step.rows.len()
+        let n_rows = step.rows.len();
+        let is_of_one_kind = step.choices.is_empty() || step.choices.len() == n_rows;
+        step.result_rows.len() == n_rows && is_of_one_kind && step.tables.len() <= n_rows
     }
 
     /// Whether the step's rows and tables fit; its queries are another matter ([`QueryTiles::filled_up`]).
@@ -276,8 +278,8 @@ impl StepData {
         let tokens = append(&mut words, step.tokens, n_rows, 0);
         let spare_slot = (blocks.n_blocks * blocks.block_size) as u32;
         let slots = append(&mut words, step.slots, n_rows, spare_slot);
-        let n_logits = shape.map_or(step.logits_rows.len(), |_| 0);
-        let logits_rows = append(&mut words, &step.logits_rows[..n_logits], n_logits, 0);
+        let n_results = shape.map_or(step.result_rows.len(), |_| 0);
+        let result_rows = append(&mut words, &step.result_rows[..n_results], n_results, 0);
         let n_choices = shape.map_or(step.choices.len(), |shape| if shape.chooses { shape.n_rows } else { 0 });
         let rule_words = size_of::<ChoiceRule>() / size_of::<u32>();
         let choices = append(&mut words, bytemuck::cast_slice(step.choices), n_choices * rule_words, 0);
@@ -288,20 +290,20 @@ impl StepData {
         }
         words.resize(tables.0 + table_stride * shape.map_or(step.tables.len(), |shape| shape.n_rows), 0);
         let all = Queries::append(&mut words, step.rows, heads, shape)?;
-        let logits = Queries::append(&mut words, &step.logits_attention[..n_logits], heads, None)?;
+        let results = Queries::append(&mut words, &step.result_attention[..n_results], heads, None)?;
         Some(Self {
             words,
             layout: Layout {
                 n_rows,
                 tokens,
                 slots,
-                logits_rows,
+                result_rows,
                 choices,
                 n_choices,
                 tables,
                 table_stride,
                 all,
-                logits,
+                results,
             },
         })
     }
@@ -313,7 +315,7 @@ impl Layout {
     pub(super) fn queries(&self, choice: RowChoice) -> &Queries {
         match choice {
             RowChoice::All => &self.all,
-            RowChoice::Logits => &self.logits,
+            RowChoice::Results => &self.results,
         }
     }
 }
@@ -401,13 +403,13 @@ mod tests {
         let choosing = |all: &[AttentionRow], n_choices: usize| {
             let n_tables = all.iter().map(|row| row.table).max().unwrap() + 1;
             let tables: Vec<Vec<u32>> = (0..n_tables).map(|table| vec![table as u32; 40]).collect();
-            let (slots, logits_rows) = (vec![7; all.len()], (0..all.len() as u32).collect::<Vec<_>>());
+            let (slots, result_rows) = (vec![7; all.len()], (0..all.len() as u32).collect::<Vec<_>>());
             let step = StepRows {
                 tokens: &vec![9; all.len()],
                 slots: &slots,
                 rows: all,
-                logits_rows: &logits_rows,
-                logits_attention: all,
+                result_rows: &result_rows,
+                result_attention: all,
                 choices: &vec![rule; n_choices],
                 tables: &tables,
             };
@@ -437,13 +439,13 @@ mod tests {
             |data: &StepData| -> Vec<u32> { (0..4).map(|tile| data.words[queries.tiles.0 + 6 * tile + 4]).collect() };
         assert_eq!((splits(&a), splits(&b)), (vec![2, 1, 1, 0], vec![2, 2, 0, 0]));
         let prompt: Vec<_> = rows(0, 0..40).collect();
-        let logits_rows: Vec<u32> = (0..40).collect();
+        let result_rows: Vec<u32> = (0..40).collect();
         let step = StepRows {
-            tokens: &logits_rows,
-            slots: &logits_rows,
+            tokens: &result_rows,
+            slots: &result_rows,
             rows: &prompt,
-            logits_rows: &logits_rows,
-            logits_attention: &prompt,
+            result_rows: &result_rows,
+            result_attention: &prompt,
             choices: &[],
             tables: &[],
         };
@@ -454,13 +456,13 @@ mod tests {
     fn a_step_of_another_shape_is_not_laid_out() {
         let (heads, blocks) = (Heads { n_kv_heads: 2, group_size: 4 }, Blocks { n_blocks: 100, block_size: 16 });
         let numbers: Vec<u32> = (0..40).collect();
-        let fits = |rows: &[AttentionRow], n_logits: usize, n_tables: usize, n_rows, n_splits| {
+        let fits = |rows: &[AttentionRow], n_results: usize, n_tables: usize, n_rows, n_splits| {
             let step = StepRows {
                 tokens: &numbers[..rows.len()],
                 slots: &numbers[..rows.len()],
                 rows,
-                logits_rows: &numbers[..n_logits],
-                logits_attention: &rows[..n_logits],
+                result_rows: &numbers[..n_results],
+                result_attention: &rows[..n_results],
                 choices: &[],
                 tables: &vec![numbers.clone(); n_tables],
             };
@@ -471,7 +473,7 @@ mod tests {
         assert!(fits(&few, 8, 1, 8, 2) && fits(&few, 8, 8, 16, 4));
         assert!(!fits(&few, 8, 1, 4, 2), "too many rows");
         assert!(!fits(&few, 8, 1, 8, 1), "too many splits");
-        assert!(!fits(&few, 7, 1, 8, 2), "a row without logits");
+        assert!(!fits(&few, 7, 1, 8, 2), "a row without a result");
         assert!(!fits(&few, 8, 9, 8, 2), "a table without rows");
         let prompt: Vec<_> = rows(0, 0..40).collect();
         assert!(!fits(&prompt, 40, 1, 48, 1), "a prompt, which goes through its keys alone");

@@ -106,8 +106,8 @@ impl Sequences {
             tokens: &vec![0; n],
             slots: &slots,
             rows: &rows,
-            logits_rows: &[],
-            logits_attention: &[],
+            result_rows: &[],
+            result_attention: &[],
             choices: &[],
             tables: &self.tables,
         };
@@ -124,8 +124,8 @@ impl Sequences {
             tokens: &vec![0; rows.len()],
             slots: &slots,
             rows,
-            logits_rows: &[],
-            logits_attention: &[],
+            result_rows: &[],
+            result_attention: &[],
             choices: &[],
             tables: &self.tables,
         };

@@ -23,7 +23,7 @@ struct Step {
     tokens: Vec<u32>,
     slots: Vec<u32>,
     rows: Vec<AttentionRow>,
-    logits_rows: Vec<u32>,
+    result_rows: Vec<u32>,
     tables: Vec<Vec<u32>>,
 }
 
@@ -34,14 +34,14 @@ impl Step {
             tokens: tokens.to_vec(),
             slots: numbers().map(|i| 16 * i).collect(),
             rows: numbers().map(|i| AttentionRow { position: 0, table: i as usize }).collect(),
-            logits_rows: numbers().collect(),
+            result_rows: numbers().collect(),
             tables: numbers().map(|i| vec![i]).collect(),
         }
     }
 
     fn rows(&self) -> StepRows<'_> {
-        let Self { tokens, slots, rows, logits_rows, tables } = self;
-        StepRows { tokens, slots, rows, logits_rows, logits_attention: rows, choices: &[], tables }
+        let Self { tokens, slots, rows, result_rows, tables } = self;
+        StepRows { tokens, slots, rows, result_rows, result_attention: rows, choices: &[], tables }
     }
 }
 
@@ -115,7 +115,7 @@ impl Queue {
     fn queue(&mut self, tokens: &[u32]) -> Result<Answer<f32>, CudaError> {
         let step = self.gpu.begin(&Step::new(tokens).rows(), &self.kv, None)?;
         let x = self.gpu.embed(&self.table, &step)?;
-        self.gpu.queue_rows(&x, tokens.len())
+        self.gpu.queue_rows(&x, 0..tokens.len())
     }
 
     fn check(&self, tokens: &[u32], found: &[f32], what: &str) {
@@ -190,7 +190,7 @@ fn an_answer_knows_how_long_the_device_took() {
     let step = queue.gpu.begin(&Step::new(&[1]).rows(), &queue.kv, None).unwrap();
     queue.keep_busy();
     let x = queue.gpu.embed(&queue.table, &step).unwrap();
-    let busy = queue.gpu.queue_rows(&x, 1).unwrap();
+    let busy = queue.gpu.queue_rows(&x, 0..1).unwrap();
     // Its beginning is not that of the next.
     let next = queue.queue(&[2]).unwrap();
     next.wait().unwrap();
@@ -210,7 +210,7 @@ fn a_recorded_step_embeds_other_tokens_each_time() {
     assert_eq!(shape.n_rows(), 4);
     let step = queue.gpu.begin(&rows.rows(), &queue.kv, Some(shape)).unwrap();
     let x = queue.gpu.embed(&queue.table, &step).unwrap();
-    let filled_up = queue.gpu.queue_rows(&x, 4).unwrap();
+    let filled_up = queue.gpu.queue_rows(&x, 0..4).unwrap();
     queue.check(&[3, 69, 0, 0], filled_up.wait().unwrap(), "a filled-up step");
     drop((x, filled_up));
     let (gpu, table) = (&queue.gpu, &queue.table);

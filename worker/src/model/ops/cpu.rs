@@ -10,7 +10,7 @@ use lockstep_kernels::{
 
 use super::{
     AttentionShape, Backend, KvShape, RopeSpec, StepRun,
-    exchange::{gather_planes, hand_over},
+    exchange::{HostResults, gather_planes, hand_over},
     recycled::{Home, Recycled},
 };
 use crate::model::{
@@ -96,7 +96,8 @@ impl Backend for CpuBackend {
     type Matrix = PackedMatrix;
     type Table = EmbeddingTable;
     type Logits = Vec<f32>;
-    type Started = Option<Vec<f32>>;
+    type Hidden = Vec<f32>;
+    type Started = HostResults;
     type Kv = KvCache;
 
     fn load_matrix(
@@ -135,19 +136,19 @@ impl Backend for CpuBackend {
     fn send_results(
         &mut self,
         _run: &mut StepRun<'_, KvCache>,
-        logits: Option<Vec<f32>>,
-    ) -> Result<Option<Vec<f32>>, StepError> {
-        Ok(logits)
+        results: HostResults,
+    ) -> Result<HostResults, StepError> {
+        Ok(results)
     }
 
     fn finish_step(
         &mut self,
-        logits: Option<Vec<f32>>,
+        results: HostResults,
         vocab: &[Range<usize>],
         collective: &mut dyn Collective,
         out: &mut StepOutput,
     ) -> Result<(), StepError> {
-        if let Some(room) = hand_over(logits, vocab, collective, out)? {
+        if let Some(room) = hand_over(results, vocab, collective, out)? {
             self.logits = room;
         }
         Ok(())
@@ -256,13 +257,18 @@ impl Backend for CpuBackend {
         Ok(out)
     }
 
-    fn logits_rows(&mut self, x: CpuTensor, batch: &Batch) -> Result<CpuTensor, OpError> {
-        let rows = &batch.logits_rows;
+    fn result_rows(&mut self, x: CpuTensor, batch: &Batch) -> Result<CpuTensor, OpError> {
+        let rows = &batch.result_rows;
         let mut selected = self.tensor(rows.len(), x.width);
         for (&row, out) in rows.iter().zip(selected.values.chunks_exact_mut(x.width)) {
             out.copy_from_slice(&x.values[row as usize * x.width..][..x.width]);
         }
         Ok(selected)
+    }
+
+    fn take_hidden(&mut self, x: &mut CpuTensor, batch: &Batch, rank: usize) -> Result<Vec<f32>, OpError> {
+        let hidden = x.values.split_off(batch.n_logits_rows * x.width);
+        Ok(if rank == 0 { hidden } else { Vec::new() })
     }
 }
 

@@ -17,7 +17,7 @@ use lockstep_kernels::{
 use tracing::warn;
 
 use super::{
-    AttentionShape, Backend, KvShape, RopeSpec, StepRun,
+    AttentionShape, Backend, KvShape, RopeSpec, StepResults, StepRun,
     exchange::{gather_logits, gather_planes},
 };
 use crate::model::{
@@ -67,9 +67,20 @@ enum Logits<'a> {
     Recorded(&'a Recording),
 }
 
+/// What a step gives on the device, and what of it is queued.
+type CudaResults = StepResults<GpuTensor, Option<Answer<f32>>>;
+
 /// What a step brings to the host when it is done.
 #[derive(Debug)]
-pub enum CudaStarted {
+pub struct CudaStarted {
+    /// Queued before the choice, on rank 0.
+    hidden: Option<Answer<f32>>,
+    choice: Choice,
+}
+
+/// From what tokens are chosen, or the tokens: the last that a step brings.
+#[derive(Debug)]
+enum Choice {
     /// The tokens that were chosen, if any were.
     Tokens(Answer<u32>),
     /// Logits: of all ranks if they were gathered between devices, otherwise this rank's.
@@ -131,7 +142,7 @@ impl CudaBackend {
         &mut self,
         shape: StepShape,
         run: &mut StepRun<'_, GpuKvCache>,
-        forward: impl Fn(&mut Self, &mut StepRun<'_, GpuKvCache>) -> Result<Option<GpuTensor>, StepError>,
+        forward: impl Fn(&mut Self, &mut StepRun<'_, GpuKvCache>) -> Result<CudaResults, StepError>,
     ) -> Result<(), StepError> {
         if !self.recordings.contains_key(&shape) {
             self.forget_a_recording();
@@ -143,7 +154,7 @@ impl CudaBackend {
             device.begin_capture();
         }
         let recording = Recording::new(&device, shape, || {
-            let logits = forward(self, run)?.expect("all rows of a step that has a shape need logits");
+            let logits = forward(self, run)?.logits.expect("all rows of a step that has a shape give logits");
             let logits = self.conclude(run, logits)?;
             Ok::<_, StepError>((logits, self.step.take().expect("the step that was computed")))
         });
@@ -214,31 +225,31 @@ impl CudaBackend {
         Ok(whole)
     }
 
-    /// Sends what a step gives to the host, behind all that is queued.
-    fn queue_answer(
+    /// Sends the logits of a step, or the tokens chosen from them, to the host, behind all that is queued.
+    fn queue_choice(
         gpu: &mut Gpu,
         run: &mut StepRun<'_, GpuKvCache>,
         logits: Option<Logits<'_>>,
-    ) -> Result<CudaStarted, CudaError> {
-        let n_rows = run.batch.logits_rows.len();
+    ) -> Result<Choice, CudaError> {
+        let n_rows = run.batch.n_logits_rows;
         // Through the host, every rank's logits are gathered there.
         let has_logits = run.collective.rank() == 0 || run.collective.device().is_none();
         Ok(match logits {
-            Some(logits) if has_logits && !run.batch.chooses => CudaStarted::Logits(match logits {
-                Logits::Computed(logits) => gpu.queue_rows(logits, n_rows)?,
+            Some(logits) if has_logits && !run.batch.chooses => Choice::Logits(match logits {
+                Logits::Computed(logits) => gpu.queue_rows(logits, 0..n_rows)?,
                 Logits::Recorded(recording) => gpu.queue_result(recording, n_rows)?,
             }),
-            Some(_) if run.batch.chooses => CudaStarted::Tokens(gpu.queue_choices(n_rows)?),
-            _ => CudaStarted::Tokens(gpu.queue_choices(0)?),
+            Some(_) if run.batch.chooses => Choice::Tokens(gpu.queue_choices(n_rows)?),
+            _ => Choice::Tokens(gpu.queue_choices(0)?),
         })
     }
 }
 
 impl CudaStarted {
     fn is_there(&self) -> Result<bool, CudaError> {
-        match self {
-            Self::Tokens(tokens) => tokens.is_there(),
-            Self::Logits(logits) => logits.is_there(),
+        match &self.choice {
+            Choice::Tokens(tokens) => tokens.is_there(),
+            Choice::Logits(logits) => logits.is_there(),
         }
     }
 
@@ -295,8 +306,8 @@ fn rows_of<'a>(batch: &'a Batch, tokens: &'a [u32]) -> StepRows<'a> {
         tokens,
         slots: &batch.slots,
         rows: &batch.attention,
-        logits_rows: &batch.logits_rows,
-        logits_attention: &batch.logits_attention,
+        result_rows: &batch.result_rows,
+        result_attention: &batch.result_attention,
         choices: &batch.rules,
         tables: &batch.block_tables,
     }
@@ -309,6 +320,7 @@ impl Backend for CudaBackend {
     type Matrix = GpuMatrix;
     type Table = GpuTable;
     type Logits = GpuTensor;
+    type Hidden = Option<Answer<f32>>;
     type Started = CudaStarted;
     type Kv = GpuKvCache;
 
@@ -347,12 +359,12 @@ impl Backend for CudaBackend {
         collective.world_size() == 1 || collective.device().is_some()
     }
 
-    /// A step without prompts is computed filled up to one of a few shapes. When a shape comes for the second time it is
+    /// A step without prompts and embeddings is computed filled up to one of a few shapes. When a shape comes for the second time it is
     /// recorded, and from then on replayed. Where other ranks are reached through the host, nothing can be recorded.
     fn start_step(
         &mut self,
         mut run: StepRun<'_, GpuKvCache>,
-        forward: impl Fn(&mut Self, &mut StepRun<'_, GpuKvCache>) -> Result<Option<GpuTensor>, StepError>,
+        forward: impl Fn(&mut Self, &mut StepRun<'_, GpuKvCache>) -> Result<CudaResults, StepError>,
     ) -> Result<CudaStarted, StepError> {
         self.n_steps += 1;
         if run.collective.device().is_some() {
@@ -361,18 +373,20 @@ impl Backend for CudaBackend {
         }
         let tokens = encode(run.batch);
         let rows = rows_of(run.batch, &tokens);
-        let shape = StepShape::of(&rows).filter(|_| self.records && self.runs_ahead(run.collective));
+        let may_record = run.batch.n_hidden_rows() == 0 && self.records && self.runs_ahead(run.collective);
+        let shape = StepShape::of(&rows).filter(|_| may_record);
         if let Some(shape) = shape
             && let Some(recorded) = self.recordings.get_mut(&shape).filter(|recorded| recorded.recording.is_some())
         {
             recorded.last_step = self.n_steps;
             recorded.replay(&mut self.gpu, &rows, &mut run)?;
             let recording = recorded.recording.as_ref();
-            return Ok(Self::queue_answer(&mut self.gpu, &mut run, recording.map(Logits::Recorded))?);
+            let choice = Self::queue_choice(&mut self.gpu, &mut run, recording.map(Logits::Recorded))?;
+            return Ok(CudaStarted { hidden: None, choice });
         }
         self.step = Some(self.gpu.begin(&rows, run.kv, shape)?);
-        let logits = forward(self, &mut run)?;
-        let started = self.send_results(&mut run, logits)?;
+        let results = forward(self, &mut run)?;
+        let started = self.send_results(&mut run, results)?;
         if let Some(shape) = shape {
             self.record(shape, &mut run, forward)?;
         }
@@ -386,10 +400,11 @@ impl Backend for CudaBackend {
     fn send_results(
         &mut self,
         run: &mut StepRun<'_, GpuKvCache>,
-        logits: Option<GpuTensor>,
+        results: CudaResults,
     ) -> Result<CudaStarted, StepError> {
-        let logits = logits.map(|logits| self.conclude(run, logits)).transpose()?;
-        Ok(Self::queue_answer(&mut self.gpu, run, logits.as_ref().map(Logits::Computed))?)
+        let logits = results.logits.map(|logits| self.conclude(run, logits)).transpose()?;
+        let choice = Self::queue_choice(&mut self.gpu, run, logits.as_ref().map(Logits::Computed))?;
+        Ok(CudaStarted { hidden: results.hidden.flatten(), choice })
     }
 
     fn finish_step(
@@ -401,12 +416,15 @@ impl Backend for CudaBackend {
     ) -> Result<(), StepError> {
         out.clear();
         started.wait(collective)?;
-        match started {
-            CudaStarted::Tokens(tokens) => {
+        if let Some(hidden) = started.hidden {
+            out.hidden.extend_from_slice(hidden.wait()?);
+        }
+        match started.choice {
+            Choice::Tokens(tokens) => {
                 out.token_ids.extend_from_slice(tokens.wait()?);
                 out.device_time = tokens.device_time()?;
             }
-            CudaStarted::Logits(logits) => {
+            Choice::Logits(logits) => {
                 out.logits.extend_from_slice(logits.wait()?);
                 out.device_time = logits.device_time()?;
                 if collective.device().is_none() {
@@ -504,13 +522,20 @@ impl Backend for CudaBackend {
     ) -> Result<GpuInput, OpError> {
         let choice = match rows {
             Rows::All => RowChoice::All,
-            Rows::Logits => RowChoice::Logits,
+            Rows::Results => RowChoice::Results,
         };
         Ok(self.gpu.attention(&q, kv, layer, self.step(), choice)?)
     }
 
-    fn logits_rows(&mut self, x: GpuTensor, _batch: &Batch) -> Result<GpuTensor, OpError> {
+    fn result_rows(&mut self, x: GpuTensor, _batch: &Batch) -> Result<GpuTensor, OpError> {
         Ok(self.gpu.select_rows(&x, self.step())?)
+    }
+
+    fn take_hidden(&mut self, x: &mut GpuTensor, batch: &Batch, rank: usize) -> Result<Option<Answer<f32>>, OpError> {
+        let hidden = batch.n_logits_rows..batch.result_rows.len();
+        let answer = (rank == 0).then(|| self.gpu.queue_rows(x, hidden)).transpose()?;
+        x.truncate(batch.n_logits_rows);
+        Ok(answer)
     }
 }
 

@@ -4,6 +4,7 @@ use std::ops::Range;
 
 use lockstep_collectives::Collective;
 
+use super::StepResults;
 use crate::model::{StepError, output::StepOutput, shard::Reduction};
 
 /// Gathers every rank's partial planes, `[n_planes, plane]` in all, of which this rank's are there.
@@ -19,15 +20,20 @@ pub(super) fn gather_planes(
     Ok(collective.all_gather(&reduction.lengths(plane), planes)?)
 }
 
-/// Hands a step's logits, if it has any, over to `out`, on rank 0 with those of all ranks. Returns the memory that theirs
-/// take the place of.
+/// Results of a step that are in host memory.
+pub(super) type HostResults = StepResults<Vec<f32>, Vec<f32>>;
+
+/// Hands a step's results, if it has any, over to `out`, on rank 0 with the logits of all ranks. Returns the memory that
+/// these take the place of.
 pub(super) fn hand_over(
-    logits: Option<Vec<f32>>,
+    results: HostResults,
     vocab: &[Range<usize>],
     collective: &mut dyn Collective,
     out: &mut StepOutput,
 ) -> Result<Option<Vec<f32>>, StepError> {
     out.clear();
+    let StepResults { logits, hidden } = results;
+    out.hidden.extend(hidden.into_iter().flatten());
     let Some(logits) = logits else { return Ok(None) };
     let before = std::mem::replace(&mut out.logits, logits);
     gather_logits(vocab, collective, out)?;

@@ -9,7 +9,7 @@ use std::{
 use lockstep_collectives::{Collective, Timed};
 use lockstep_kernels::EncodedRows;
 
-use super::{Backend, KvShape, StepRun};
+use super::{Backend, KvShape, StepResults, StepRun};
 use crate::model::{
     OpError, StepError,
     batch::{Batch, Rows},
@@ -130,6 +130,7 @@ impl<B: Backend> Backend for Profiled<B> {
     type Matrix = ProfiledMatrix<B::Matrix>;
     type Table = B::Table;
     type Logits = B::Logits;
+    type Hidden = B::Hidden;
     type Started = B::Started;
     type Kv = B::Kv;
 
@@ -167,9 +168,9 @@ impl<B: Backend> Backend for Profiled<B> {
     fn send_results(
         &mut self,
         run: &mut StepRun<'_, B::Kv>,
-        logits: Option<B::Logits>,
+        results: StepResults<B::Logits, B::Hidden>,
     ) -> Result<B::Started, StepError> {
-        self.ops.send_results(run, logits)
+        self.ops.send_results(run, results)
     }
 
     fn is_finished(&self, started: &B::Started) -> Result<bool, OpError> {
@@ -260,8 +261,13 @@ impl<B: Backend> Backend for Profiled<B> {
         self.other("attention", |ops| ops.attention(q, kv, layer, batch, rows))
     }
 
-    fn logits_rows(&mut self, x: B::Tensor, batch: &Batch) -> Result<B::Tensor, OpError> {
-        self.n_rows = batch.logits_rows.len();
-        self.other("logits_rows", |ops| ops.logits_rows(x, batch))
+    fn result_rows(&mut self, x: B::Tensor, batch: &Batch) -> Result<B::Tensor, OpError> {
+        self.n_rows = batch.result_rows.len();
+        self.other("result_rows", |ops| ops.result_rows(x, batch))
+    }
+
+    fn take_hidden(&mut self, x: &mut B::Tensor, batch: &Batch, rank: usize) -> Result<B::Hidden, OpError> {
+        self.n_rows = batch.n_logits_rows;
+        self.other("take_hidden", |ops| ops.take_hidden(x, batch, rank))
     }
 }

@@ -12,7 +12,7 @@ use lockstep_kernels::{EncodedRows, KvCache, KvEncoding, RopeStyle, dequantize};
 use super::{
     AttentionShape, Backend, KvShape, StepRun,
     cpu::embedded,
-    exchange::{gather_planes, hand_over},
+    exchange::{HostResults, gather_planes, hand_over},
 };
 use crate::model::{
     OpError, StepError,
@@ -133,7 +133,8 @@ impl Backend for ReferenceBackend {
     type Matrix = ReferenceMatrix;
     type Table = EmbeddingTable;
     type Logits = Vec<f32>;
-    type Started = Option<Vec<f32>>;
+    type Hidden = Vec<f32>;
+    type Started = HostResults;
     type Kv = ReferenceKv;
 
     fn load_matrix(
@@ -179,19 +180,19 @@ impl Backend for ReferenceBackend {
     fn send_results(
         &mut self,
         _run: &mut StepRun<'_, ReferenceKv>,
-        logits: Option<Vec<f32>>,
-    ) -> Result<Option<Vec<f32>>, StepError> {
-        Ok(logits)
+        results: HostResults,
+    ) -> Result<HostResults, StepError> {
+        Ok(results)
     }
 
     fn finish_step(
         &mut self,
-        logits: Option<Vec<f32>>,
+        results: HostResults,
         vocab: &[Range<usize>],
         collective: &mut dyn Collective,
         out: &mut StepOutput,
     ) -> Result<(), StepError> {
-        hand_over(logits, vocab, collective, out).map(|_| ())
+        hand_over(results, vocab, collective, out).map(|_| ())
     }
 
     fn upload(&mut self, values: Vec<f32>, width: usize) -> Result<Tensor, OpError> {
@@ -299,9 +300,15 @@ impl Backend for ReferenceBackend {
         Ok(Tensor::cat(&rows.collect::<Result<Vec<_>, OpError>>()?, 0)?)
     }
 
-    fn logits_rows(&mut self, x: Tensor, batch: &Batch) -> Result<Tensor, OpError> {
-        let rows = &batch.logits_rows[..];
+    fn result_rows(&mut self, x: Tensor, batch: &Batch) -> Result<Tensor, OpError> {
+        let rows = &batch.result_rows[..];
         Ok(x.index_select(&Tensor::from_slice(rows, rows.len(), &self.device)?, 0)?)
+    }
+
+    fn take_hidden(&mut self, x: &mut Tensor, batch: &Batch, rank: usize) -> Result<Vec<f32>, OpError> {
+        let hidden = x.narrow(0, batch.n_logits_rows, batch.n_hidden_rows())?;
+        *x = x.narrow(0, 0, batch.n_logits_rows)?;
+        if rank == 0 { to_vec(&hidden) } else { Ok(Vec::new()) }
     }
 }
 

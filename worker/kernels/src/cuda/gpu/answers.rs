@@ -1,6 +1,7 @@
 //! Answers: results of a step on their way to the host, while the next step is queued.
 
 use std::{
+    ops::Range,
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
@@ -46,18 +47,18 @@ impl Gpu {
         self.answers.fetch(Target::of(&self.choices), n_rows, &self.begun)
     }
 
-    /// Queues that the first rows of a tensor come to the host. Waits for the device if no answer had so many values before.
+    /// Queues that some rows of a tensor come to the host. Waits for the device if no answer had so many values before.
     ///
     /// # Errors
     /// Two such answers are there already, or the driver's.
     ///
     /// # Panics
     /// If there are not so many.
-    pub fn queue_rows(&mut self, tensor: &GpuTensor, n_rows: usize) -> Result<Answer<f32>, CudaError> {
-        self.queue_recorded(tensor.recorded(), n_rows)
+    pub fn queue_rows(&mut self, tensor: &GpuTensor, rows: Range<usize>) -> Result<Answer<f32>, CudaError> {
+        self.queue_recorded(tensor.recorded(), rows)
     }
 
-    /// As [`Gpu::queue_rows`], of what a recording ends in, if nothing has been queued since it was replayed.
+    /// As [`Gpu::queue_rows`], of the first rows of what a recording ends in, if nothing has been queued since it was replayed.
     ///
     /// # Errors
     /// As there.
@@ -65,12 +66,13 @@ impl Gpu {
     /// # Panics
     /// As there.
     pub fn queue_result(&mut self, recording: &Recording, n_rows: usize) -> Result<Answer<f32>, CudaError> {
-        self.queue_recorded(recording.result(), n_rows)
+        self.queue_recorded(recording.result(), 0..n_rows)
     }
 
-    fn queue_recorded(&mut self, result: RecordedResult, n_rows: usize) -> Result<Answer<f32>, CudaError> {
-        assert!(n_rows <= result.n_rows, "{n_rows} rows of {}", result.n_rows);
-        self.rows.fetch(result.target, n_rows * result.width, &self.begun)
+    fn queue_recorded(&mut self, result: RecordedResult, rows: Range<usize>) -> Result<Answer<f32>, CudaError> {
+        let RecordedResult { target, n_rows, width } = result;
+        assert!(rows.start <= rows.end && rows.end <= n_rows, "rows {rows:?} of {n_rows}");
+        self.rows.fetch(target.after::<f32>(rows.start * width)?, rows.len() * width, &self.begun)
     }
 }
 

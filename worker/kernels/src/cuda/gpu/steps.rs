@@ -93,11 +93,11 @@ impl Gpu {
         let is_sound = step.slots.len() == step.rows.len()
             && step.tokens.len() == step.rows.len()
             && step.tokens.iter().all(is_there)
-            && step.logits_rows.len() == step.logits_attention.len()
-            && (step.choices.is_empty() || step.choices.len() == step.logits_rows.len())
+            && step.result_rows.len() == step.result_attention.len()
+            && (step.choices.is_empty() || step.choices.len() <= step.result_rows.len())
             && step.slots.iter().all(|slot| (*slot as usize) < n_slots)
-            && step.logits_rows.iter().all(|row| (*row as usize) < step.slots.len())
-            && step.rows.iter().chain(step.logits_attention).all(reaches)
+            && step.result_rows.iter().all(|row| (*row as usize) < step.slots.len())
+            && step.rows.iter().chain(step.result_attention).all(reaches)
             && step.tables.iter().flatten().all(|block| (*block as usize) < n_blocks);
         if !is_sound {
             return Err(CudaError::Step);

@@ -26,6 +26,8 @@ use crate::{EncodedRows, KernelError};
 
 /// Rows of logits, of so many tokens, that there is room for on the host from the start.
 const LOGITS_ROWS: usize = 64;
+/// The same for hidden states: as many as a GPU's step has rows, if nobody wants it otherwise.
+const HIDDEN_ROWS: usize = 2048;
 /// Threads of a block of `embed`, a value each.
 const EMBED_THREADS: usize = 256;
 /// Bytes of a table that are brought to the device at once.
@@ -77,7 +79,7 @@ impl Gpu {
         };
         self.table_rows = Some(n_rows);
         // To grow them later would be to wait for all that is queued, be it a call to a rank that is gone.
-        self.rows.reserve(LOGITS_ROWS * n_rows)?;
+        self.rows.reserve((LOGITS_ROWS * n_rows).max(HIDDEN_ROWS * width))?;
         Ok(GpuTable { n_rows, width, rows, embed })
     }
 
@@ -204,8 +206,8 @@ mod tests {
             tokens: &chosen,
             slots: &slots,
             rows: &rows,
-            logits_rows: &[],
-            logits_attention: &[],
+            result_rows: &[],
+            result_attention: &[],
             choices: &[],
             tables: &tables,
         };

@@ -161,6 +161,15 @@ impl GpuTensor {
         self.n_rows
     }
 
+    /// Keeps the first rows alone.
+    ///
+    /// # Panics
+    /// If there are not so many.
+    pub fn truncate(&mut self, n_rows: usize) {
+        assert!(n_rows <= self.n_rows, "{n_rows} rows of {}", self.n_rows);
+        self.n_rows = n_rows;
+    }
+
     pub(in crate::cuda) fn recorded(&self) -> RecordedResult {
         RecordedResult { target: self.values.target(), n_rows: self.n_rows, width: self.width }
     }
