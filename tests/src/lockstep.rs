@@ -6,8 +6,8 @@ use lockstep_kernels::KvEncoding;
 use lockstep_worker::{
     device::Device,
     scheduler::{
-        NewSequence, Sampled, Scheduler, SchedulerConfig,
-        plan::{RowResults, SeqId, SequenceStep},
+        NewSequence, Pooling, Sampled, Scheduler, SchedulerConfig,
+        plan::{SeqId, SequenceStep},
         speculation::Speculation,
     },
 };
@@ -40,6 +40,8 @@ pub struct Condition {
     pub others: usize,
     /// Tokens that the first of them generates, and up to 8 fewer the others. At least 9.
     pub others_generate: u32,
+    /// Prompts that are embedded while it goes on.
+    pub embedded: usize,
     /// Whether the same prompt has run before, so that its prefix is cached.
     pub cached: bool,
     /// Whether tokens are drafted.
@@ -56,16 +58,17 @@ pub const PLAIN: Condition = Condition {
     chunk: WHOLE,
     others: 0,
     others_generate: 9,
+    embedded: 0,
     cached: false,
     speculation: Speculation::Off,
     n_blocks: N_TOKENS / BLOCK_SIZE,
 };
 
-/// How a prompt went on.
+/// How a prompt went on, or was embedded.
 #[derive(Debug, Default)]
 pub struct Continuation {
-    /// The logits of every row that its tokens were chosen from.
-    pub logits: Vec<Vec<f32>>,
+    /// The logits of every row that its tokens were chosen from, or the hidden states that were to be pooled.
+    pub rows: Vec<Vec<f32>>,
     /// Tokens that were drafted.
     pub n_accepted: usize,
     /// How often it gave its blocks up.
@@ -100,8 +103,8 @@ pub fn scheduler(condition: Condition, max_prompt_logits_rows: usize) -> Schedul
     .expect("a scheduler")
 }
 
-/// How `prompt` goes on for `n_tokens` tokens, greedily.
-fn go_on(ranks: &mut Ranks, condition: Condition, prompt: &[u32], n_tokens: u32, seed: u64) -> Continuation {
+/// How `target` goes on, greedily, or what it is embedded by.
+fn go_on(ranks: &mut Ranks, condition: Condition, target: &NewSequence, seed: u64) -> Continuation {
     let mut scheduler = scheduler(condition, WHOLE);
     ranks.group.reset();
     let now = Instant::now();
@@ -111,17 +114,30 @@ fn go_on(ranks: &mut Ranks, condition: Condition, prompt: &[u32], n_tokens: u32,
         scheduler.add(new, now).expect("room")
     };
     if condition.cached {
-        let before = add(&mut scheduler, prompt.to_vec(), n_tokens);
+        let before = add(&mut scheduler, target.prompt.clone(), target.max_new_tokens.max(1));
         run(ranks, &mut scheduler, before);
     }
-    for other in 0..condition.others {
+    let vocab_size = ranks.vocab_size as u32;
+    let mut any_prompt = || {
         let length = rng.random_range(1..100);
-        let ids = (0..length).map(|_| rng.random_range(0..ranks.vocab_size as u32)).collect();
-        add(&mut scheduler, ids, condition.others_generate - other as u32 % 9);
+        (0..length).map(|_| rng.random_range(0..vocab_size)).collect::<Vec<u32>>()
+    };
+    for other in 0..condition.others {
+        add(&mut scheduler, any_prompt(), condition.others_generate - other as u32 % 9);
     }
-    let target = add(&mut scheduler, prompt.to_vec(), n_tokens);
-    let found = run(ranks, &mut scheduler, target);
-    assert_eq!(found.logits.len(), n_tokens as usize);
+    let id = scheduler.add(target.clone(), now).expect("room");
+    for embedded in 0..condition.embedded {
+        let pooling = Some([Pooling::Mean, Pooling::Last][embedded % 2]);
+        let new = NewSequence { prompt: any_prompt(), pooling, ..NewSequence::default() };
+        scheduler.add(new, now).expect("room");
+    }
+    let found = run(ranks, &mut scheduler, id);
+    let n_rows = match target.pooling {
+        None => target.max_new_tokens as usize,
+        Some(Pooling::Mean) => target.prompt.len(),
+        Some(Pooling::Last) => 1,
+    };
+    assert_eq!(found.rows.len(), n_rows);
     found
 }
 
@@ -131,15 +147,21 @@ fn run(ranks: &mut Ranks, scheduler: &mut Scheduler, target: SeqId) -> Continuat
     let mut has_ended = false;
     while let Some(plan) = scheduler.schedule(Instant::now()).plan {
         found.n_preempted += usize::from(!has_ended && plan.released.contains(&target));
-        let logits = ranks.group.run(&plan).expect("the step runs");
-        let mut rows = logits.chunks_exact(ranks.vocab_size);
+        let out = ranks.group.run(&plan).expect("the step runs");
+        let hidden_dim = out.hidden.len() / plan.n_hidden_rows().max(1);
+        let mut hidden = out.hidden.chunks_exact(hidden_dim.max(1));
+        for step in &plan.sequences {
+            let of_step = hidden.by_ref().take(step.n_hidden_rows());
+            found.rows.extend(of_step.filter(|_| step.id == target).map(<[f32]>::to_vec));
+        }
+        let mut rows = out.logits.chunks_exact(ranks.vocab_size);
         let mut sampled = Vec::new();
-        for step in plan.sequences.iter().filter(|step| step.results != RowResults::None) {
+        for step in plan.sequences.iter().filter(|step| step.n_logits_rows() > 0) {
             let rows: Vec<&[f32]> = rows.by_ref().take(step.n_logits_rows()).collect();
             let tokens = verify(step, &rows);
             if step.id == target {
                 found.n_accepted += tokens.len() - 1;
-                found.logits.extend(rows[..tokens.len()].iter().map(|row| row.to_vec()));
+                found.rows.extend(rows[..tokens.len()].iter().map(|row| row.to_vec()));
             }
             sampled.push(Sampled { id: step.id, tokens, stop: false });
         }
@@ -182,12 +204,42 @@ pub fn check_text(
     n_tokens: u32,
     conditions: &[Condition],
 ) -> Vec<Continuation> {
+    let new =
+        |vocab_size| NewSequence { prompt: prompt(vocab_size), max_new_tokens: n_tokens, ..NewSequence::default() };
+    check_sequence(model, device, new, conditions)
+}
+
+/// The same for the hidden states that a random prompt is embedded by.
+///
+/// # Panics
+/// If a bit differs, or the model does not run.
+pub fn check_embedding(
+    model: &Path,
+    device: &Device,
+    n_prompt: usize,
+    pooling: Pooling,
+    conditions: &[Condition],
+) -> Vec<Continuation> {
+    let new = |vocab_size| NewSequence {
+        prompt: prompt(n_prompt, vocab_size, SEED),
+        pooling: Some(pooling),
+        ..NewSequence::default()
+    };
+    check_sequence(model, device, new, conditions)
+}
+
+fn check_sequence(
+    model: &Path,
+    device: &Device,
+    new: impl Fn(u32) -> NewSequence,
+    conditions: &[Condition],
+) -> Vec<Continuation> {
     println!("seed {SEED}");
     let condition = Condition { kv_encoding: conditions[0].kv_encoding, ..PLAIN };
     let mut plain = load(model, device, condition);
-    let prompt = prompt(plain.vocab_size as u32);
-    let wanted = go_on(&mut plain, condition, &prompt, n_tokens, SEED).logits;
-    assert!(wanted.iter().flatten().all(|logit| logit.is_finite()));
+    let new = new(plain.vocab_size as u32);
+    let wanted = go_on(&mut plain, condition, &new, SEED).rows;
+    assert!(wanted.iter().flatten().all(|value| value.is_finite()));
     let mut all = Vec::new();
     let mut ranks: Option<(usize, usize, Ranks)> = None;
     for &condition in conditions {
@@ -196,10 +248,10 @@ pub fn check_text(
             Some((world_size, threads, loaded)) if (world_size, threads) == key => loaded,
             _ => load(model, device, condition),
         };
-        let got = go_on(&mut loaded, condition, &prompt, n_tokens, SEED);
-        for (step, (wanted, got)) in wanted.iter().zip(&got.logits).enumerate() {
+        let got = go_on(&mut loaded, condition, &new, SEED);
+        for (row, (wanted, got)) in wanted.iter().zip(&got.rows).enumerate() {
             let differ = wanted.iter().zip(got).filter(|(a, b)| a.to_bits() != b.to_bits()).count();
-            assert_eq!(differ, 0, "{differ} of {} logits differ at token {step} under {condition:?}", wanted.len());
+            assert_eq!(differ, 0, "{differ} of {} values differ in row {row} under {condition:?}", wanted.len());
         }
         ranks = Some((key.0, key.1, loaded));
         all.push(got);

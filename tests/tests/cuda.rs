@@ -22,11 +22,14 @@ use lockstep_proto::v1::{
 };
 use lockstep_tests::{
     cluster::{Cluster, ClusterBuilder, binary, demo_model},
-    lockstep::{Condition, PLAIN, WHOLE, check, check_text, prompt},
+    lockstep::{Condition, PLAIN, WHOLE, check, check_embedding, check_text, prompt},
     ranks::{Ranks, argmax},
     tiny_model::{Container, TinyModel},
 };
-use lockstep_worker::{device::Device, scheduler::speculation::Speculation};
+use lockstep_worker::{
+    device::Device,
+    scheduler::{Pooling, speculation::Speculation},
+};
 use tempfile::TempDir;
 use tokio_stream::StreamExt;
 use tonic::Code;
@@ -168,6 +171,30 @@ fn nothing_changes_a_bit_of_keys_and_values_in_8_bits() {
         println!("{}", model.name);
         check(&model.path, &device(), N_PROMPT, &conditions);
     }
+}
+
+#[test]
+fn nothing_changes_a_bit_of_an_embedding_or_of_those_beside_it() {
+    let conditions = [
+        Condition { chunk: 7, cached: true, ..PLAIN },
+        Condition { world_size: 2, others: 5, chunk: 16, ..PLAIN },
+        Condition { world_size: 3, others: 3, cached: true, ..PLAIN },
+    ];
+    let model = Model::write("Q4_K", &shared_heads());
+    for pooling in [Pooling::Mean, Pooling::Last] {
+        check_embedding(&model.path, &device(), N_PROMPT, pooling, &conditions);
+    }
+    let beside = Condition { others: 2, embedded: 3, chunk: 16, ..PLAIN };
+    check(&model.path, &device(), N_PROMPT, &[beside, Condition { world_size: 2, ..beside }]);
+    let mut gpu = Ranks::load(&model.path, &device(), KvEncoding::F16, 1, 1, N_PROMPT).expect("the model loads");
+    let mut reference =
+        Ranks::load(&model.path, &Device::Reference, KvEncoding::F16, 1, 1, N_PROMPT).expect("the model loads");
+    let ids = prompt(N_PROMPT, gpu.vocab_size as u32, 1);
+    let (got, wanted) = (gpu.hidden(&ids, 16).expect("it runs"), reference.hidden(&ids, 16).expect("it runs"));
+    let squares = got.iter().zip(&wanted).map(|(got, wanted)| f64::from(got - wanted).powi(2));
+    let off = (squares.sum::<f64>() / wanted.len() as f64).sqrt();
+    println!("off by {off:.4}");
+    assert!(got.len() == wanted.len() && off <= 0.02, "{off}");
 }
 
 #[test]

@@ -8,13 +8,13 @@ use lockstep_checkpoint::Encoding;
 use lockstep_kernels::KvEncoding;
 use lockstep_tests::{
     cluster::demo_model,
-    lockstep::{Condition, Continuation, PLAIN, WHOLE, check, check_text, load, prompt, scheduler},
+    lockstep::{Condition, Continuation, PLAIN, WHOLE, check, check_embedding, check_text, load, prompt, scheduler},
     ranks::Ranks,
     tiny_model::{Container, TinyModel},
 };
 use lockstep_worker::{
     device::Device,
-    scheduler::{NewSequence, Sampled, speculation::Speculation},
+    scheduler::{NewSequence, Pooling, Sampled, speculation::Speculation},
 };
 
 const CPU: Device = Device::Cpu;
@@ -37,9 +37,9 @@ fn prompt_logits(ranks: &mut Ranks, prompts: [&[u32]; 2], max_prompt_logits_rows
     });
     let mut found = [Vec::new(), Vec::new()];
     while let Some(plan) = scheduler.schedule(Instant::now()).plan {
-        let logits = ranks.group.run(&plan).expect("the step runs");
+        let logits = &ranks.group.run(&plan).expect("the step runs").logits;
         assert!(logits.len() <= max_prompt_logits_rows * ranks.vocab_size, "the rows of a step are bounded");
-        let mut rest = logits;
+        let mut rest = logits.as_slice();
         for step in &plan.sequences {
             let (rows, after) = rest.split_at(step.n_logits_rows() * ranks.vocab_size);
             rest = after;
@@ -121,6 +121,47 @@ fn speculation_does_not_change_a_bit() {
         println!("{n_accepted} drafts accepted, {n_preempted} times preempted: {condition:?}");
         assert!(*n_accepted >= 10, "{n_accepted} drafts were accepted under {condition:?}");
         assert_eq!(*n_preempted > 0, condition.n_blocks < PLAIN.n_blocks, "{condition:?}");
+    }
+}
+
+#[test]
+fn embeddings_beside_it_do_not_change_a_bit() {
+    let beside = Condition { others: 3, embedded: 5, chunk: 7, ..PLAIN };
+    check(&demo_model(), &CPU, 100, &[Condition { chunk: WHOLE, ..beside }, Condition { world_size: 2, ..beside }]);
+}
+
+#[test]
+fn nothing_changes_a_bit_of_an_embedding() {
+    let few_blocks = Condition { others: 3, others_generate: 60, chunk: 1, n_blocks: 22, ..PLAIN };
+    let conditions = [
+        Condition { chunk: 1, ..PLAIN },
+        Condition { others: 15, embedded: 8, chunk: 64, threads: 2, ..PLAIN },
+        Condition { cached: true, chunk: 7, ..PLAIN },
+        few_blocks,
+        Condition { world_size: 2, others: 15, cached: true, chunk: 7, ..PLAIN },
+        Condition { world_size: 2, ..few_blocks },
+        Condition { world_size: 3, others: 3, ..PLAIN },
+    ];
+    for pooling in [Pooling::Mean, Pooling::Last] {
+        let all = check_embedding(&demo_model(), &CPU, 100, pooling, &conditions);
+        for (condition, Continuation { n_preempted, .. }) in conditions.iter().zip(&all) {
+            assert_eq!(*n_preempted > 0, condition.n_blocks < PLAIN.n_blocks, "{condition:?}");
+        }
+    }
+}
+
+#[test]
+fn nothing_changes_a_bit_of_an_embedding_by_a_random_model() {
+    let conditions = [1, 2, 3, 4, 8].map(|world_size| Condition {
+        world_size,
+        others: 15,
+        cached: true,
+        chunk: [1, 7, 64, WHOLE][world_size % 4],
+        ..PLAIN
+    });
+    let (_folder, path) = tiny(Encoding::Q4_1, Container::Gguf);
+    for pooling in [Pooling::Mean, Pooling::Last] {
+        check_embedding(&path, &CPU, 300, pooling, &conditions);
     }
 }
 

@@ -5,7 +5,7 @@
 //! ask for one more plan in between ([`ahead`]).
 //!
 //! ```text
-//!            add                      admitted                    sampled its last token, aborted, expired
+//!            add                      admitted            sampled its last token, embedded, aborted, expired
 //!  (refused) <── request ──> waiting ─────────> running ─────────────────────────────────────────────────> gone
 //!                               ^                  │
 //!                               └──────────────────┘ preempted: blocks ran out
@@ -23,6 +23,9 @@
 //! `max_prompt_logits_rows` beside them, oldest first: a chunk is cut at what is left of that, and a sequence that finds
 //! nothing left waits for a later step. By the lockstep rule no cut shows in the logits.
 //!
+//! An *embedding* is a sequence that is only prefilled: its rows give hidden states instead of logits, which take no more
+//! memory than the step's other activations, and it ends when its prompt is computed.
+//!
 //! A sequence gets the blocks of all its known tokens when it is admitted, so a prefill that has begun never lacks
 //! blocks; only decodes, with their drafts, grow a table. When one of them finds no block, the youngest running sequence
 //! is preempted: it gives its blocks up, waits again, and computes its tokens anew later (what it had computed often still
@@ -34,7 +37,8 @@
 //! a running sequence right now, it waits until that one has got past it or is gone: equal prompts (the choices of a
 //! request, for example) are computed once. At least one token of a prompt is always computed, for its logits. A block
 //! is shared only when it is full and computed, so nothing is ever copied on write. A sequence may also be told to wait
-//! for another's prompt logits ([`NewSequence::after`]).
+//! for another's prompt logits ([`NewSequence::after`]). Who wants a result of every position of its prompt, logits or hidden
+//! states, takes nothing from the cache before all are delivered, and each is delivered once, whatever is preempted.
 //!
 //! # Nobody starves
 //!
@@ -111,13 +115,25 @@ pub enum InvalidSchedulerConfig {
     },
 }
 
-/// A sequence to be generated. The default is an empty one, which is refused.
+/// How the hidden states of a prompt's tokens become one.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Pooling {
+    /// Their mean. All of the prompt is computed: such a sequence does not start from the prefix cache.
+    Mean,
+    /// The last one.
+    Last,
+}
+
+/// A sequence to be generated, or to be embedded. The default is an empty one, which is refused.
 #[derive(Clone, Default, Debug)]
 pub struct NewSequence {
     /// At least one token.
     pub prompt: Vec<u32>,
-    /// Ends with [`Ended::Length`] after this many tokens, or at the end of the context. At least 1.
+    /// Ends with [`Ended::Length`] after this many tokens, or at the end of the context. At least 1, unless it is embedded.
     pub max_new_tokens: u32,
+    /// Set for an embedding: no token is sampled. Chunks of the prompt give the hidden states that are pooled, each position
+    /// once, in order, and the last of them ends it, with [`Ended::Embedded`].
+    pub pooling: Option<Pooling>,
     /// Ends with what it has at this time; never starts after it.
     pub deadline: Option<Instant>,
     /// Whether the logits of every prompt position are needed. Such a sequence does not start from the prefix cache.
@@ -137,7 +153,7 @@ pub enum Refusal {
         /// How many may wait.
         limit: usize,
     },
-    /// The context has no room for the prompt and one more token.
+    /// The context has no room for the prompt, or for the one more token that is to be generated.
     #[error("the prompt has {n_tokens} tokens; the context takes at most {limit}")]
     PromptTooLong {
         /// Tokens in the prompt.
@@ -192,6 +208,8 @@ pub enum Ended {
     Stop,
     /// `max_new_tokens`, or the end of the context.
     Length,
+    /// All of an embedding's prompt is computed.
+    Embedded,
 }
 
 /// See the module's documentation.
@@ -267,12 +285,14 @@ impl Scheduler {
         if new.deadline.is_some_and(|deadline| deadline <= now) {
             return Err(Refusal::DeadlinePassed);
         }
-        let mut sequence = Sequence::new(new.prompt, max_len, self.config.block_size as usize);
+        let block_size = self.config.block_size as usize;
+        let mut sequence = match new.pooling {
+            Some(pooling) => Sequence::embedding(new.prompt, pooling, block_size),
+            None if new.prompt_logprobs => Sequence::new(new.prompt, max_len, block_size).with_prompt_results(),
+            None => Sequence::new(new.prompt, max_len, block_size),
+        };
         sequence.deadline = new.deadline;
         sequence.after = new.after;
-        if new.prompt_logprobs {
-            sequence = sequence.with_prompt_logits();
-        }
         let id = SeqId(self.next_id);
         self.next_id += 1;
         self.deadlines.extend(new.deadline.map(|deadline| (deadline, id)));
@@ -316,8 +336,8 @@ impl Scheduler {
     }
 
     /// The older plan under way has been computed: takes what was sampled, once for each of [`due`](Self::due). Tokens of
-    /// sequences that were aborted meanwhile are ignored. Returns the sequences that ended by themselves, in the order of
-    /// `sampled`; they are gone.
+    /// sequences that were aborted meanwhile are ignored. Returns the sequences that ended by themselves: embeddings, oldest
+    /// first, then the others in the order of `sampled`. They are gone.
     ///
     /// # Panics
     /// If no plan is under way, a token is missing, a sequence was sampled twice, or what it accepted was not drafted.
@@ -330,7 +350,7 @@ impl Scheduler {
                 self.kv.insert(key, block);
             }
         }
-        let mut ended = Vec::new();
+        let mut ended = self.take_embedded(&in_flight);
         for sampled in sampled {
             let Some(chunk) = in_flight.remove(&sampled.id) else {
                 assert!(!self.running.contains_key(&sampled.id), "{:?} was sampled twice", sampled.id);
@@ -395,15 +415,19 @@ impl Scheduler {
         if n_tokens == 0 {
             return Err(Refusal::EmptyPrompt);
         }
-        if new.max_new_tokens == 0 {
+        let embeds = new.pooling.is_some();
+        if new.max_new_tokens == 0 && !embeds {
             return Err(Refusal::NothingToGenerate);
         }
-        if n_tokens >= context_length {
-            return Err(Refusal::PromptTooLong { n_tokens, limit: context_length - 1 });
+        let limit = if embeds { context_length } else { context_length - 1 };
+        if n_tokens > limit {
+            return Err(Refusal::PromptTooLong { n_tokens, limit });
         }
-        let max_len = n_tokens.saturating_add(new.max_new_tokens as usize).min(context_length);
+        let n_new = if embeds { 0 } else { new.max_new_tokens as usize };
+        let max_len = n_tokens.saturating_add(n_new).min(context_length);
         // The last token is sampled and never computed.
-        let n_needed = (max_len - 1).div_ceil(self.config.block_size as usize);
+        let n_computed = if embeds { max_len } else { max_len - 1 };
+        let n_needed = n_computed.div_ceil(self.config.block_size as usize);
         let n_blocks = self.config.n_blocks as usize;
         if n_needed > n_blocks {
             return Err(Refusal::NeverFits { n_needed, n_blocks });
@@ -491,6 +515,13 @@ impl Scheduler {
         let step_id = self.next_step_id;
         self.next_step_id += 1;
         StepPlan { step_id, released: std::mem::take(&mut self.released), sequences, chooses: false }
+    }
+
+    /// Forgets the embeddings of a plan that are all computed.
+    fn take_embedded(&mut self, chunks: &BTreeMap<SeqId, Chunk>) -> Vec<(SeqId, Ended)> {
+        let ids: Vec<SeqId> = chunks.keys().copied().filter(|id| self.running[id].is_embedded()).collect();
+        ids.iter().for_each(|id| self.remove(*id));
+        ids.into_iter().map(|id| (id, Ended::Embedded)).collect()
     }
 
     fn take_tokens(&mut self, sampled: &Sampled, drafts: &[u32]) -> Option<Ended> {

@@ -6,7 +6,7 @@
 //! | command | what it does |
 //! |---|---|
 //! | `config key=value...` | a new scheduler; keys: step, chunk, prompt_logits, running, waiting, blocks, block, context; also `ngram` |
-//! | `add NAME prompt=1-4,9 new=N` | adds a sequence; also `deadline=T`, `logprobs` and `after=NAME` |
+//! | `add NAME prompt=1-4,9 new=N` | adds a sequence; also `deadline=T`, `logprobs` and `after=NAME`; `embed=mean`, `embed=last` |
 //! | `abort NAME` | aborts it |
 //! | `schedule` | plans a step; `at=T` moves the clock |
 //! | `commit NAME=TOKENS...` | commits it; `TOKENS!` ends the sequence |
@@ -25,7 +25,7 @@ use std::time::{Duration, Instant};
 
 use lockstep_worker::scheduler::plan::{RowResults, SeqId, SequenceStep, StepPlan};
 use lockstep_worker::scheduler::speculation::Speculation;
-use lockstep_worker::scheduler::{Ended, NewSequence, Sampled, Scheduler, SchedulerConfig};
+use lockstep_worker::scheduler::{Ended, NewSequence, Pooling, Sampled, Scheduler, SchedulerConfig};
 
 #[test]
 fn transcripts_come_true() {
@@ -121,6 +121,11 @@ impl Player {
         let new = NewSequence {
             prompt: options.token_ids("prompt"),
             max_new_tokens: options.number("new", 8) as u32,
+            pooling: options.get("embed").map(|pooling| match pooling {
+                "mean" => Pooling::Mean,
+                "last" => Pooling::Last,
+                other => panic!("what is embed={other}?"),
+            }),
             deadline: options.get("deadline").map(|_| self.at(options.number("deadline", 0))),
             prompt_logprobs: options.get("logprobs").is_some(),
             after: options.get("after").map(|name| self.id(name)),
@@ -213,6 +218,8 @@ impl Player {
             RowResults::None => {}
             RowResults::LastLogits => shown += "; last logits",
             RowResults::AllLogits => shown += "; all logits",
+            RowResults::LastHidden => shown += "; last hidden",
+            RowResults::AllHidden => shown += "; all hidden",
         }
         shown + "\n"
     }

@@ -13,6 +13,7 @@
 
 use std::time::Instant;
 
+use super::Pooling;
 use super::allowance::Allowance;
 use super::drafter::Drafter;
 use super::plan::{BlockId, RowResults, SeqId};
@@ -25,15 +26,17 @@ pub(super) struct Sequence {
     token_ids: Vec<u32>,
     /// Tokens of the prompt.
     n_prompt: usize,
-    /// Ends at this many tokens. Above `n_prompt`.
+    /// Ends at this many tokens. Above `n_prompt`, unless it is an embedding: its prompt is all that it has.
     max_len: usize,
+    /// Set for an embedding: nothing is sampled, and it ends when its prompt is computed.
+    pooling: Option<Pooling>,
     /// When it ends with what it has.
     pub(super) deadline: Option<Instant>,
     /// Whose prompt logits it waits for.
     pub(super) after: Option<SeqId>,
     /// Of every full block of `token_ids`, computed or not.
     keys: Vec<BlockKey>,
-    /// Positions of the prompt whose logits have been delivered, or are not asked for.
+    /// Positions of the prompt whose results have been delivered, or are not asked for.
     n_prompt_rows_delivered: usize,
     /// Positions that the prefix cache held when the sequence first ran. Unset until then.
     n_cached: Option<usize>,
@@ -88,14 +91,30 @@ impl Room {
 // === impl Sequence ===
 
 impl Sequence {
-    /// A waiting sequence. `max_len` must be above the prompt's length.
+    /// A waiting sequence that ends with `max_len` tokens, more than its prompt has.
     pub(super) fn new(prompt: Vec<u32>, max_len: usize, block_size: usize) -> Self {
-        assert!(!prompt.is_empty() && prompt.len() < max_len, "{} tokens of {max_len}", prompt.len());
+        assert!(prompt.len() < max_len, "{} tokens of {max_len}", prompt.len());
+        Self::waiting(prompt, max_len, block_size)
+    }
+
+    /// A waiting sequence that ends when its prompt is computed.
+    pub(super) fn embedding(prompt: Vec<u32>, pooling: Pooling, block_size: usize) -> Self {
+        let n_prompt = prompt.len();
+        let sequence = Self { pooling: Some(pooling), ..Self::waiting(prompt, n_prompt, block_size) };
+        match pooling {
+            Pooling::Mean => sequence.with_prompt_results(),
+            Pooling::Last => sequence,
+        }
+    }
+
+    fn waiting(prompt: Vec<u32>, max_len: usize, block_size: usize) -> Self {
+        assert!(!prompt.is_empty(), "a prompt");
         let mut sequence = Self {
             n_prompt: prompt.len(),
             n_prompt_rows_delivered: prompt.len(),
             token_ids: prompt,
             max_len,
+            pooling: None,
             deadline: None,
             after: None,
             keys: Vec::new(),
@@ -111,8 +130,8 @@ impl Sequence {
         sequence
     }
 
-    /// Asks for the logits of every prompt position, once.
-    pub(super) fn with_prompt_logits(mut self) -> Self {
+    /// Asks for a result of every prompt position, once: logits, or the hidden states of an embedding.
+    pub(super) fn with_prompt_results(mut self) -> Self {
         self.n_prompt_rows_delivered = 0;
         self
     }
@@ -127,19 +146,35 @@ impl Sequence {
         self.n_computed
     }
 
-    /// Rows to compute before the next token can be sampled. Never 0.
+    /// Rows to compute before the next token can be sampled, or the embedding is there. Never 0 between two calls of the
+    /// scheduler.
     pub(super) fn n_remaining(&self) -> usize {
         self.token_ids.len() - self.n_computed
     }
 
-    /// Whether logits of its prompt were asked for and have not all been delivered.
-    pub(super) fn owes_prompt_logits(&self) -> bool {
+    /// Whether results of all of its prompt were asked for and have not all been delivered.
+    fn owes_prompt_results(&self) -> bool {
         self.n_prompt_rows_delivered < self.n_prompt
+    }
+
+    /// Whether these are logits, of which a step has few.
+    pub(super) fn owes_prompt_logits(&self) -> bool {
+        self.owes_prompt_results() && !self.is_embedding()
     }
 
     /// Whether it needs one row, to sample from.
     pub(super) fn decodes(&self) -> bool {
-        self.n_remaining() == 1 && !self.owes_prompt_logits()
+        self.n_remaining() == 1 && !self.owes_prompt_results() && !self.is_embedding()
+    }
+
+    /// Whether nothing is sampled.
+    pub(super) fn is_embedding(&self) -> bool {
+        self.pooling.is_some()
+    }
+
+    /// Whether it is an embedding, and all of it is computed.
+    pub(super) fn is_embedded(&self) -> bool {
+        self.is_embedding() && self.n_remaining() == 0
     }
 
     /// Tokens to compute or to sample, at most, until it ends.
@@ -190,10 +225,10 @@ impl Sequence {
         self.blocks.len() * self.block_size - self.n_known()
     }
 
-    /// The keys of the blocks that may come from the prefix cache: full ones before the last known token, whose logits
-    /// are needed, and before every prompt position whose logits were asked for and have not been delivered.
+    /// The keys of the blocks that may come from the prefix cache: full ones before the last known token, whose result
+    /// is needed, and before every prompt position whose results were asked for and have not been delivered.
     pub(super) fn shareable_keys(&self) -> &[BlockKey] {
-        let n_positions = if self.owes_prompt_logits() { self.n_prompt_rows_delivered } else { self.n_known() - 1 };
+        let n_positions = if self.owes_prompt_results() { self.n_prompt_rows_delivered } else { self.n_known() - 1 };
         &self.keys[..n_positions / self.block_size]
     }
 
@@ -229,19 +264,23 @@ impl Sequence {
     /// What a step computes of it. None: there is no room.
     pub(super) fn next_chunk(&self, room: Room) -> Option<Chunk> {
         let n_repeated = self.n_prompt_rows_delivered.saturating_sub(self.n_computed);
-        let (max_rows, gives_prompt_logits) = match (self.owes_prompt_logits(), n_repeated) {
+        let (max_rows, gives_prompt_results) = match (self.owes_prompt_results(), n_repeated) {
             (false, _) => (room.rows, false),
-            (true, 0) => (room.rows.min(room.prompt_logits_rows), true),
-            // Computed again after a preemption: their logits were delivered, so they are no part of an `AllLogits` chunk.
+            (true, 0) if self.owes_prompt_logits() => (room.rows.min(room.prompt_logits_rows), true),
+            (true, 0) => (room.rows, true),
+            // Computed again after a preemption: their results were delivered, so they are no part of a chunk that gives some.
             (true, n_repeated) => (room.rows.min(n_repeated), false),
         };
         let n_rows = self.n_remaining().min(max_rows);
-        let samples = n_rows == self.n_remaining();
-        let results = match (gives_prompt_logits, samples) {
-            (true, _) => RowResults::AllLogits,
-            (false, true) => RowResults::LastLogits,
-            (false, false) => RowResults::None,
+        let is_last = n_rows == self.n_remaining();
+        let results = match (gives_prompt_results, is_last, self.pooling) {
+            (true, _, None) => RowResults::AllLogits,
+            (false, true, None) => RowResults::LastLogits,
+            (true, _, Some(_)) => RowResults::AllHidden,
+            (false, true, Some(_)) => RowResults::LastHidden,
+            (false, false, _) => RowResults::None,
         };
+        let samples = is_last && !self.is_embedding();
         (n_rows > 0).then_some(Chunk { n_rows, results, samples, drafts: Vec::new() })
     }
 
@@ -269,7 +308,7 @@ impl Sequence {
 
     /// The chunk's known tokens have been computed. Returns the blocks that they filled, each with its key.
     pub(super) fn advance(&mut self, chunk: &Chunk) -> impl Iterator<Item = (BlockKey, BlockId)> {
-        if chunk.results == RowResults::AllLogits {
+        if matches!(chunk.results, RowResults::AllLogits | RowResults::AllHidden) {
             self.n_prompt_rows_delivered = self.n_computed + chunk.n_rows;
         }
         self.count_computed(chunk.n_rows)

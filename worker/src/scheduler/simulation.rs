@@ -1,5 +1,5 @@
 //! A long random life of the scheduler: arrivals, aborts, deadlines, preemptions, shared prefixes, tiny pools, resets,
-//! drafts from either source that turn out right and wrong, plans that are made ahead of tokens.
+//! drafts from either source that turn out right and wrong, plans that are made ahead of tokens, embeddings.
 //!
 //! Beside the scheduler runs a follower that knows nothing but the plans. It keeps block tables and a KV storage in which
 //! each slot remembers the tokens that its keys and values stand for. Every row that a plan computes must find, in every
@@ -16,11 +16,11 @@ use rand_chacha::ChaCha8Rng;
 use super::ahead::PENDING;
 use super::plan::{BlockId, RowResults, SeqId, SequenceStep, StepPlan};
 use super::speculation::{Draftable, Drafts, MAX_ROWS, Speculation};
-use super::{Ended, NewSequence, Refusal, Sampled, Scheduled, Scheduler, SchedulerConfig};
+use super::{Ended, NewSequence, Pooling, Refusal, Sampled, Scheduled, Scheduler, SchedulerConfig};
 use crate::test_seed::seed;
 
 /// Steps in which something was computed.
-const N_PLANS: u64 = 150_000;
+const N_PLANS: u64 = 200_000;
 const STEPS_PER_WORLD: u64 = 400;
 const VOCAB_SIZE: u32 = 3;
 
@@ -53,6 +53,10 @@ struct Seen {
     expired_running: u64,
     preempted: u64,
     preempted_owing_prompt_logits: u64,
+    embedded_by_mean: u64,
+    embedded_by_last: u64,
+    embeddings_preempted: u64,
+    means_preempted_half_way: u64,
     prompt_logits_cut: u64,
     skipped_for_prompt_logits: u64,
     started_after: u64,
@@ -83,6 +87,10 @@ impl Seen {
             self.expired_running,
             self.preempted,
             self.preempted_owing_prompt_logits,
+            self.embedded_by_mean,
+            self.embedded_by_last,
+            self.embeddings_preempted,
+            self.means_preempted_half_way,
             self.prompt_logits_cut,
             self.skipped_for_prompt_logits,
             self.started_after,
@@ -114,8 +122,9 @@ struct Client {
     max_len: usize,
     deadline: Option<Instant>,
     prompt_logprobs: bool,
+    pooling: Option<Pooling>,
     after: Option<SeqId>,
-    /// Prompt positions whose logits have come.
+    /// Prompt positions whose results have come.
     n_delivered: usize,
     has_run: bool,
     /// The step at which it has ended at the latest.
@@ -123,8 +132,17 @@ struct Client {
 }
 
 impl Client {
+    /// Whether a result of every position of the prompt is wanted.
+    fn wants_prompt_results(&self) -> bool {
+        self.prompt_logprobs || self.pooling == Some(Pooling::Mean)
+    }
+
+    fn owes_prompt_results(&self) -> bool {
+        self.wants_prompt_results() && self.n_delivered < self.n_prompt
+    }
+
     fn owes_prompt_logits(&self) -> bool {
-        self.prompt_logprobs && self.n_delivered < self.n_prompt
+        self.owes_prompt_results() && self.pooling.is_none()
     }
 }
 
@@ -285,10 +303,12 @@ impl World {
         let n_own = rng.random_range(0..4);
         let prompt = [&document[..n_common], &any_tokens(rng, n_own)].concat();
         let deadline = rng.random_bool(0.2).then(|| self.now + Duration::from_millis(rng.random_range(1..60)));
-        let (max_new_tokens, prompt_logprobs) = (rng.random_range(1..40), rng.random_bool(0.3));
+        let pooling = rng.random_bool(0.15).then(|| *[Pooling::Mean, Pooling::Last].choose(rng).unwrap());
+        let max_new_tokens = if pooling.is_some() { 0 } else { rng.random_range(1..40) };
+        let prompt_logprobs = pooling.is_none() && rng.random_bool(0.35);
         let living: Vec<_> = self.clients.keys().copied().collect();
         let after = living.choose(rng).copied().filter(|_| rng.random_bool(0.2));
-        let new = NewSequence { prompt: prompt.clone(), max_new_tokens, deadline, prompt_logprobs, after };
+        let new = NewSequence { prompt: prompt.clone(), max_new_tokens, pooling, deadline, prompt_logprobs, after };
         let before = self.scheduler.stats();
         match self.scheduler.add(new, self.now) {
             Ok(id) => {
@@ -300,6 +320,7 @@ impl World {
                     token_ids: prompt,
                     deadline,
                     prompt_logprobs,
+                    pooling,
                     after,
                     n_delivered: 0,
                     has_run: false,
@@ -491,7 +512,10 @@ impl World {
             if let Some(client) = self.clients.get(id) {
                 assert!(plan.sequences.iter().all(|step| step.id < *id), "{id:?} was not the youngest");
                 seen.preempted += 1;
-                seen.preempted_owing_prompt_logits += u64::from(client.owes_prompt_logits() && client.n_delivered > 0);
+                let is_half_way = client.owes_prompt_results() && client.n_delivered > 0;
+                seen.preempted_owing_prompt_logits += u64::from(is_half_way && client.pooling.is_none());
+                seen.means_preempted_half_way += u64::from(is_half_way && client.pooling.is_some());
+                seen.embeddings_preempted += u64::from(client.pooling.is_some());
             }
         }
         for step in plan.sequences.iter().filter(|_| !is_ahead) {
@@ -533,14 +557,19 @@ impl World {
         let client = self.clients.get_mut(&step.id).expect("only the living are in plans");
         let (start, end) = (step.start_position as usize, step.start_position as usize + step.token_ids.len());
         let n_drafts = self.scheduler.drafts(step.id).len();
-        assert!(end < client.max_len, "no row is past the last token that may be sampled: {step:?}");
+        let n_sampled = usize::from(client.pooling.is_none());
+        assert!(end + n_sampled <= client.max_len, "no row is past the last token that may be sampled: {step:?}");
         let end = end - n_drafts;
         assert!((1..=self.config.max_prefill_chunk).contains(&(end - start)));
         let is_due = self.scheduler.due().any(|id| id == step.id);
-        assert_eq!(is_due, end == client.token_ids.len(), "{step:?}");
-        let expected = if client.owes_prompt_logits() && start >= client.n_delivered {
+        let is_last = end == client.token_ids.len();
+        assert_eq!(is_due, is_last && client.pooling.is_none(), "{step:?}");
+        let expected = if client.owes_prompt_results() && start >= client.n_delivered {
             assert_eq!(start, client.n_delivered, "no prompt position is left out: {step:?}");
-            RowResults::AllLogits
+            if client.pooling.is_some() { RowResults::AllHidden } else { RowResults::AllLogits }
+        } else if is_last && client.pooling.is_some() {
+            assert_eq!(client.pooling, Some(Pooling::Last), "{step:?}");
+            RowResults::LastHidden
         } else if n_drafts > 0 {
             assert!(is_due, "{step:?}");
             RowResults::AllLogits
@@ -551,7 +580,7 @@ impl World {
         };
         assert_eq!(step.results, expected, "{step:?}");
         let n_cached = self.scheduler.cached_tokens(step.id) as usize;
-        assert!(n_cached < client.n_prompt && (n_cached == 0 || !client.prompt_logprobs));
+        assert!(n_cached < client.n_prompt && (n_cached == 0 || !client.wants_prompt_results()));
         if !client.has_run {
             assert_eq!(n_cached, start);
             seen.prefix_hits += u64::from(n_cached > 0);
@@ -562,14 +591,7 @@ impl World {
     fn commit(&mut self, plan: &StepPlan, rng: &mut ChaCha8Rng, seen: &mut Seen) {
         let due: Vec<_> = self.scheduler.due().collect();
         let sampled: Vec<Sampled> = due.into_iter().map(|id| self.sample(id, rng, seen)).collect();
-        for step in plan.sequences.iter().filter(|step| step.results == RowResults::AllLogits) {
-            if let Some(client) = self.clients.get_mut(&step.id)
-                && client.owes_prompt_logits()
-            {
-                client.n_delivered += step.token_ids.len();
-            }
-        }
-        let mut expected = Vec::new();
+        let mut expected = self.deliver(plan, seen);
         for Sampled { id, tokens, stop } in &sampled {
             let client = self.clients.get_mut(id).unwrap();
             client.token_ids.extend(tokens);
@@ -585,6 +607,29 @@ impl World {
         }
         assert_eq!(self.scheduler.commit(&sampled), expected);
         self.scheduler.check_integrity();
+    }
+
+    /// Delivers the results of prompts. Returns the embeddings that are through.
+    fn deliver(&mut self, plan: &StepPlan, seen: &mut Seen) -> Vec<(SeqId, Ended)> {
+        let mut embedded = Vec::new();
+        for step in &plan.sequences {
+            let Some(client) = self.clients.get_mut(&step.id) else { continue };
+            let gives_all = matches!(step.results, RowResults::AllLogits | RowResults::AllHidden);
+            if gives_all && client.owes_prompt_results() {
+                client.n_delivered += step.token_ids.len();
+            }
+            let is_through = step.start_position as usize + step.token_ids.len() == client.n_prompt;
+            if let Some(pooling) = client.pooling.filter(|_| is_through) {
+                assert!(!client.owes_prompt_results(), "{client:?}");
+                self.clients.remove(&step.id);
+                embedded.push((step.id, Ended::Embedded));
+                *(match pooling {
+                    Pooling::Mean => &mut seen.embedded_by_mean,
+                    Pooling::Last => &mut seen.embedded_by_last,
+                }) += 1;
+            }
+        }
+        embedded
     }
 
     /// Verifies the drafts: goes on for as long as they are what the model says.
