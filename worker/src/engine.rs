@@ -11,6 +11,7 @@
 //! ```
 
 pub mod draft_model;
+mod embeddings;
 pub mod follower;
 pub mod handle;
 pub mod leader;
@@ -25,7 +26,7 @@ use crate::{
     group::GroupError,
     model::StepError,
     sampler::{SamplingParams, TokenLogprobs},
-    scheduler::Refusal,
+    scheduler::{Pooling, Refusal},
 };
 
 /// Jobs that may wait between the service and the engine; it takes all of them in at every turn.
@@ -53,6 +54,19 @@ pub struct Job {
     /// The same for the prompt.
     pub prompt_logprobs: Option<u32>,
     /// After this it never starts, and ends if it runs.
+    pub deadline: Option<Instant>,
+}
+
+/// A prompt to be embedded.
+#[derive(Clone, Debug)]
+pub struct EmbeddingJob {
+    /// Names it in logs.
+    pub request_id: String,
+    /// The prompt; never empty, every id below the vocabulary's size.
+    pub prompt: Vec<u32>,
+    /// How its hidden states become one.
+    pub pooling: Pooling,
+    /// After this it never starts, and fails if it runs.
     pub deadline: Option<Instant>,
 }
 
@@ -138,8 +152,8 @@ pub enum EngineError {
     /// The reader did not read.
     #[error("the reader fell {EVENT_QUEUE} events behind and was cut off")]
     SlowReader,
-    /// The deadline passed before the job started.
-    #[error("the deadline passed before the request was started")]
+    /// The deadline passed before the job started, or before all of an embedding was computed.
+    #[error("the deadline passed before there was anything to answer")]
     Expired,
 }
 

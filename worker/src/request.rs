@@ -4,12 +4,13 @@ use std::time::{Duration, Instant};
 
 use lockstep_proto::{
     error::FieldViolation,
-    worker::v1::{GenerateRequest, ResolvedSampling},
+    worker::v1::{EmbedRequest, GenerateRequest, Pooling as WirePooling, ResolvedSampling},
 };
 
 use crate::{
-    engine::{GenerationId, Job},
+    engine::{EmbeddingJob, GenerationId, Job},
     sampler::SamplingParams,
+    scheduler::Pooling,
 };
 
 /// Choices of one request; the scheduler's queue bounds them further.
@@ -35,11 +36,12 @@ pub struct Limits {
 /// Every field that breaks a rule of the contract.
 pub fn valid_job(request: GenerateRequest, limits: Limits, now: Instant) -> Result<Job, Vec<FieldViolation>> {
     let mut check = Check { violations: Vec::new() };
-    let id_bytes = request.request_id.len();
-    check.that((1..=MAX_REQUEST_ID_BYTES).contains(&id_bytes), "request_id", || {
-        format!("has {id_bytes} bytes, which is not in 1..={MAX_REQUEST_ID_BYTES}")
+    check.request_id(&request.request_id);
+    check.prompt(&request.prompt_token_ids, limits.vocab_size);
+    let (n_tokens, context_length) = (request.prompt_token_ids.len(), limits.context_length);
+    check.that(n_tokens < context_length, "prompt_token_ids", || {
+        format!("has {n_tokens} tokens; the context of {context_length} takes one less at most")
     });
-    check.prompt(&request.prompt_token_ids, limits);
     check.that((1..=MAX_CHOICES).contains(&request.n), "n", || format!("{} is not in 1..={MAX_CHOICES}", request.n));
     for (path, value) in [("logprobs", request.logprobs), ("prompt_logprobs", request.prompt_logprobs)] {
         let value = value.unwrap_or(0);
@@ -58,8 +60,46 @@ pub fn valid_job(request: GenerateRequest, limits: Limits, now: Instant) -> Resu
         n: request.n,
         logprobs: request.logprobs,
         prompt_logprobs: request.prompt_logprobs,
-        deadline: request.budget_ms.map(|ms| now + Duration::from_millis(ms.into())),
+        deadline: deadline(request.budget_ms, now),
     })
+}
+
+/// Checks a request and makes it the job of embedding its prompt.
+///
+/// # Errors
+/// Every field that breaks a rule of the contract.
+pub fn valid_embedding(
+    request: EmbedRequest,
+    limits: Limits,
+    now: Instant,
+) -> Result<EmbeddingJob, Vec<FieldViolation>> {
+    let mut check = Check { violations: Vec::new() };
+    check.request_id(&request.request_id);
+    check.prompt(&request.prompt_token_ids, limits.vocab_size);
+    let (n_tokens, context_length) = (request.prompt_token_ids.len(), limits.context_length);
+    check.that(n_tokens <= context_length, "prompt_token_ids", || {
+        format!("has {n_tokens} tokens, more than the context of {context_length}")
+    });
+    let pooling = match request.pooling() {
+        WirePooling::Mean => Some(Pooling::Mean),
+        WirePooling::Last => Some(Pooling::Last),
+        // So is a value that this version does not know.
+        WirePooling::Unspecified => None,
+    };
+    check.that(pooling.is_some(), "pooling", || format!("{} is no way to pool", request.pooling));
+    match pooling.filter(|_| check.violations.is_empty()) {
+        None => Err(check.violations),
+        Some(pooling) => Ok(EmbeddingJob {
+            request_id: request.request_id,
+            prompt: request.prompt_token_ids,
+            pooling,
+            deadline: deadline(request.budget_ms, now),
+        }),
+    }
+}
+
+fn deadline(budget_ms: Option<u32>, now: Instant) -> Option<Instant> {
+    budget_ms.map(|ms| now + Duration::from_millis(ms.into()))
 }
 
 /// Checks the name of a generation.
@@ -104,12 +144,15 @@ impl Check {
         }
     }
 
-    fn prompt(&mut self, ids: &[u32], limits: Limits) {
-        let Limits { vocab_size, context_length } = limits;
-        self.that(!ids.is_empty(), "prompt_token_ids", || "is empty".into());
-        self.that(ids.len() < context_length, "prompt_token_ids", || {
-            format!("has {} tokens; the context of {context_length} takes one less at most", ids.len())
+    fn request_id(&mut self, id: &str) {
+        let n_bytes = id.len();
+        self.that((1..=MAX_REQUEST_ID_BYTES).contains(&n_bytes), "request_id", || {
+            format!("has {n_bytes} bytes, which is not in 1..={MAX_REQUEST_ID_BYTES}")
         });
+    }
+
+    fn prompt(&mut self, ids: &[u32], vocab_size: usize) {
+        self.that(!ids.is_empty(), "prompt_token_ids", || "is empty".into());
         if let Some(at) = ids.iter().position(|id| *id as usize >= vocab_size) {
             self.that(false, &format!("prompt_token_ids[{at}]"), || {
                 format!("{} is not below the vocabulary's size {vocab_size}", ids[at])
@@ -219,5 +262,40 @@ mod tests {
             sampling.logit_bias.insert(1, f32::INFINITY);
         });
         check("sampling", |_, sampling| sampling.stop_token_ids.push(100));
+    }
+
+    fn embed_request() -> EmbedRequest {
+        EmbedRequest {
+            request_id: "r".into(),
+            prompt_token_ids: vec![1; 16],
+            pooling: WirePooling::Last.into(),
+            budget_ms: Some(5),
+        }
+    }
+
+    #[test]
+    fn a_prompt_that_fills_the_context_can_be_embedded() {
+        let now = Instant::now();
+        let job = valid_embedding(embed_request(), LIMITS, now).expect("valid");
+        assert_eq!(
+            (job.prompt.len(), job.pooling, job.deadline),
+            (16, Pooling::Last, Some(now + Duration::from_millis(5)))
+        );
+    }
+
+    #[test]
+    fn a_field_of_an_embedding_out_of_range_is_named() {
+        let check = |path: &str, change: fn(&mut EmbedRequest)| {
+            let mut request = embed_request();
+            change(&mut request);
+            let violations = valid_embedding(request, LIMITS, Instant::now()).expect_err(path);
+            assert_eq!(violations.iter().map(|violation| violation.path.as_str()).collect::<Vec<_>>(), [path]);
+        };
+        check("request_id", |request| request.request_id = "r".repeat(65));
+        check("prompt_token_ids", |request| request.prompt_token_ids.clear());
+        check("prompt_token_ids", |request| request.prompt_token_ids.push(1));
+        check("prompt_token_ids[15]", |request| request.prompt_token_ids[15] = 100);
+        check("pooling", |request| request.pooling = 0);
+        check("pooling", |request| request.pooling = 77);
     }
 }

@@ -132,7 +132,7 @@ fn load(config: &WorkerConfig) -> Result<Shard> {
     let settings = RunnerSettings { deterministic, ..settings };
     let runner = model_runner::build(&source, &settings).with_context(|| path.display().to_string())?;
     let digest = hex(&digest.join().map_err(|_| anyhow!("the digest panicked"))?);
-    let vocab_size = source.config().vocab_size;
+    let (vocab_size, hidden_dim) = (source.config().vocab_size, source.config().hidden_dim);
     info!(rank, world_size, seconds = start.elapsed().as_secs_f64(), "loaded {}", path.display());
     Ok(Shard {
         runner,
@@ -143,6 +143,7 @@ fn load(config: &WorkerConfig) -> Result<Shard> {
             model_digest: model_digest(&digest, &settings),
             world_size: world_size as u32,
             block_size: settings.block_size as u32,
+            embedding_size: hidden_dim as u32,
             limits: Limits { vocab_size, context_length: settings.context_length },
         },
         settings,

@@ -6,10 +6,10 @@ use std::{
 };
 
 use lockstep_proto::worker::v1::{
-    ChoiceFinish, DrainRequest, DrainResponse, EndChoiceRequest, EndChoiceResponse, FinishReason as WireReason,
-    GenerateRequest, GenerateResponse, GetStatusRequest, GetStatusResponse, Logprob, PromptLogprobs, Started,
-    Status as WireStatus, TokenLogprobs as WireLogprobs, Tokens, WatchStatusRequest, WatchStatusResponse,
-    generate_response, worker_service_server::WorkerService,
+    ChoiceFinish, DrainRequest, DrainResponse, EmbedRequest, EmbedResponse, EndChoiceRequest, EndChoiceResponse,
+    FinishReason as WireReason, GenerateRequest, GenerateResponse, GetStatusRequest, GetStatusResponse, Logprob,
+    PromptLogprobs, Started, Status as WireStatus, TokenLogprobs as WireLogprobs, Tokens, WatchStatusRequest,
+    WatchStatusResponse, generate_response, worker_service_server::WorkerService,
 };
 use tokio::sync::watch;
 use tokio_stream::{Stream, StreamExt};
@@ -41,6 +41,8 @@ pub struct Identity {
     pub world_size: u32,
     /// Positions in a block.
     pub block_size: u32,
+    /// Values of an embedding.
+    pub embedding_size: u32,
     /// What requests are checked against.
     pub limits: Limits,
 }
@@ -75,6 +77,13 @@ impl WorkerService for Service {
         let events = self.engine.submit(job).await.map_err(|error| status::engine(&error))?;
         let responses = events.map(|event| event.map(response).map_err(|error| status::engine(&error)));
         Ok(Response::new(Box::pin(responses)))
+    }
+
+    async fn embed(&self, request: Request<EmbedRequest>) -> Result<Response<EmbedResponse>, Status> {
+        let job = request::valid_embedding(request.into_inner(), self.identity.limits, Instant::now())
+            .map_err(status::invalid)?;
+        let values = self.engine.embed(job).await.map_err(|error| status::engine(&error))?;
+        Ok(Response::new(EmbedResponse { values }))
     }
 
     async fn end_choice(&self, request: Request<EndChoiceRequest>) -> Result<Response<EndChoiceResponse>, Status> {
@@ -150,6 +159,7 @@ fn wire_status(status: &EngineStatus, identity: &Identity) -> WireStatus {
         free_blocks: status.stats.blocks.free as u32,
         cached_blocks: status.stats.blocks.cached as u32,
         block_size: identity.block_size,
+        embedding_size: identity.embedding_size,
     }
 }
 

@@ -125,6 +125,10 @@ impl WorkerService for FakeWorker {
         Ok(Response::new(ReceiverStream::new(stream)))
     }
 
+    async fn embed(&self, _: Request<worker::EmbedRequest>) -> Result<Response<worker::EmbedResponse>, Status> {
+        std::future::pending().await
+    }
+
     async fn end_choice(&self, request: Request<EndChoiceRequest>) -> Result<Response<EndChoiceResponse>, Status> {
         self.endings.send_modify(|endings| endings.push(request.into_inner()));
         std::future::pending().await

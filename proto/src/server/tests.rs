@@ -66,6 +66,10 @@ impl WorkerService for Arc<Fake> {
         Ok(Response::new(ReceiverStream::new(stream)))
     }
 
+    async fn embed(&self, _: Request<pb::EmbedRequest>) -> Result<Response<pb::EmbedResponse>, Status> {
+        pending().await
+    }
+
     async fn end_choice(&self, _: Request<pb::EndChoiceRequest>) -> Result<Response<pb::EndChoiceResponse>, Status> {
         Ok(Response::new(pb::EndChoiceResponse {}))
     }

@@ -13,7 +13,9 @@ use std::{
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio_stream::Stream;
 
-use super::{COMMAND_QUEUE, EVENT_QUEUE, EngineError, Event, EventSender, GenerationId, Job};
+use super::{
+    COMMAND_QUEUE, EVENT_QUEUE, EmbeddingJob, EngineError, Event, EventSender, GenerationId, Job, embeddings::Answer,
+};
 use crate::scheduler::Stats;
 
 /// What the engine is asked to do.
@@ -21,6 +23,8 @@ use crate::scheduler::Stats;
 pub(super) enum Command {
     /// Run a job.
     Submit(Submission),
+    /// Embed a prompt.
+    Embed(EmbeddingJob, Answer),
     /// End one choice of a job, if it is there.
     EndChoice { generation: GenerationId, choice: u32 },
     /// Take no further jobs, and answer when none is left.
@@ -95,6 +99,16 @@ impl EngineHandle {
         self.send(Command::Submit(Submission { job, accepted, outlet }))?;
         answer.await.unwrap_or_else(|_| Err(stopped()))?;
         Ok(EventStream { events: receiver, failure, choices_left })
+    }
+
+    /// Embeds a prompt: its hidden states, pooled, `[hidden_dim]`. Dropping the future ends it within one step.
+    ///
+    /// # Errors
+    /// Why there is no embedding.
+    pub async fn embed(&self, job: EmbeddingJob) -> Result<Vec<f32>, EngineError> {
+        let (answer, embedding) = oneshot::channel();
+        self.send(Command::Embed(job, answer))?;
+        embedding.await.unwrap_or_else(|_| Err(stopped()))
     }
 
     /// Ends one choice of a job before the next step. One that is not there (it may just have ended) is no error.

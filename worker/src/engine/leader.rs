@@ -12,8 +12,9 @@ use tokio::sync::oneshot;
 use tracing::{debug, info, warn};
 
 use super::{
-    EngineError, EngineFailure,
+    EmbeddingJob, EngineError, EngineFailure,
     draft_model::DraftModel,
+    embeddings::{Answer, LiveEmbeddings},
     handle::{Command, EnginePort, EngineStatus, Submission},
     live::{LiveJobs, Reason, Rows},
     metrics::{Metrics, StepClock},
@@ -47,6 +48,7 @@ pub struct Leader {
     metrics: Metrics,
     port: EnginePort,
     live: LiveJobs,
+    embeddings: LiveEmbeddings,
     drained: Vec<oneshot::Sender<()>>,
     epoch: u64,
     ready: bool,
@@ -88,6 +90,7 @@ impl Leader {
             metrics,
             port,
             live: LiveJobs::default(),
+            embeddings: LiveEmbeddings::default(),
             drained: Vec::new(),
             epoch: 0,
             ready: false,
@@ -121,7 +124,9 @@ impl Leader {
             let reason = end.to_string();
             self.group.give_up(&reason);
             self.scheduler.reset();
-            self.live.fail_all(&EngineError::GroupLost(reason.clone()));
+            let lost = EngineError::GroupLost(reason.clone());
+            self.live.fail_all(&lost);
+            self.embeddings.fail_all(&lost);
             self.publish();
             if matches!(end, EpochEnd::Stopped | EpochEnd::Group(GroupError::Stopped)) {
                 info!("the engine has stopped");
@@ -169,13 +174,14 @@ impl Leader {
         if self.receive().is_break() {
             return Ok(ControlFlow::Break(()));
         }
-        if self.live.is_empty() && self.under_way.is_empty() && self.group.leaving().is_some() {
+        if self.is_idle() && self.under_way.is_empty() && self.group.leaving().is_some() {
             self.group.idle();
         }
         if let Some(broken) = self.group.is_broken() {
             return Err(broken.into());
         }
-        let abandoned = self.live.drop_abandoned(&mut self.scheduler);
+        let abandoned =
+            self.live.drop_abandoned(&mut self.scheduler) + self.embeddings.drop_abandoned(&mut self.scheduler);
         self.metrics.cancelled.inc_by(abandoned as u64);
         while self.may_start() && self.start_next(collective)? {}
         self.finish_oldest(collective)?;
@@ -220,6 +226,7 @@ impl Leader {
         let scheduled = self.scheduler.schedule(Instant::now());
         for id in scheduled.expired {
             self.live.finish(id, Reason::Deadline);
+            self.embeddings.expire(id);
         }
         let Some(mut plan) = scheduled.plan else { return Ok(false) };
         if self.under_way.is_empty()
@@ -229,7 +236,9 @@ impl Leader {
         }
         let rules = if self.runner.runs_ahead(collective) { self.live.choice_rules(&plan) } else { None };
         plan.chooses = rules.as_ref().is_some_and(|rules| !rules.is_empty());
-        self.group.send_plan(&plan, self.live.announce(&plan))?;
+        let mut announced = self.live.announce(&plan);
+        announced.extend(self.embeddings.announce(&plan));
+        self.group.send_plan(&plan, announced)?;
         let runner = self.runner.as_mut();
         self.clock.start(collective, |collective| runner.start(&plan, &rules.unwrap_or_default(), collective))?;
         self.metrics.steps_ahead.inc_by(u64::from(!self.under_way.is_empty()));
@@ -249,14 +258,15 @@ impl Leader {
             draft_model.note_target_step(plan.n_rows(), took);
         }
         let (sampled, cut_off) = self.hand_out(&plan, &out);
+        self.embeddings.take(&plan, &out.hidden);
         self.out = out;
         self.metrics.generated_tokens.inc_by(sampled.iter().map(|sampled| sampled.tokens.len() as u64).sum());
         for (id, ended) in self.scheduler.commit(&sampled) {
-            let reason = match ended {
-                Ended::Stop => Reason::Stop,
-                Ended::Length => Reason::Length,
-            };
-            self.live.finish(id, reason);
+            match ended {
+                Ended::Stop => self.live.finish(id, Reason::Stop),
+                Ended::Length => self.live.finish(id, Reason::Length),
+                Ended::Embedded => self.embeddings.finish(id),
+            }
         }
         for id in cut_off {
             self.live.drop_job_of(&mut self.scheduler, id);
@@ -304,7 +314,7 @@ impl Leader {
 
     /// Takes in every command that waits; sleeps for one if there is nothing to compute.
     fn receive(&mut self) -> ControlFlow<()> {
-        if self.live.is_empty() && self.under_way.is_empty() {
+        if self.is_idle() && self.under_way.is_empty() {
             match self.port.commands.recv_timeout(IDLE_TURN) {
                 Ok(command) => self.obey(command)?,
                 Err(RecvTimeoutError::Timeout) => {}
@@ -323,6 +333,7 @@ impl Leader {
     fn obey(&mut self, command: Command) -> ControlFlow<()> {
         match command {
             Command::Submit(submission) => self.submit(submission),
+            Command::Embed(job, answer) => self.embed(job, answer),
             Command::EndChoice { generation, choice } => self.live.end_choice(&mut self.scheduler, generation, choice),
             Command::Drain(done) => {
                 self.draining = true;
@@ -353,12 +364,30 @@ impl Leader {
         let _ = accepted.send(answer);
     }
 
+    fn embed(&mut self, job: EmbeddingJob, answer: Answer) {
+        if self.is_draining() {
+            let _ = answer.send(Err(EngineError::Draining));
+            return;
+        }
+        let (n_prompt, request_id) = (job.prompt.len() as u64, job.request_id.clone());
+        match self.embeddings.admit(&mut self.scheduler, job, answer, Instant::now()) {
+            Ok(()) => {
+                self.metrics.prompt_tokens.inc_by(n_prompt);
+                debug!(request_id, n_prompt, "admitted to be embedded");
+            }
+            Err(refusal) => debug!(request_id, %refusal, "refused"),
+        }
+    }
+
     /// Answers what came in while the group was not together, so that nobody waits for it.
     fn refuse_while_down(&mut self, reason: &str) -> ControlFlow<()> {
         while let Ok(command) = self.port.commands.try_recv() {
             match command {
                 Command::Submit(submission) => {
                     let _ = submission.accepted.send(Err(EngineError::NotReady(reason.to_owned())));
+                }
+                Command::Embed(_, answer) => {
+                    let _ = answer.send(Err(EngineError::NotReady(reason.to_owned())));
                 }
                 other => self.obey(other)?,
             }
@@ -372,8 +401,13 @@ impl Leader {
         self.draining || self.group.leaving().is_some()
     }
 
+    /// Whether there is no job and no embedding.
+    fn is_idle(&self) -> bool {
+        self.live.is_empty() && self.embeddings.is_empty()
+    }
+
     fn answer_drains(&mut self) {
-        if self.live.is_empty() {
+        if self.is_idle() {
             for done in self.drained.drain(..) {
                 let _ = done.send(());
             }

@@ -10,7 +10,7 @@ use crate::{
     sampler::{self, Sampler, TokenLogprobs},
     scheduler::{
         NewSequence, Refusal, Sampled, Scheduler,
-        plan::{RowResults, SeqId, SequenceStep, StepPlan},
+        plan::{SeqId, SequenceStep, StepPlan},
         speculation::Draftable,
     },
 };
@@ -74,6 +74,7 @@ impl LiveJobs {
             let sequence = NewSequence {
                 prompt: job.prompt.clone(),
                 max_new_tokens: job.max_new_tokens,
+                pooling: None,
                 deadline: job.deadline,
                 // The prompt is the same for every choice, so one of them is enough, and the others' tokens come later.
                 prompt_logprobs: choice == 0 && job.prompt_logprobs.is_some(),
@@ -140,7 +141,7 @@ impl LiveJobs {
     /// its logits are to come to the host.
     pub(super) fn choice_rules(&self, plan: &StepPlan) -> Option<Vec<ChoiceRule>> {
         let mut rules = Vec::new();
-        for step in plan.sequences.iter().filter(|step| step.results != RowResults::None) {
+        for step in plan.sequences.iter().filter(|step| step.n_logits_rows() > 0) {
             let sequence = self.sequences.get(&step.id)?;
             let job = &self.jobs.get(&sequence.generation)?.job;
             let is_of_prompt = (step.start_position as usize) < job.prompt.len();
@@ -320,7 +321,7 @@ mod tests {
     use super::*;
     use crate::{
         sampler::SamplingParams,
-        scheduler::{SchedulerConfig, speculation::Speculation},
+        scheduler::{SchedulerConfig, plan::RowResults, speculation::Speculation},
     };
 
     const VOCAB_SIZE: usize = 8;
