@@ -59,6 +59,7 @@ mod tests {
             digest: "0123456789abcdef".into(),
             context_length: 2048,
             vocab_size: 49152,
+            embedding_size: 576,
             has_chat_template: true,
             ready_replicas: 1,
             replicas: 2,

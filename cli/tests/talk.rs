@@ -146,6 +146,19 @@ impl InferenceService for Echo {
         Ok(Response::new(Box::pin(tokio_stream::iter(events))))
     }
 
+    /// Each text's length, and what is asked of it.
+    async fn embed(&self, request: Request<pb::EmbedRequest>) -> Result<Response<pb::EmbedResponse>, Status> {
+        let pb::EmbedRequest { inputs, pooling, normalize, dimensions, .. } = request.into_inner();
+        let embed = |input: pb::RawPrompt| {
+            let Some(raw_prompt::Prompt::Text(text)) = input.prompt else { return Err(Status::internal("no text")) };
+            refuse(&text)?;
+            let asked = [pooling as f32, f32::from(u8::from(normalize == Some(true))), dimensions.unwrap_or(0) as f32];
+            Ok(pb::Embedding { values: asked.to_vec(), prompt_tokens: text.len() as u32 })
+        };
+        let embeddings = inputs.into_iter().map(embed).collect::<Result<_, _>>()?;
+        Ok(Response::new(pb::EmbedResponse { embeddings, ..pb::EmbedResponse::default() }))
+    }
+
     async fn chat(&self, _: Request<pb::ChatRequest>) -> Result<Response<pb::ChatResponse>, Status> {
         Err(Status::unimplemented("not asked for here"))
     }

@@ -26,7 +26,7 @@ use lockstep_proto::{
 pub mod choice;
 pub mod collect;
 pub mod deadline;
-mod dispatch;
+pub(crate) mod dispatch;
 mod emitter;
 mod logprobs;
 pub mod outbox;
@@ -39,7 +39,7 @@ pub use outbox::{Event, Events};
 pub use prompt::{Prompt, Source};
 
 use choice::TextRules;
-use dispatch::{Order, dispatch};
+use dispatch::{Order, begin, dispatch};
 use emitter::Emitter;
 use outbox::{Outbox, Patience};
 use pump::{Decoding, Pump};
@@ -121,10 +121,11 @@ impl Plan<'_> {
         let encoded_at = Instant::now();
         let sampling = self.sampling.resolve(prompt.n_tokens())?;
         let (seed, rules) = (sampling.seed, self.text_rules(&sampling));
-        let order = self.order(&prompt, sampling);
+        let order = self.order(&prompt, &sampling);
+        let message = self.message(&prompt, sampling);
 
         let prepared = async {
-            let running = dispatch(&self.backends.groups, &order);
+            let running = dispatch(&self.backends.groups, order, |placement| begin(placement, order, message.clone()));
             tokio::try_join!(running, self.open_decoder(&prompt), self.prompt_text(&prompt))
         };
         let (running, decoder, prompt_text) = self.in_time(prepared).await?;
@@ -167,8 +168,19 @@ impl Plan<'_> {
         tokio::time::timeout_at(until, step).await.map_err(|_| Failure::Deadline)?
     }
 
-    fn order(&self, prompt: &Prompt, sampling: ResolvedSampling) -> Order<'_> {
-        let request = GenerateRequest {
+    fn order<'a>(&'a self, prompt: &'a Prompt, sampling: &ResolvedSampling) -> Order<'a> {
+        let output = u64::from(sampling.max_new_tokens).saturating_mul(self.sampling.n().into());
+        Order {
+            model: self.facts.model(),
+            prompt_token_ids: &prompt.ids,
+            cost: u64::from(prompt.n_tokens()).saturating_add(output),
+            deadline: self.deadline,
+            caller: self.caller(),
+        }
+    }
+
+    fn message(&self, prompt: &Prompt, sampling: ResolvedSampling) -> GenerateRequest {
+        GenerateRequest {
             request_id: self.trace.request_id().to_owned(),
             prompt_token_ids: prompt.ids.clone(),
             sampling: Some(sampling),
@@ -176,8 +188,7 @@ impl Plan<'_> {
             logprobs: self.output.logprobs(),
             prompt_logprobs: self.output.prompt_logprobs(),
             budget_ms: None,
-        };
-        Order { model: self.facts.model(), request, deadline: self.deadline, caller: self.caller() }
+        }
     }
 
     fn text_rules(&self, sampling: &ResolvedSampling) -> TextRules {

@@ -10,6 +10,7 @@
 //! * [`request`]: wire messages become `Valid*` types, or an error that names every field at fault.
 //! * [`sampling`]: the request's parameters over the model's defaults, under the operator's policy.
 //! * [`generation`]: one request's life from there to its last event; the rest of this list serves it.
+//! * [`embedding`]: the same for requests whose answer is vectors.
 //! * [`template`]: a conversation becomes the text that the model was trained on.
 //! * [`tools`]: how models spell calls of tools, in prompts and in answers.
 //! * [`tokenizer`]: text becomes ids, and ids text, by the tokenizer service.
@@ -26,6 +27,7 @@ pub mod app;
 pub mod backends;
 mod backoff;
 pub mod config;
+pub mod embedding;
 pub mod generation;
 pub mod groups;
 pub mod http;

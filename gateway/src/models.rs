@@ -71,6 +71,7 @@ impl Models {
             digest: served.digest,
             context_length: served.context_length,
             vocab_size: served.vocab_size,
+            embedding_size: served.embedding_size,
             ready_replicas: served.ready_replicas,
             replicas: served.replicas,
         })

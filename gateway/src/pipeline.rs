@@ -14,13 +14,17 @@ use lockstep_proto::{trace::Trace, v1};
 use crate::{
     admission::{Admission, Permit},
     backends::Backends,
+    embedding,
     generation::{
         self, Deadline, Events, Job, Prompt, Source,
         collect::{Answer, collect},
     },
     metrics::{Meter, Metrics},
     models::Models,
-    request::{ModelFacts, Rules, ValidChat, ValidConversation, ValidCount, ValidGenerate, ValidOutput, ValidPrompt},
+    request::{
+        ModelFacts, Rules, ValidChat, ValidConversation, ValidCount, ValidEmbed, ValidGenerate, ValidOutput,
+        ValidPrompt,
+    },
     router::ServedModel,
     sampling::{Policy, ValidSampling},
     status::Failure,
@@ -80,6 +84,7 @@ pub struct Answering {
 struct Model {
     facts: Arc<Facts>,
     rules: ModelFacts,
+    embedding_size: u32,
 }
 
 /// A valid request.
@@ -126,6 +131,18 @@ impl Pipeline {
         let checked = self.check_generate(request, &call).await;
         let work = call.meter.note(checked)?;
         Ok(self.begin(call, work))
+    }
+
+    /// Embeds raw prompts.
+    ///
+    /// # Errors
+    /// When it is wrong, or one of the prompts cannot be encoded or computed.
+    pub async fn embed(&self, mut call: Call, request: v1::EmbedRequest) -> Result<v1::EmbedResponse, Failure> {
+        let embedded = self.embedded(request, &call).await;
+        if let Ok(response) = &embedded {
+            call.meter.tokens(response.prompt_tokens, 0);
+        }
+        call.meter.settle(embedded)
     }
 
     /// Counts the tokens of a prompt.
@@ -209,7 +226,7 @@ impl Pipeline {
         let facts = self.backends.tokenizers.facts(&name, call.caller()).await?;
         let rules = ModelFacts::new(facts.description(), served.context_length)
             .map_err(|error| Failure::Facts { model: name, error })?;
-        Ok(Model { facts, rules })
+        Ok(Model { facts, rules, embedding_size: served.embedding_size })
     }
 
     async fn check_chat(&self, request: v1::ChatRequest, call: &Call) -> Result<Work, Failure> {
@@ -247,6 +264,20 @@ impl Pipeline {
         let n = sampling.n();
         let job = Job { trace, deadline, meter, permit, facts, source, tools, sampling, output };
         Answering { events: generation::start(Arc::clone(&self.backends), job), n }
+    }
+
+    async fn embedded(&self, request: v1::EmbedRequest, call: &Call) -> Result<v1::EmbedResponse, Failure> {
+        let model = self.facts(&request.model, call).await?;
+        let job = embedding::Job {
+            backends: &self.backends,
+            trace: &call.trace,
+            deadline: call.deadline,
+            facts: &model.facts,
+            context_length: model.rules.context_length(),
+            embedding_size: model.embedding_size,
+            request: &ValidEmbed::new(request, &model.rules, model.embedding_size)?,
+        };
+        job.run().await
     }
 
     async fn prompt(&self, request: v1::CountTokensRequest, call: &Call) -> Result<Prompt, Failure> {

@@ -7,6 +7,7 @@
 //! [`ValidSampling::resolve`](crate::sampling::ValidSampling::resolve).
 
 mod conversation;
+mod embedding;
 mod facts;
 mod output;
 mod prompt;
@@ -19,6 +20,7 @@ use lockstep_proto::v1;
 pub use conversation::{
     Ending, ValidConversation, ValidDocument, ValidMessage, ValidTool, ValidToolCall, ValidToolChoice,
 };
+pub use embedding::ValidEmbed;
 pub use facts::{FactsError, ModelFacts};
 pub use output::ValidOutput;
 pub use prompt::ValidPrompt;

@@ -89,6 +89,8 @@ pub struct ServedModel {
     pub context_length: u32,
     /// Token ids are below this.
     pub vocab_size: u32,
+    /// Values of an embedding.
+    pub embedding_size: u32,
     /// Groups that can take work now.
     pub ready_replicas: u32,
     /// Groups that serve it when they are well.
@@ -251,11 +253,13 @@ impl Router {
                 digest: status.model_digest.clone(),
                 context_length: status.context_length,
                 vocab_size: status.vocab_size,
+                embedding_size: status.embedding_size,
                 ready_replicas: 0,
                 replicas: 0,
             });
             seen.context_length = seen.context_length.min(status.context_length);
             seen.vocab_size = seen.vocab_size.min(status.vocab_size);
+            seen.embedding_size = seen.embedding_size.min(status.embedding_size);
             seen.replicas += 1;
             seen.ready_replicas += u32::from(group.ready());
         }

@@ -90,6 +90,11 @@ impl InferenceService for Services {
         Ok(Response::new(event_stream(events, stream_generate_response)))
     }
 
+    async fn embed(&self, request: Request<v1::EmbedRequest>) -> Result<Response<v1::EmbedResponse>, Status> {
+        let (call, request) = self.enter("Embed", request)?;
+        Ok(Response::new(self.pipeline.embed(call, request).await?))
+    }
+
     async fn count_tokens(
         &self,
         request: Request<v1::CountTokensRequest>,

@@ -31,6 +31,19 @@ pub enum Failure {
     /// Its prompt leaves no room, or more is asked for than it leaves.
     #[error(transparent)]
     Resolve(#[from] ResolveError),
+    /// One of several prompts is too long to be embedded.
+    #[error("the prompt has {n_tokens} tokens; the context of {limit} takes no more")]
+    InputTooLong {
+        /// Which of the inputs.
+        index: usize,
+        /// Its length. Unit: tokens.
+        n_tokens: u32,
+        /// The context's length. Unit: tokens.
+        limit: u32,
+    },
+    /// The groups began to serve another model while they embedded.
+    #[error("the model was replaced while the inputs were embedded")]
+    ModelChanged,
     /// The model cannot chat.
     #[error("model `{model}`: {why}")]
     NoTemplate {
@@ -79,7 +92,7 @@ pub enum Failure {
         breach: Breach,
     },
     /// Its deadline passed before there was anything to answer.
-    #[error("the deadline passed before the first token")]
+    #[error("the deadline passed before there was anything to answer")]
     Deadline,
     /// Its client does not read.
     #[error("the client took no event for {0:?}")]
@@ -111,7 +124,9 @@ impl Failure {
             Self::Refused(Refused::Requests(_) | Refused::PromptBytes { .. }) => {
                 Error::new(Reason::Overloaded, message).retry_after(RETRY_AFTER)
             }
-            Self::NoGroup(NoGroup::NoneReady) => Error::new(Reason::GroupUnavailable, message).retry_after(RETRY_AFTER),
+            Self::NoGroup(NoGroup::NoneReady) | Self::ModelChanged => {
+                Error::new(Reason::GroupUnavailable, message).retry_after(RETRY_AFTER)
+            }
             _ => match self.field() {
                 Some(path) => Error::new(self.plain_reason(), message.clone()).violation(path, message),
                 None => Error::new(self.plain_reason(), message),
@@ -134,11 +149,12 @@ impl Failure {
     }
 
     /// The field that is at fault, where only later work than the request's check could find it.
-    fn field(&self) -> Option<&'static str> {
+    fn field(&self) -> Option<String> {
         match self {
-            Self::Resolve(ResolveError::PromptTooLong { .. }) => Some("prompt"),
+            Self::Resolve(ResolveError::PromptTooLong { .. }) => Some("prompt".to_owned()),
+            Self::InputTooLong { index, .. } => Some(format!("inputs[{index}]")),
             Self::Template(TemplateError::Entropy(_)) => None,
-            Self::Template(_) => Some("conversation"),
+            Self::Template(_) => Some("conversation".to_owned()),
             _ => None,
         }
     }
@@ -152,7 +168,7 @@ impl Failure {
     fn plain_reason(&self) -> Reason {
         match self {
             Self::Refused(Refused::NoKey | Refused::UnknownKey) => Reason::Unauthenticated,
-            Self::Resolve(ResolveError::PromptTooLong { .. }) => Reason::PromptTooLong,
+            Self::Resolve(ResolveError::PromptTooLong { .. }) | Self::InputTooLong { .. } => Reason::PromptTooLong,
             Self::NoTemplate { .. } => Reason::NoChatTemplate,
             Self::Template(TemplateError::Entropy(_)) => Reason::Internal,
             Self::Template(_) => Reason::TemplateFailed,

@@ -51,6 +51,14 @@ pub enum Breach {
     /// A finish without a reason, or because of an `EndChoice` that nobody sent.
     #[error("choice {0} ended without a reason")]
     NoReason(u32),
+    /// An embedding is not as wide as the model's are.
+    #[error("an embedding of {got} values instead of {expected}")]
+    Embedding {
+        /// What the group says of its model.
+        expected: usize,
+        /// What it sent.
+        got: usize,
+    },
     /// The tokenizer's answer does not fit what it was asked.
     #[error("the decoded text of choice {0} does not fit its ids")]
     Decoded(u32),

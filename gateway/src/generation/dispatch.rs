@@ -1,4 +1,4 @@
-//! Dispatch: finds a group that takes a request, and stays until the group's first event.
+//! Dispatch: finds a group that takes a request, and stays until the group's first event; for an embedding that is all.
 //!
 //! Until then nothing has been shown to the client, so the request can go elsewhere: once, if a group is full; as
 //! often as the retry budget and the number of groups allow, if groups are away. Afterwards a failure is the client's
@@ -10,7 +10,7 @@ use lockstep_proto::{
     error::{Error, Reason},
     worker::v1::{GenerateRequest, GenerateResponse, Started, generate_response::Event},
 };
-use tonic::{Code, Status, Streaming};
+use tonic::{Code, Request, Status, Streaming};
 
 use crate::{
     groups::{Groups, Placement},
@@ -31,30 +31,40 @@ pub(super) struct Running {
 }
 
 /// What a request is dispatched by.
-#[derive(Debug)]
-pub(super) struct Order<'a> {
-    pub(super) model: &'a str,
-    pub(super) request: GenerateRequest,
-    pub(super) deadline: Deadline,
-    pub(super) caller: Caller<'a>,
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Order<'a> {
+    pub(crate) model: &'a str,
+    pub(crate) prompt_token_ids: &'a [u32],
+    /// Tokens to compute at most.
+    pub(crate) cost: u64,
+    pub(crate) deadline: Deadline,
+    pub(crate) caller: Caller<'a>,
 }
 
-/// Sends the request to one group after another until one gives its first event.
-pub(super) async fn dispatch(groups: &Arc<Groups>, order: &Order<'_>) -> Result<Running, Failure> {
-    let prefix = groups.prefix(order.model, &order.request.prompt_token_ids);
+/// Asks one group after another until one takes the request: what `ask` makes of its answer. An error in that is the
+/// group's, and says whether another may do better.
+pub(crate) async fn dispatch<T, Asked>(
+    groups: &Arc<Groups>,
+    order: Order<'_>,
+    ask: impl Fn(Placement) -> Asked,
+) -> Result<T, Failure>
+where
+    Asked: Future<Output = Result<Result<T, Error>, Failure>>,
+{
+    let prefix = groups.prefix(order.model, order.prompt_token_ids);
     let mut tried = Vec::new();
     let mut refused_before = false;
     let mut failure = None;
     groups.arrived();
     loop {
-        let ask = Ask { model: order.model, prefix: &prefix, cost: order.cost(), tried: &tried };
-        let placement = match groups.choose(&ask, Instant::now()) {
+        let wanted = Ask { model: order.model, prefix: &prefix, cost: order.cost, tried: &tried };
+        let placement = match groups.choose(&wanted, Instant::now()) {
             Ok(placement) => placement,
             Err(none) => return Err(failure.unwrap_or(none.into())),
         };
         let group = placement.group();
-        let error = match begin(placement, order).await? {
-            Ok(running) => return Ok(running),
+        let error = match ask(placement).await? {
+            Ok(taken) => return Ok(taken),
             Err(error) => error,
         };
         let may_go_on = match error.reason() {
@@ -71,12 +81,13 @@ pub(super) async fn dispatch(groups: &Arc<Groups>, order: &Order<'_>) -> Result<
     }
 }
 
-/// Asks one group, and waits for its first event.
-async fn begin(mut placement: Placement, order: &Order<'_>) -> Result<Result<Running, Error>, Failure> {
-    let now = Instant::now();
-    let budget_ms = order.deadline.worker_budget_ms(now).ok_or(Failure::Deadline)?;
-    let message = GenerateRequest { budget_ms: Some(budget_ms), ..order.request.clone() };
-    let request = order.caller.request(message, order.deadline.client().saturating_duration_since(now));
+/// Asks one group to generate, and waits for its first event.
+pub(super) async fn begin(
+    mut placement: Placement,
+    order: Order<'_>,
+    message: GenerateRequest,
+) -> Result<Result<Running, Error>, Failure> {
+    let request = order.request(|budget_ms| GenerateRequest { budget_ms, ..message })?;
     let first_event = async {
         let mut events = placement.client().generate(request).await?.into_inner();
         let first = events.message().await?.ok_or_else(status::ended_unasked)?;
@@ -96,7 +107,7 @@ async fn begin(mut placement: Placement, order: &Order<'_>) -> Result<Result<Run
 }
 
 /// Reads a group's error, and tells the router what it says about the group.
-pub(super) fn judge(placement: &mut Placement, status: &Status) -> Error {
+pub(crate) fn judge(placement: &mut Placement, status: &Status) -> Error {
     let error = Error::from_status(status);
     match status.code() {
         // tonic's own word for a connection that broke in the middle of a call.
@@ -124,11 +135,13 @@ pub(super) fn judge(placement: &mut Placement, status: &Status) -> Error {
 // === impl Order ===
 
 impl Order<'_> {
-    /// Tokens to compute at most.
-    fn cost(&self) -> u64 {
-        let sampling = self.request.sampling.as_ref();
-        let output = sampling.map_or(0, |sampling| u64::from(sampling.max_new_tokens));
-        let prompt = u64::try_from(self.request.prompt_token_ids.len()).unwrap_or(u64::MAX);
-        prompt.saturating_add(output.saturating_mul(u64::from(self.request.n)))
+    /// A call to a group, whose message says what is left of the time.
+    ///
+    /// # Errors
+    /// When nothing is.
+    pub(crate) fn request<T>(&self, message: impl FnOnce(Option<u32>) -> T) -> Result<Request<T>, Failure> {
+        let now = Instant::now();
+        let budget_ms = self.deadline.worker_budget_ms(now).ok_or(Failure::Deadline)?;
+        Ok(self.caller.request(message(Some(budget_ms)), self.deadline.client().saturating_duration_since(now)))
     }
 }

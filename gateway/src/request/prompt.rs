@@ -7,7 +7,7 @@ use super::{ModelFacts, RequestError, Violations};
 /// Longest text of a request, raw or in a conversation. The tokenizer service takes no longer one.
 pub(super) const MAX_TEXT_BYTES: usize = 4 * 1024 * 1024;
 
-/// What a `Generate` call continues.
+/// What a `Generate` call continues, or an `Embed` call embeds.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ValidPrompt {
     /// Text; control tokens in it are control tokens.
@@ -33,27 +33,40 @@ impl ValidPrompt {
 
     /// Reads a prompt, noting what is wrong with it under `prompt`.
     pub(super) fn read(wire: Option<RawPrompt>, facts: &ModelFacts, violations: &mut Violations) -> Self {
+        Self::read_at("prompt", wire, facts, violations)
+    }
+
+    /// As [`ValidPrompt::read`], under another path.
+    pub(super) fn read_at(
+        path: &str,
+        wire: Option<RawPrompt>,
+        facts: &ModelFacts,
+        violations: &mut Violations,
+    ) -> Self {
         match wire.and_then(|wire| wire.prompt) {
             Some(Prompt::Text(text)) => {
                 if text.len() > MAX_TEXT_BYTES {
-                    violations.invalid("prompt.text", format!("{} bytes are over {MAX_TEXT_BYTES}", text.len()));
+                    violations.invalid(
+                        format_args!("{path}.text"),
+                        format!("{} bytes are over {MAX_TEXT_BYTES}", text.len()),
+                    );
                 }
                 Self::Text(text)
             }
             Some(Prompt::TokenIds(token_ids)) => {
-                check_ids(&token_ids.ids, facts, violations);
+                check_ids(&format!("{path}.token_ids.ids"), &token_ids.ids, facts, violations);
                 Self::TokenIds(token_ids.ids)
             }
             None => {
-                violations.invalid("prompt", "neither text nor token ids are set");
+                violations.invalid(path, "neither text nor token ids are set");
                 Self::Text(String::new())
             }
         }
     }
 }
 
-fn check_ids(ids: &[u32], facts: &ModelFacts, violations: &mut Violations) {
-    let (path, context_length, vocab_size) = ("prompt.token_ids.ids", facts.context_length(), facts.vocab_size());
+fn check_ids(path: &str, ids: &[u32], facts: &ModelFacts, violations: &mut Violations) {
+    let (context_length, vocab_size) = (facts.context_length(), facts.vocab_size());
     if ids.is_empty() {
         violations.invalid(path, "no token ids are given");
     } else if u32::try_from(ids.len()).is_ok_and(|n_ids| n_ids > context_length) || u32::try_from(ids.len()).is_err() {

@@ -90,6 +90,17 @@ impl RequestError {
         Self::single(ViolationKind::Invalid, path, message.into())
     }
 
+    /// The same, of a field that is elsewhere: `from` at the beginning of a path becomes `to`.
+    #[must_use]
+    pub fn moved(mut self, from: &str, to: &str) -> Self {
+        for violation in &mut self.violations {
+            if let Some(rest) = violation.path.strip_prefix(from) {
+                violation.path = format!("{to}{rest}");
+            }
+        }
+        self
+    }
+
     /// A single value that the policy does not allow.
     pub fn over_policy(path: impl fmt::Display, message: impl Into<String>) -> Self {
         Self::single(ViolationKind::OverPolicy, path, message.into())

@@ -21,7 +21,7 @@ use tonic::{service::Routes, transport::Channel};
 
 use super::{
     fake_tokenizer::FakeTokenizer,
-    fake_worker::{FakeWorker, Session},
+    fake_worker::{Embedding, FakeWorker, Session},
 };
 
 /// Far longer than anything here takes: a test that would hang fails instead.
@@ -46,6 +46,7 @@ impl Default for Setup {
 pub(crate) struct Group {
     pub(crate) worker: FakeWorker,
     sessions: mpsc::Receiver<Session>,
+    to_embed: mpsc::Receiver<Embedding>,
     server: AbortHandle,
 }
 
@@ -63,6 +64,11 @@ impl Group {
     /// The next request that this group gets.
     pub(crate) async fn session(&mut self) -> Session {
         in_time(self.sessions.recv()).await.expect("the worker lives")
+    }
+
+    /// The next prompt that this group is to embed.
+    pub(crate) async fn embedding(&mut self) -> Embedding {
+        in_time(self.to_embed.recv()).await.expect("the worker lives")
     }
 
     /// Kills the leader: its connections break without a word.
@@ -88,11 +94,11 @@ impl Cluster {
         let mut servers = Vec::new();
         let (mut groups, mut group_addresses) = (Vec::new(), Vec::new());
         for n_th in 0..setup.n_groups {
-            let (worker, sessions) = FakeWorker::new();
+            let (worker, sessions, to_embed) = FakeWorker::new();
             (setup.groups)(n_th, &worker);
             let (address, server) = serve(Routes::new(WorkerServiceServer::new(worker.clone())));
             group_addresses.push(address.to_string());
-            groups.push(Group { worker, sessions, server: server.abort_handle() });
+            groups.push(Group { worker, sessions, to_embed, server: server.abort_handle() });
             servers.push(server);
         }
         let (mut tokenizers, mut tokenizer_addresses) = (Vec::new(), Vec::new());

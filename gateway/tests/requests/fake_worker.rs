@@ -7,11 +7,12 @@ use std::{
 
 use futures_util::{Stream, StreamExt as _};
 use lockstep_proto::worker::v1::{
-    self as worker, ChoiceFinish, DrainRequest, DrainResponse, EndChoiceRequest, EndChoiceResponse, FinishReason,
-    GenerateRequest, GenerateResponse, GetStatusRequest, GetStatusResponse, Started, TokenLogprobs, Tokens,
-    WatchStatusRequest, WatchStatusResponse, generate_response::Event, worker_service_server::WorkerService,
+    self as worker, ChoiceFinish, DrainRequest, DrainResponse, EmbedRequest, EmbedResponse, EndChoiceRequest,
+    EndChoiceResponse, FinishReason, GenerateRequest, GenerateResponse, GetStatusRequest, GetStatusResponse, Started,
+    TokenLogprobs, Tokens, WatchStatusRequest, WatchStatusResponse, generate_response::Event,
+    worker_service_server::WorkerService,
 };
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio_stream::wrappers::{ReceiverStream, WatchStream};
 use tonic::{Request, Response, Status, metadata::MetadataMap};
 
@@ -26,11 +27,22 @@ pub(crate) struct FakeWorker {
     /// What the gateway has asked to end; the answer never comes.
     pub(crate) endings: watch::Sender<Vec<EndChoiceRequest>>,
     requests: mpsc::Sender<Session>,
+    embeddings: mpsc::Sender<Embedding>,
+}
+
+/// A prompt to be embedded, by the test.
+#[derive(Debug)]
+pub(crate) struct Embedding {
+    pub(crate) request: EmbedRequest,
+    pub(crate) answer: oneshot::Sender<Result<Vec<f32>, Status>>,
 }
 
 /// How every generation is named, and what the prefix cache held of it.
 pub(crate) const GENERATION: [u8; 16] = [7; 16];
 const CACHED_TOKENS: u32 = 3;
+
+/// Values of an embedding.
+pub(crate) const EMBEDDING_SIZE: u32 = 4;
 
 /// One request, acted out by the test.
 #[derive(Debug)]
@@ -44,8 +56,9 @@ pub(crate) struct Session {
 }
 
 impl FakeWorker {
-    pub(crate) fn new() -> (Self, mpsc::Receiver<Session>) {
+    pub(crate) fn new() -> (Self, mpsc::Receiver<Session>, mpsc::Receiver<Embedding>) {
         let (requests, sessions) = mpsc::channel(64);
+        let (embeddings, to_embed) = mpsc::channel(64);
         let status = watch::Sender::new(worker::Status {
             ready: true,
             model: "m".into(),
@@ -53,10 +66,12 @@ impl FakeWorker {
             engine_version: "v1".into(),
             context_length: 1_000,
             vocab_size: VOCAB_SIZE,
+            embedding_size: EMBEDDING_SIZE,
             epoch: 1,
             ..worker::Status::default()
         });
-        (Self { status, refusal: Arc::default(), endings: watch::Sender::default(), requests }, sessions)
+        let worker = Self { status, refusal: Arc::default(), endings: watch::Sender::default(), requests, embeddings };
+        (worker, sessions, to_embed)
     }
 }
 
@@ -125,8 +140,12 @@ impl WorkerService for FakeWorker {
         Ok(Response::new(ReceiverStream::new(stream)))
     }
 
-    async fn embed(&self, _: Request<worker::EmbedRequest>) -> Result<Response<worker::EmbedResponse>, Status> {
-        std::future::pending().await
+    async fn embed(&self, request: Request<EmbedRequest>) -> Result<Response<EmbedResponse>, Status> {
+        let (answer, values) = oneshot::channel();
+        let embedding = Embedding { request: request.into_inner(), answer };
+        self.embeddings.send(embedding).await.map_err(|_| Status::internal("nobody acts"))?;
+        let values = values.await.map_err(|_| Status::internal("nobody answers"))??;
+        Ok(Response::new(EmbedResponse { values }))
     }
 
     async fn end_choice(&self, request: Request<EndChoiceRequest>) -> Result<Response<EndChoiceResponse>, Status> {

@@ -4,6 +4,7 @@
 mod backpressure;
 mod cluster;
 mod deadlines;
+mod embeddings;
 mod failures;
 mod fake_tokenizer;
 mod fake_worker;

@@ -8,6 +8,7 @@ use lockstep_proto::{
 use super::{
     cluster::{Cluster, Setup},
     fake_tokenizer::VOCAB_SIZE,
+    fake_worker::EMBEDDING_SIZE,
     life::generate,
 };
 
@@ -24,6 +25,7 @@ async fn a_model_is_described_by_its_groups_and_its_tokenizer() {
         digest: "d1".into(),
         context_length: 1_000,
         vocab_size: VOCAB_SIZE,
+        embedding_size: EMBEDDING_SIZE,
         has_chat_template: true,
         ready_replicas: 1,
         replicas: 1,
