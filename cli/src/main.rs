@@ -3,7 +3,7 @@
 //! # Layout
 //!
 //! * [`up`] runs a cluster in the foreground; [`status`] asks one how it is.
-//! * [`chat`] and [`generate`] talk to it: [`target`] finds it, [`sampling`] reads `--set`, [`events`] prints a stream.
+//! * [`chat`], [`generate`] and [`embed`] talk to it: [`target`] finds it, [`sampling`] reads `--set`, [`events`] prints a stream.
 //! * [`bench`] measures it; [`worker`] hands `inspect`, `make-model`, `doctor`, `bench engine` and
 //!   `bench memory` to the worker's own program.
 //! * [`failure`] is the one way in which any of them fails.
@@ -15,6 +15,7 @@
 
 mod bench;
 mod chat;
+mod embed;
 mod events;
 mod failure;
 mod generate;
@@ -46,6 +47,8 @@ enum Command {
     Chat(chat::Options),
     /// Continue a prompt as it stands, without a chat template
     Generate(generate::Options),
+    /// Turn texts into vectors, one line of JSON each
+    Embed(embed::Options),
     /// Say whether a cluster takes work, and which models it serves
     Status(target::Target),
     /// Show a model's architecture, tensors and memory for each rank
@@ -83,6 +86,7 @@ fn run(command: Command) -> Done {
         // The conversation waits for lines on this thread, and for answers on the runtime.
         Command::Chat(options) => chat::run(&options, &runtime),
         Command::Generate(options) => runtime.block_on(generate::run(options)),
+        Command::Embed(options) => runtime.block_on(embed::run(options)),
         Command::Status(target) => runtime.block_on(status::run(&target)),
         Command::Inspect(arguments) => worker::run("inspect", &arguments),
         Command::MakeModel(arguments) => worker::run("make-model", &arguments),

@@ -1,4 +1,4 @@
-//! `chat`, `generate`, `status` and `bench serve` against a stand-in for the gateway.
+//! `chat`, `generate`, `embed`, `status` and `bench serve` against a stand-in for the gateway.
 #![allow(clippy::unwrap_used, reason = "a test's helpers panic as tests do")]
 
 use std::{
@@ -269,6 +269,20 @@ fn generate_streams_a_prompt_from_the_line_or_from_stdin() {
     assert_eq!(stdout(&output), "Once Some(7)Bearer k\n", "{}", stderr(&output));
     let output = gateway.run(&["generate", "-"], "upon a time");
     assert_eq!(stdout(&output), "upon a time None\n", "{}", stderr(&output));
+}
+
+#[test]
+fn embed_prints_a_line_of_json_for_each_text() {
+    let gateway = Gateway::start();
+    let output = gateway.run(&["embed", "ab", "abc"], "");
+    let expected = "{\"index\":0,\"prompt_tokens\":2,\"values\":[1.0,1.0,0.0]}\n\
+                    {\"index\":1,\"prompt_tokens\":3,\"values\":[1.0,1.0,0.0]}\n";
+    assert_eq!(stdout(&output), expected, "{}", stderr(&output));
+    let output = gateway.run(&["embed", "a", "--pooling", "last", "--dimensions", "8", "--raw"], "");
+    assert!(stdout(&output).contains("[2.0,0.0,8.0]"), "{}", stderr(&output));
+    let output = gateway.run(&["embed", "refused"], "");
+    assert_eq!(output.status.code(), Some(1));
+    assert!(stderr(&output).contains("over the policy"), "{}", stderr(&output));
 }
 
 #[test]
