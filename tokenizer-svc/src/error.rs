@@ -2,7 +2,7 @@
 
 use std::{io, path::PathBuf};
 
-use lockstep_checkpoint::CheckpointError;
+use lockstep_checkpoint::{CheckpointError, UnknownDecoder};
 
 /// Why a tokenizer could not be loaded. The catalog adds which model it was.
 #[derive(Debug, thiserror::Error)]
@@ -39,6 +39,9 @@ pub enum LoadError {
     /// A sound file that asks for something this service does not do.
     #[error("{0} is not supported")]
     Unsupported(String),
+    /// Ids do not stand for fixed bytes.
+    #[error(transparent)]
+    Decoder(#[from] UnknownDecoder),
     /// The vocabulary contradicts itself.
     #[error("{0}")]
     Invalid(String),

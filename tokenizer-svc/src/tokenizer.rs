@@ -2,22 +2,23 @@
 //!
 //! Encoding is the tokenizers library's own pipeline (normalizer, pre-tokenizer, merges, template) with one stage of
 //! ours, the search for added tokens, which also obeys [`Breaks`]. Decoding needs no pipeline: in the vocabularies
-//! that we accept, each id stands for fixed bytes, and [`decoding`] tabulates them once.
+//! that we accept, each id stands for fixed bytes, which are tabulated once ([`TokenBytes`]), so that a stream decodes in
+//! bounded work for each id.
 
 use std::{io, ops::Range};
 
+use lockstep_checkpoint::{Spelling, TokenBytes};
 use sha2::{Digest as _, Sha256};
 use tokenizers::{
     Model as _, ModelWrapper, NormalizedString, Normalizer as _, OffsetType, PreTokenizedString, PreTokenizer as _,
     Token,
 };
 
-use self::{added_tokens::AddedTokens, decoding::TokenBytes};
+use self::added_tokens::AddedTokens;
 use crate::error::{LoadError, TokenizeError, check_limit};
 
 mod added_tokens;
 mod breaks;
-mod decoding;
 
 pub use breaks::Breaks;
 
@@ -51,6 +52,7 @@ pub struct Tokenizer {
     pipeline: tokenizers::Tokenizer,
     added: AddedTokens,
     token_bytes: TokenBytes,
+    strips_leading_space: bool,
     special: Vec<SpecialToken>,
     fingerprint: String,
 }
@@ -79,9 +81,12 @@ impl Tokenizer {
         check_limit("the vocabulary size (ids)", vocab_size, MAX_VOCAB_SIZE)?;
 
         let (added, special) = added_tokens(&pipeline)?;
-        let token_bytes = TokenBytes::new(&pipeline, vocab_size)?;
+        let spelling = spelling(&pipeline)?;
+        let texts = (0..).take(vocab_size).map(|id| pipeline.id_to_token(id).unwrap_or_default());
+        let token_bytes = TokenBytes::new(&spelling, texts);
         let fingerprint = fingerprint(&pipeline, vocab_size)?;
-        let tokenizer = Self { pipeline, added, token_bytes, special, fingerprint };
+        let strips_leading_space = spelling.strips_leading_space();
+        let tokenizer = Self { pipeline, added, token_bytes, strips_leading_space, special, fingerprint };
         // Some malformed descriptions load and panic at the first text: let that be now, while it is contained.
         let trial = tokenizer.encode("A trial: 1, 2,\n\u{e9}\u{4e2d}.", &Breaks::NONE, true);
         trial.map_err(|e| LoadError::Invalid(e.to_string()))?;
@@ -139,7 +144,7 @@ impl Tokenizer {
 
     /// Whether a decoded text loses the blank that it starts with, because encoding put one there.
     pub(crate) fn strips_leading_space(&self) -> bool {
-        self.token_bytes.strips_leading_space()
+        self.strips_leading_space
     }
 
     /// Whether an id is a control token's.
@@ -163,7 +168,7 @@ impl Tokenizer {
     /// Ids are below this.
     #[must_use]
     pub fn vocab_size(&self) -> u32 {
-        self.token_bytes.vocab_size()
+        u32::try_from(self.token_bytes.n_ids()).expect("MAX_VOCAB_SIZE fits")
     }
 
     /// SHA-256 over all that decides what encoding and decoding answer, in hexadecimal.
@@ -225,6 +230,12 @@ fn push_parts(parts: &mut Vec<(Range<usize>, u32)>, part: Range<usize>, cuts: Ve
         end = start;
     }
     parts.push((part.start..end, n_cuts));
+}
+
+/// How the vocabulary's texts spell bytes, as the pipeline's decoder says.
+fn spelling(pipeline: &tokenizers::Tokenizer) -> Result<Spelling, LoadError> {
+    let decoder = serde_json::to_value(pipeline.get_decoder()).map_err(|e| LoadError::Invalid(e.to_string()))?;
+    Ok(Spelling::of_decoder(&decoder)?)
 }
 
 /// The pipeline's added tokens as we search for them, and the control tokens among them.

@@ -1,8 +1,12 @@
 //! Control tokens across breaks, on real vocabularies and on small ones with every awkward rule.
 
+use std::path::PathBuf;
+
+use lockstep_checkpoint::Checkpoint;
 use rand::{RngExt as _, SeedableRng as _, seq::IndexedRandom as _};
 use rand_chacha::ChaCha8Rng;
 use serde_json::{Value, json};
+use tokenizers::{Decoder as _, pre_tokenizers::byte_level::ByteLevel};
 
 use super::*;
 use crate::{detokenizer::decode, fixtures};
@@ -224,6 +228,36 @@ fn blanks_are_split_into_words_up_to_the_limit_and_refused_beyond() {
         assert_eq!(encode(&model.tokenizer, &most, vec![]), expected, "{name}");
         let refusal = model.tokenizer.encode(&format!("x {most}"), &Breaks::NONE, false).unwrap_err();
         assert_eq!(refusal, TokenizeError::BlankRun { limit: MAX_BLANK_RUN });
+    }
+}
+
+#[test]
+fn byte_level_characters_spell_the_bytes_that_the_library_gives_them() {
+    let mut alphabet: Vec<String> = ByteLevel::alphabet().into_iter().map(String::from).collect();
+    alphabet.sort_unstable();
+    let bytes = TokenBytes::new(&Spelling::ByteLevel, &alphabet);
+    assert_eq!(bytes.n_ids(), 256);
+    for (id, character) in (0..).zip(&alphabet) {
+        let decoded = ByteLevel::default().decode_chain(vec![character.clone()]).unwrap().concat();
+        assert_eq!(String::from_utf8_lossy(bytes.get(id).unwrap()), decoded, "{character}");
+    }
+}
+
+#[test]
+fn a_checkpoint_says_the_same_of_the_bytes_of_ids_as_the_pipeline() {
+    for name in ["SmolLM2-135M-Instruct.Q4_1.gguf", "tokenizers/gguf/phi-3.gguf", "tokenizers/gguf/llama-bpe.gguf"] {
+        let tokenizer = &fixtures::open(name).tokenizer;
+        let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../models").join(name);
+        let vocabulary = Checkpoint::open(&path).unwrap().vocabulary().unwrap();
+        let bytes = TokenBytes::new(&vocabulary.spelling.unwrap(), vocabulary.tokens.iter().map(|token| &token.text));
+        assert_eq!(bytes.n_ids(), tokenizer.vocab_size() as usize, "{name}");
+        for (id, token) in (0..).zip(&vocabulary.tokens) {
+            assert!(
+                token.is_reserved || bytes.get(id) == Some(tokenizer.token_bytes(0, id).unwrap()),
+                "{name}: {token:?}"
+            );
+            assert!(token.is_reserved || !tokenizer.is_special(id), "{name}: {token:?} is special");
+        }
     }
 }
 

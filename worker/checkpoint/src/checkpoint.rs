@@ -11,7 +11,7 @@ use crate::error::CheckpointError;
 use crate::metadata::Metadata;
 use crate::mmap;
 use crate::tensor::{Tensor, TensorEntry, TensorTable};
-use crate::vocabulary::{self, Token};
+use crate::vocabulary::{self, Vocabulary};
 use crate::{folder, gguf};
 
 /// Bytes of a file that a digest keeps in memory at a time.
@@ -94,11 +94,11 @@ impl Checkpoint {
         }
     }
 
-    /// The vocabulary by id; empty if the model's files do not spell it out. A folder's is read at each call.
+    /// The vocabulary. A folder's is read at each call.
     ///
     /// # Errors
     /// A vocabulary that is malformed.
-    pub fn vocabulary(&self) -> Result<Vec<Token>, CheckpointError> {
+    pub fn vocabulary(&self) -> Result<Vocabulary, CheckpointError> {
         match self.container {
             Container::Gguf => vocabulary::of_gguf(self.metadata()),
             Container::Folder => folder::vocabulary(&self.path),

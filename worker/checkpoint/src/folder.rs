@@ -33,7 +33,7 @@ use crate::encoding::Encoding;
 use crate::error::{CheckpointError, FolderError};
 use crate::mmap;
 use crate::tensor::{Piece, Source, TensorEntry, TensorTable};
-use crate::vocabulary::Token;
+use crate::vocabulary::Vocabulary;
 
 pub(crate) use self::config::own_key;
 
@@ -120,13 +120,12 @@ pub(crate) fn open(folder: &Path) -> Result<Folder, CheckpointError> {
 }
 
 /// The vocabulary of the model in `folder`; empty if there is no `tokenizer.json`.
-pub(crate) fn vocabulary(folder: &Path) -> Result<Vec<Token>, CheckpointError> {
-    if !has(folder, TOKENIZER) {
-        return Ok(Vec::new());
-    }
-    let tokens =
-        read(folder, TOKENIZER, TOKENIZER_BYTES_MAX).and_then(|bytes| parse::<Tokenizer>(TOKENIZER, &bytes)?.tokens());
-    tokens.map_err(|cause| CheckpointError::Folder { path: folder.to_owned(), cause: Box::new(cause) })
+pub(crate) fn vocabulary(folder: &Path) -> Result<Vocabulary, CheckpointError> {
+    let read = || match has(folder, TOKENIZER) {
+        true => parse::<Tokenizer>(TOKENIZER, &read(folder, TOKENIZER, TOKENIZER_BYTES_MAX)?)?.vocabulary(),
+        false => Tokenizer::default().vocabulary(),
+    };
+    read().map_err(|cause| CheckpointError::Folder { path: folder.to_owned(), cause: Box::new(cause) })
 }
 
 /// What the folder's files call the tensor that GGUF files call `name`.

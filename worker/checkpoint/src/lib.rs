@@ -30,4 +30,4 @@ pub use error::{CheckpointError, Fault, FolderError, FormatError};
 pub use gguf::writer::{GgufData, GgufHeader};
 pub use metadata::{Array, Metadata, ROPE_HALVES, Value};
 pub use tensor::Tensor;
-pub use vocabulary::Token;
+pub use vocabulary::{Spelling, Token, TokenBytes, UnknownDecoder, Vocabulary};

@@ -77,7 +77,7 @@ impl Source {
         if mine != others {
             return Err(differs(format!("{mine} tokens and {others}")));
         }
-        let (mine, others) = (self.checkpoint.vocabulary()?, other.checkpoint.vocabulary()?);
+        let (mine, others) = (self.checkpoint.vocabulary()?.tokens, other.checkpoint.vocabulary()?.tokens);
         let mut pairs = mine.iter().zip(&others).enumerate();
         match pairs.find(|(_, (mine, other))| mine.text != other.text && !(mine.is_reserved && other.is_reserved)) {
             None => Ok(()),

@@ -7,7 +7,7 @@ use rand_chacha::rand_core::SeedableRng;
 use serde_json::{Map, Value as Json, json};
 use tempfile::TempDir;
 
-use crate::{Checkpoint, Encoding, ROPE_HALVES, Token};
+use crate::{Checkpoint, Encoding, ROPE_HALVES, Spelling, Token};
 
 /// A folder to spoil: its files by name.
 #[derive(Clone)]
@@ -232,7 +232,7 @@ fn the_digest_covers_settings_and_every_weight_file() {
 fn the_vocabulary_is_that_of_the_tokenizer() {
     let read = |tokenizer: Json| {
         let folder = sound().with("tokenizer.json", tokenizer.to_string()).write();
-        Checkpoint::open(folder.path()).unwrap().vocabulary()
+        Checkpoint::open(folder.path()).unwrap().vocabulary().map(|vocabulary| vocabulary.tokens)
     };
     let token = |text: &str, is_reserved| Token { text: text.to_owned(), is_reserved };
     let added =
@@ -242,8 +242,13 @@ fn the_vocabulary_is_that_of_the_tokenizer() {
     let expected = [("\u{120}a", false), ("</s>", true), ("b", false), ("", true), ("<tool>", false)];
     assert_eq!(tokens, expected.map(|(text, is_reserved)| token(text, is_reserved)));
 
+    let folder =
+        sound().with("tokenizer.json", r#"{ "model": { "vocab": {} }, "decoder": { "type": "ByteLevel" } }"#).write();
+    let vocabulary = Checkpoint::open(folder.path()).unwrap().vocabulary().unwrap();
+    assert_eq!(vocabulary.spelling, Ok(Spelling::ByteLevel));
+
     assert_eq!(read(json!({ "model": { "type": "Unigram", "vocab": [["a", -1.0]] } })).unwrap(), []);
-    assert_eq!(Checkpoint::open(sound().write().path()).unwrap().vocabulary().unwrap(), []);
+    assert_eq!(Checkpoint::open(sound().write().path()).unwrap().vocabulary().unwrap().tokens, []);
     let absurd = read(json!({ "model": { "vocab": { "a": 4_194_304 } } })).unwrap_err().to_string();
     assert!(absurd.ends_with("tokenizer.json: token id 4194304, the limit is 4194304"), "{absurd}");
     for id in [json!(-1), json!(0.5)] {

@@ -5,19 +5,22 @@ use std::collections::BTreeMap;
 
 use serde::Deserialize;
 use serde::de::IgnoredAny;
+use serde_json::Value;
 
 use crate::error::FolderError;
-use crate::vocabulary::Token;
+use crate::vocabulary::{Spelling, Token, Vocabulary};
 
 /// Ids are below this; the largest vocabularies have some 256,000.
 const IDS_MAX: u32 = 1 << 22;
 
 /// The file, as far as it matters here.
-#[derive(Deserialize)]
+#[derive(Default, Deserialize)]
 pub(super) struct Tokenizer {
     #[serde(default)]
     added_tokens: Vec<AddedToken>,
     model: Model,
+    #[serde(default)]
+    decoder: Value,
 }
 
 #[derive(Deserialize)]
@@ -28,26 +31,37 @@ struct AddedToken {
     special: bool,
 }
 
-#[derive(Deserialize)]
+#[derive(Default, Deserialize)]
 struct Model {
-    vocab: Vocabulary,
+    vocab: Texts,
 }
 
 #[derive(Deserialize)]
 #[serde(untagged)]
-enum Vocabulary {
+enum Texts {
     /// Of two texts that have one id, the last in this order is taken.
     Ids(BTreeMap<String, u32>),
     /// That of a unigram model, which no Llama has.
     Pieces(#[expect(dead_code, reason = "that it is a list is all that matters")] Vec<IgnoredAny>),
 }
 
+impl Default for Texts {
+    fn default() -> Self {
+        Self::Ids(BTreeMap::new())
+    }
+}
+
 // === impl Tokenizer ===
 
 impl Tokenizer {
-    /// Tokens by id; none if they are not spelled out as those of a Llama are.
-    pub(super) fn tokens(self) -> Result<Vec<Token>, FolderError> {
-        let Vocabulary::Ids(ids) = self.model.vocab else { return Ok(Vec::new()) };
+    /// What it says; no tokens if they are not spelled out as those of a Llama are.
+    pub(super) fn vocabulary(self) -> Result<Vocabulary, FolderError> {
+        let spelling = Spelling::of_decoder(&self.decoder);
+        Ok(Vocabulary { tokens: self.tokens()?, spelling })
+    }
+
+    fn tokens(self) -> Result<Vec<Token>, FolderError> {
+        let Texts::Ids(ids) = self.model.vocab else { return Ok(Vec::new()) };
         let plain = ids.into_iter().map(|(text, id)| (id, Token { text, is_reserved: false }));
         let added = self.added_tokens.into_iter();
         // Added tokens come last: they may be in the vocabulary as well, and there they look like any other.
