@@ -26,7 +26,7 @@ use crate::{
     local_group::LocalGroup,
     model::{load::Source, ops::profiled::Profile},
     model_runner::{self, RunStep, RunnerSettings},
-    sampler::{Sampler, SamplingParams},
+    sampler::{Place, Sampler, SamplingParams},
     scheduler::{
         NewSequence, Sampled, Scheduler, SchedulerConfig,
         plan::{RowResults, SeqId, StepPlan},
@@ -247,9 +247,10 @@ impl EngineBench {
             let Some(plan) = under_way.pop_front() else { break };
             let out = group.finish_plan().context("a step failed")?;
             let sampling = Instant::now();
+            let place = Place { params: &params, prompt: &[], emitted: &[], choice: 0, mask: None };
             let token = |row: usize| match out.token_ids.get(row) {
                 Some(token_id) => *token_id,
-                None => sampler.sample(&out.logits[row * vocab_size..][..vocab_size], &params, &[], &[], 0),
+                None => sampler.sample(&out.logits[row * vocab_size..][..vocab_size], place),
             };
             let tokens = (0..plan.n_logits_rows()).map(token).collect::<Vec<_>>();
             let due = plan.sequences.iter().filter(|step| step.results != RowResults::None);

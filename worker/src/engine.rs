@@ -23,6 +23,7 @@ use std::time::Instant;
 use tokio::sync::mpsc;
 
 use crate::{
+    constraint::{ConstraintError, guide::Compiled},
     group::GroupError,
     model::StepError,
     sampler::{SamplingParams, TokenLogprobs},
@@ -55,6 +56,8 @@ pub struct Job {
     pub prompt_logprobs: Option<u32>,
     /// After this it never starts, and ends if it runs.
     pub deadline: Option<Instant>,
+    /// What the text of every choice must be, if it must be something.
+    pub constraint: Option<Box<Compiled>>,
 }
 
 /// A prompt to be embedded.
@@ -118,6 +121,8 @@ pub enum FinishReason {
     Deadline,
     /// Its reader wanted no more of it.
     Ended,
+    /// Its constraint allows nothing more.
+    Complete,
 }
 
 // === impl GenerationId ===
@@ -152,6 +157,9 @@ pub enum EngineError {
     /// The reader did not read.
     #[error("the reader fell {EVENT_QUEUE} events behind and was cut off")]
     SlowReader,
+    /// The constraint could not be held to the end.
+    #[error(transparent)]
+    Constraint(#[from] ConstraintError),
     /// The deadline passed before the job started, or before all of an embedding was computed.
     #[error("the deadline passed before there was anything to answer")]
     Expired,

@@ -5,6 +5,7 @@
 //! In the order in which a request meets them:
 //!
 //! * [`config`]: what an operator can choose; [`serve`]: how a rank is put together; [`service`], [`request`], [`status`]: what the gateway calls.
+//! * [`constraint`]: what the text of an answer must be, where a request says so.
 //! * [`engine`]: the step loop; [`scheduler`] decides what a step computes, over the blocks of [`kv`], of which [`kv_room`] says how many fit.
 //! * [`device`]: what computes. [`model_runner`]: a step plan to logits, through the layers of [`model`]; [`sampler`]: logits to token ids.
 //! * [`group`]: how ranks find each other, attest, and notice death.
@@ -14,6 +15,7 @@
 
 pub mod bench;
 pub mod config;
+pub mod constraint;
 pub mod device;
 pub mod doctor;
 pub mod engine;

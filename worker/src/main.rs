@@ -10,6 +10,7 @@ use lockstep_proto::config::{self, ConfigError};
 use lockstep_worker::{
     bench::{EngineBench, MemoryBench, SumsBench},
     config::WorkerConfig,
+    constraint::trial,
     doctor,
     inspect::Inspect,
     kernels::Kernels,
@@ -18,7 +19,7 @@ use lockstep_worker::{
 };
 
 /// The words that name a [`Tool`].
-const TOOLS: [&str; 5] = ["inspect", "make-model", "kernels", "bench", "doctor"];
+const TOOLS: [&str; 6] = ["inspect", "make-model", "kernels", "bench", "doctor", trial::COMMAND];
 
 /// Further things that the program does; without one of these words it serves.
 #[derive(Debug, Parser)]
@@ -35,6 +36,9 @@ enum Tool {
     Bench(Bench),
     /// Say what this machine offers a worker
     Doctor,
+    /// Compile a constraint that a worker was sent; for workers alone
+    #[command(name = trial::COMMAND, hide = true)]
+    TryConstraint,
 }
 
 #[derive(Debug, Subcommand)]
@@ -80,6 +84,7 @@ fn run_tool(tool: Tool) -> Result<()> {
             doctor::run();
             Ok(())
         }
+        Tool::TryConstraint => trial::answer(),
     }
 }
 

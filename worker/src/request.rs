@@ -4,10 +4,13 @@ use std::time::{Duration, Instant};
 
 use lockstep_proto::{
     error::FieldViolation,
-    worker::v1::{EmbedRequest, GenerateRequest, Pooling as WirePooling, ResolvedSampling},
+    worker::v1::{
+        self as wire, EmbedRequest, GenerateRequest, Pooling as WirePooling, ResolvedSampling, constraint::Kind,
+    },
 };
 
 use crate::{
+    constraint::{self, Constraint},
     engine::{EmbeddingJob, GenerationId, Job},
     sampler::SamplingParams,
     scheduler::Pooling,
@@ -30,11 +33,15 @@ pub struct Limits {
     pub context_length: usize,
 }
 
-/// Checks a request and makes it a job.
+/// Checks a request and makes it a job, and what is left to be compiled for it.
 ///
 /// # Errors
 /// Every field that breaks a rule of the contract.
-pub fn valid_job(request: GenerateRequest, limits: Limits, now: Instant) -> Result<Job, Vec<FieldViolation>> {
+pub fn valid_job(
+    request: GenerateRequest,
+    limits: Limits,
+    now: Instant,
+) -> Result<(Job, Option<Constraint>), Vec<FieldViolation>> {
     let mut check = Check { violations: Vec::new() };
     check.request_id(&request.request_id);
     check.prompt(&request.prompt_token_ids, limits.vocab_size);
@@ -47,12 +54,13 @@ pub fn valid_job(request: GenerateRequest, limits: Limits, now: Instant) -> Resu
         let value = value.unwrap_or(0);
         check.that(value <= MAX_LOGPROBS, path, || format!("{value} is more than {MAX_LOGPROBS}"));
     }
-    let sampling = request.sampling.unwrap_or_default();
+    let mut sampling = request.sampling.unwrap_or_default();
     check.sampling(&sampling, limits);
+    let constraint = sampling.constraint.take().and_then(|constraint| check.constraint(constraint));
     if !check.violations.is_empty() {
         return Err(check.violations);
     }
-    Ok(Job {
+    let job = Job {
         request_id: request.request_id,
         prompt: request.prompt_token_ids,
         max_new_tokens: sampling.max_new_tokens,
@@ -61,7 +69,9 @@ pub fn valid_job(request: GenerateRequest, limits: Limits, now: Instant) -> Resu
         logprobs: request.logprobs,
         prompt_logprobs: request.prompt_logprobs,
         deadline: deadline(request.budget_ms, now),
-    })
+        constraint: None,
+    };
+    Ok((job, constraint))
 }
 
 /// Checks a request and makes it the job of embedding its prompt.
@@ -189,6 +199,23 @@ impl Check {
         }
     }
 
+    fn constraint(&mut self, constraint: wire::Constraint) -> Option<Constraint> {
+        let constraint = match constraint.kind {
+            Some(Kind::JsonSchema(text)) => Constraint::JsonSchema(text),
+            Some(Kind::Regex(text)) => Constraint::Regex(text),
+            Some(Kind::Lark(text)) => Constraint::Lark(text),
+            None => {
+                self.that(false, "sampling.constraint", || "is not set".into());
+                return None;
+            }
+        };
+        let n_bytes = constraint.text().len();
+        self.that(n_bytes <= constraint::MAX_BYTES, constraint.field(), || {
+            format!("has {n_bytes} bytes, more than {}", constraint::MAX_BYTES)
+        });
+        Some(constraint)
+    }
+
     /// NaN is in no range.
     fn range(&mut self, name: &str, value: f32, min: f32, max: f32) {
         self.that((min..=max).contains(&value), &format!("sampling.{name}"), || {
@@ -231,7 +258,8 @@ mod tests {
 
     #[test]
     fn a_request_within_all_limits_becomes_a_job() {
-        let job = valid_job(request(), LIMITS, Instant::now()).expect("valid");
+        let (job, constraint) = valid_job(request(), LIMITS, Instant::now()).expect("valid");
+        assert_eq!(constraint, None);
         assert_eq!((job.prompt, job.n, job.max_new_tokens), (vec![1, 2, 3], 1, 4));
     }
 
@@ -262,6 +290,19 @@ mod tests {
             sampling.logit_bias.insert(1, f32::INFINITY);
         });
         check("sampling", |_, sampling| sampling.stop_token_ids.push(100));
+        check("sampling.constraint", |_, sampling| sampling.constraint = Some(wire::Constraint { kind: None }));
+        check("sampling.constraint.regex", |_, sampling| {
+            sampling.constraint = Some(wire::Constraint { kind: Some(Kind::Regex("a".repeat(65_537))) });
+        });
+    }
+
+    #[test]
+    fn a_constraint_is_left_to_be_compiled() {
+        let mut request = request();
+        let constraint = wire::Constraint { kind: Some(Kind::Lark("start: \"a\"".into())) };
+        request.sampling.as_mut().expect("it has some").constraint = Some(constraint);
+        let (_, constraint) = valid_job(request, LIMITS, Instant::now()).expect("valid");
+        assert_eq!(constraint, Some(Constraint::Lark("start: \"a\"".into())));
     }
 
     fn embed_request() -> EmbedRequest {

@@ -12,10 +12,13 @@
 
 use lockstep_kernels::cuda::ChoiceRule;
 
+mod mask;
 mod processors;
 mod random;
 mod select;
 mod softmax;
+
+pub use mask::TokenMask;
 
 use select::Candidates;
 use softmax::{BLOCK_LEN, clean, exp_block};
@@ -87,6 +90,21 @@ pub struct TokenLogprobs {
     pub top: Vec<Logprob>,
 }
 
+/// What decides a token beside the logits.
+#[derive(Clone, Copy, Debug)]
+pub struct Place<'a> {
+    /// How it is chosen.
+    pub params: &'a SamplingParams,
+    /// The tokens before `emitted`.
+    pub prompt: &'a [u32],
+    /// The output so far.
+    pub emitted: &'a [u32],
+    /// Whose output it is, of several.
+    pub choice: u32,
+    /// The tokens that it may be; None: any.
+    pub mask: Option<&'a TokenMask>,
+}
+
 /// Chooses tokens. Owns the scratch for it, and nothing that outlives a call.
 #[derive(Debug)]
 pub struct Sampler {
@@ -112,26 +130,23 @@ impl Sampler {
         self.logits.len()
     }
 
-    /// The token after `prompt` and `emitted`, for which the model gave `logits`, `[vocab_size]`. If all of them are
-    /// impossible, it is token 0.
+    /// The next token, for which the model gave `logits`, `[vocab_size]`. If all of them are impossible, it is token 0.
     ///
     /// # Panics
     /// If there are more or fewer logits than the vocabulary has tokens.
-    pub fn sample(
-        &mut self,
-        logits: &[f32],
-        params: &SamplingParams,
-        prompt: &[u32],
-        emitted: &[u32],
-        choice: u32,
-    ) -> u32 {
+    pub fn sample(&mut self, logits: &[f32], place: Place<'_>) -> u32 {
+        let Place { params, prompt, emitted, choice, mask } = place;
         let position = (prompt.len() + emitted.len()) as u64;
-        if let Some(rule) = choice_rule(params, position, emitted.len(), choice) {
+        let rule = choice_rule(params, position, emitted.len(), choice);
+        if let Some(rule) = rule.filter(|_| mask.is_none()) {
             return self.choose(logits, &rule);
         }
         self.check_len(logits);
         self.logits.copy_from_slice(logits);
         processors::apply(&mut self.logits, params, prompt, emitted, &mut self.counts);
+        if let Some(mask) = mask {
+            mask.apply(&mut self.logits);
+        }
         if params.temperature > 0.0 {
             let uniform = random::uniform(params.seed, choice, position);
             self.candidates.choose(&self.logits, params, uniform)
@@ -181,7 +196,8 @@ impl Sampler {
 }
 
 /// How a GPU is to choose what [`Sampler::sample`] would at `position` (of the whole sequence, prompt included), after
-/// `n_emitted` tokens of output. `None` if it cannot: where logits are changed first, and with `typical_p`.
+/// `n_emitted` tokens of output, if that may be any token: a GPU knows of no masks. `None` if it cannot: where logits are
+/// changed first, and with `typical_p`.
 pub fn choice_rule(params: &SamplingParams, position: u64, n_emitted: usize, choice: u32) -> Option<ChoiceRule> {
     // Every field is named, so that the compiler leads a new one here.
     #[rustfmt::skip]

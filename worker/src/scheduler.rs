@@ -142,6 +142,8 @@ pub struct NewSequence {
     pub prompt_logprobs: bool,
     /// Does not start before this sequence has delivered the logits of its prompt, or is gone. It must be older.
     pub after: Option<SeqId>,
+    /// Whether it never has drafts.
+    pub no_drafts: bool,
 }
 
 /// Why a sequence was not taken.
@@ -293,6 +295,7 @@ impl Scheduler {
         };
         sequence.deadline = new.deadline;
         sequence.after = new.after;
+        sequence.no_drafts = new.no_drafts;
         let id = SeqId(self.next_id);
         self.next_id += 1;
         self.deadlines.extend(new.deadline.map(|deadline| (deadline, id)));

@@ -22,6 +22,7 @@ use tracing::info;
 use crate::{
     VERSION,
     config::WorkerConfig,
+    constraint::compiler::Compiler,
     device::Device,
     engine::{
         EngineFailure,
@@ -61,6 +62,8 @@ struct Shard {
     settings: RunnerSettings,
     identity: Identity,
     attestation: Attestation,
+    /// Has the vocabulary.
+    checkpoint: Arc<Checkpoint>,
 }
 
 /// What an engine and its server tell each other.
@@ -120,7 +123,7 @@ fn load(config: &WorkerConfig) -> Result<Shard> {
     let start = Instant::now();
     let path = &config.model.path;
     let checkpoint = Arc::new(Checkpoint::open(path)?);
-    let digesting = Arc::clone(&checkpoint);
+    let (digesting, kept) = (Arc::clone(&checkpoint), Arc::clone(&checkpoint));
     let digest = std::thread::spawn(move || digesting.digest());
     let (rank, world_size) = (config.group.rank, config.group.world_size);
     let source = Source::open(checkpoint, rank, world_size).with_context(|| path.display().to_string())?;
@@ -147,6 +150,7 @@ fn load(config: &WorkerConfig) -> Result<Shard> {
             limits: Limits { vocab_size, context_length: settings.context_length },
         },
         settings,
+        checkpoint: kept,
     })
 }
 
@@ -219,7 +223,8 @@ pub fn attest(digest: &str, settings: &RunnerSettings, world_size: usize) -> Att
 }
 
 fn start_leader(config: &WorkerConfig, shard: Shard, metrics: Metrics, switches: &Switches) -> Result<Engine> {
-    let Shard { runner, draft_model, settings, identity, attestation } = shard;
+    let Shard { runner, draft_model, settings, identity, attestation, checkpoint } = shard;
+    let compiler = Compiler::new(checkpoint, identity.limits.vocab_size, metrics.constraint_compile.clone())?;
     let stream = settings.device.collective_stream()?;
     let (group, rpc) = LeaderGroup::new(config.group.clone(), attestation, stream, &Handle::current())?;
     let (stop, hung) = (group.stop_handle(), group.hung());
@@ -237,7 +242,7 @@ fn start_leader(config: &WorkerConfig, shard: Shard, metrics: Metrics, switches:
     let watch = watch_readiness(handle.clone(), switches.readiness.clone(), stall_after);
     let drain = drain_at_shutdown(handle.clone(), switches.shutdown.clone());
     let max_bytes = config.limits.max_message_bytes();
-    let service = Service::new(handle.clone(), identity);
+    let service = Service::new(handle.clone(), compiler, identity);
     let routes = Routes::new(WorkerServiceServer::new(service).max_decoding_message_size(max_bytes))
         .add_service(GroupServiceServer::new(rpc).max_decoding_message_size(max_bytes));
     let tasks = vec![AbortOnDropHandle::new(tokio::spawn(watch)), AbortOnDropHandle::new(tokio::spawn(drain))];

@@ -16,6 +16,7 @@ use tokio_stream::{Stream, StreamExt};
 use tonic::{Request, Response, Status};
 
 use crate::{
+    constraint::compiler::Compiler,
     engine::{
         Event, FinishReason,
         handle::{EngineHandle, EngineStatus},
@@ -51,13 +52,14 @@ pub struct Identity {
 #[derive(Debug)]
 pub struct Service {
     engine: EngineHandle,
+    compiler: Compiler,
     identity: Identity,
 }
 
 impl Service {
-    /// A service for one engine.
-    pub fn new(engine: EngineHandle, identity: Identity) -> Self {
-        Self { engine, identity }
+    /// A service for one engine, and what compiles constraints for it.
+    pub fn new(engine: EngineHandle, compiler: Compiler, identity: Identity) -> Self {
+        Self { engine, compiler, identity }
     }
 }
 
@@ -69,11 +71,13 @@ impl WorkerService for Service {
     type WatchStatusStream = EventStream<WatchStatusResponse>;
 
     async fn generate(&self, request: Request<GenerateRequest>) -> Result<Response<Self::GenerateStream>, Status> {
-        let request = request.into_inner();
-        if request.sampling.as_ref().is_some_and(|sampling| sampling.constraint.is_some()) {
-            return Err(status::unimplemented("constraints are not there yet"));
+        let limits = self.identity.limits;
+        let (mut job, constraint) =
+            request::valid_job(request.into_inner(), limits, Instant::now()).map_err(status::invalid)?;
+        if let Some(constraint) = constraint {
+            let compiled = self.compiler.compile(constraint, job.params.stop_token_ids.clone()).await;
+            job.constraint = Some(Box::new(compiled.map_err(|error| status::constraint(&error))?));
         }
-        let job = request::valid_job(request, self.identity.limits, Instant::now()).map_err(status::invalid)?;
         let events = self.engine.submit(job).await.map_err(|error| status::engine(&error))?;
         let responses = events.map(|event| event.map(response).map_err(|error| status::engine(&error)));
         Ok(Response::new(Box::pin(responses)))
@@ -184,6 +188,7 @@ fn response(event: Event) -> GenerateResponse {
                 FinishReason::Length => (WireReason::Length, None),
                 FinishReason::Deadline => (WireReason::Deadline, None),
                 FinishReason::Ended => (WireReason::Ended, None),
+                FinishReason::Complete => (WireReason::Complete, None),
             };
             Wire::Finish(ChoiceFinish { choice, reason: reason.into(), stop_token_id })
         }

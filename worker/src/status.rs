@@ -5,7 +5,7 @@ use std::time::Duration;
 use lockstep_proto::error::{Error, FieldViolation, Reason};
 use tonic::Status;
 
-use crate::{engine::EngineError, scheduler::Refusal};
+use crate::{constraint::ConstraintError, engine::EngineError, scheduler::Refusal};
 
 /// When to come back to a group that is full. A guess: decodes of a full batch end about so often.
 const RETRY_WHEN_FULL: Duration = Duration::from_millis(250);
@@ -18,9 +18,18 @@ pub fn invalid(violations: Vec<FieldViolation>) -> Status {
     Error::new(Reason::InvalidArgument, "the request is not valid").violations(violations).into()
 }
 
-/// The status of a request for what this server does not do.
-pub fn unimplemented(message: &str) -> Status {
-    Error::new(Reason::Unimplemented, message).into()
+/// The status of a request whose constraint is not held.
+pub fn constraint(error: &ConstraintError) -> Status {
+    let message = error.to_string();
+    let error = match error {
+        ConstraintError::Refused { field, reason } => {
+            Error::new(Reason::InvalidArgument, message).violation(*field, reason)
+        }
+        ConstraintError::NoVocabulary(_) => Error::new(Reason::Unimplemented, message),
+        ConstraintError::Busy => Error::new(Reason::Overloaded, message).retry_after(RETRY_WHEN_FULL),
+        ConstraintError::System(_) => Error::new(Reason::Internal, message),
+    };
+    error.into()
 }
 
 /// The status of a job that did not start or did not end well.
@@ -28,6 +37,7 @@ pub fn engine(error: &EngineError) -> Status {
     let message = error.to_string();
     let error = match error {
         EngineError::Refused(refusal) => return refused(refusal, message),
+        EngineError::Constraint(error) => return constraint(error),
         EngineError::QueueFull => Error::new(Reason::Overloaded, message).retry_after(RETRY_WHEN_FULL),
         EngineError::SlowReader => Error::new(Reason::SlowReader, message),
         EngineError::Draining => Error::new(Reason::Draining, message),

@@ -12,7 +12,7 @@ use lockstep_kernels::{
     AttentionRow, KvEncoding, RopeStyle, RopeTable,
     cuda::{ChoiceRule, Device, Gpu, GpuHeads, GpuKvCache, KernelCache, StepRows},
 };
-use lockstep_worker::sampler::{Sampler, SamplingParams, choice_rule};
+use lockstep_worker::sampler::{Place, Sampler, SamplingParams, choice_rule};
 use rand::seq::IndexedRandom;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -40,7 +40,9 @@ impl Case {
     }
 
     fn sample(&self, sampler: &mut Sampler) -> u32 {
-        sampler.sample(&self.logits, &self.params, &vec![0; self.position], &[], self.choice)
+        let prompt = vec![0; self.position];
+        let place = Place { params: &self.params, prompt: &prompt, emitted: &[], choice: self.choice, mask: None };
+        sampler.sample(&self.logits, place)
     }
 
     /// The rule with the greatest number that still draws the token: one more, and a sum that is off by one shows.

@@ -133,6 +133,7 @@ impl Engine {
             logprobs: None,
             prompt_logprobs: None,
             deadline: None,
+            constraint: None,
         };
         let handle = self.handle.clone();
         let mut submitted: Submitted = Box::pin(maybe_done(Box::pin(async move { handle.submit(job).await })));

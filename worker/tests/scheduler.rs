@@ -129,6 +129,7 @@ impl Player {
             deadline: options.get("deadline").map(|_| self.at(options.number("deadline", 0))),
             prompt_logprobs: options.get("logprobs").is_some(),
             after: options.get("after").map(|name| self.id(name)),
+            no_drafts: false,
         };
         match self.scheduler.add(new, self.now) {
             Ok(id) => {

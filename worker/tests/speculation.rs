@@ -334,6 +334,7 @@ fn job(params: SamplingParams) -> Job {
         logprobs: Some(2),
         prompt_logprobs: None,
         deadline: None,
+        constraint: None,
     }
 }
 

@@ -37,7 +37,7 @@ use self::{
 use crate::{
     model::{StepError, output::StepOutput},
     model_runner::{RunStep, RunnerSettings, warm_up},
-    sampler::{Sampler, SamplingParams},
+    sampler::{Place, Sampler, SamplingParams},
     scheduler::{
         plan::{RowResults, SeqId, StepPlan},
         speculation::{Draftable, Drafts, MAX_ROWS},
@@ -223,7 +223,8 @@ impl Drafting<'_> {
     fn draw(&mut self, logits: &[f32], sampler: &mut Sampler) {
         let Asked { draftable, prompt, params, choice, .. } = self.asked;
         self.n_held = self.token_ids.len();
-        let draft = sampler.sample(logits, params, prompt, &self.token_ids[prompt.len()..], choice);
+        let draft = sampler
+            .sample(logits, Place { params, prompt, emitted: &self.token_ids[prompt.len()..], choice, mask: None });
         self.chance *= f64::from(sampler.logprobs(logits, draft, 0).token.logprob).exp();
         if self.chance < draftable.min_chance {
             self.is_done = true;

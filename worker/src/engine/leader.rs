@@ -16,10 +16,11 @@ use super::{
     draft_model::DraftModel,
     embeddings::{Answer, LiveEmbeddings},
     handle::{Command, EnginePort, EngineStatus, Submission},
-    live::{LiveJobs, Reason, Rows},
+    live::{LiveJobs, Outcome, Reason, Rows},
     metrics::{Metrics, StepClock},
 };
 use crate::{
+    constraint::guide::MASK_WAIT,
     group::{Epoch, GroupError, LeaderGroup},
     model::{StepError, output::StepOutput},
     model_runner::{RunStep, warm_up},
@@ -275,10 +276,19 @@ impl Leader {
         Ok(())
     }
 
+    /// Waits for what constraints allow the tokens of a step to be.
+    fn await_masks(&mut self, due: &HashSet<SeqId>) {
+        let start = Instant::now();
+        if self.live.await_masks(due.iter().copied(), start + MASK_WAIT) {
+            self.metrics.mask_wait.observe(start.elapsed().as_secs_f64());
+        }
+    }
+
     /// Samples where tokens are due and tells the readers. Returns the tokens, and the sequences whose readers are too
     /// slow.
     fn hand_out(&mut self, plan: &StepPlan, out: &StepOutput) -> (Vec<Sampled>, Vec<SeqId>) {
         let due: HashSet<SeqId> = self.scheduler.due().collect();
+        self.await_masks(&due);
         let vocab_size = self.sampler.vocab_size();
         let mut sampled = Vec::with_capacity(due.len());
         let mut cut_off = Vec::new();
@@ -300,13 +310,19 @@ impl Leader {
                 false => Rows::Logits(&out.logits[first * vocab_size..end * vocab_size]),
             };
             let cached_tokens = self.scheduler.cached_tokens(step.id);
-            if let Some(outcome) = self.live.advance(step.id, rows, drafts, cached_tokens, &mut self.sampler) {
-                self.metrics.drafted_tokens.inc_by(drafts.len() as u64);
-                self.metrics.accepted_tokens.inc_by(outcome.sampled.tokens.len() as u64 - 1);
-                sampled.push(outcome.sampled);
-                if outcome.cut_off {
-                    cut_off.push(step.id);
+            match self.live.advance(step.id, rows, drafts, cached_tokens, &mut self.sampler) {
+                Some(Outcome::Sampled { sampled: of_sequence, cut_off: is_cut_off }) => {
+                    self.metrics.drafted_tokens.inc_by(drafts.len() as u64);
+                    self.metrics.accepted_tokens.inc_by(of_sequence.tokens.len() as u64 - 1);
+                    sampled.push(of_sequence);
+                    cut_off.extend(is_cut_off.then_some(step.id));
                 }
+                Some(Outcome::Complete) => {
+                    self.scheduler.abort(step.id);
+                    self.live.finish(step.id, Reason::Complete);
+                }
+                Some(Outcome::Failed) => self.live.drop_job_of(&mut self.scheduler, step.id),
+                None => {}
             }
         }
         (sampled, cut_off)

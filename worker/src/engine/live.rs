@@ -7,7 +7,11 @@ use tokio::sync::mpsc::error::TrySendError;
 
 use super::{EngineError, Event, FinishReason, GenerationId, Job, draft_model::Asked, handle::Outlet};
 use crate::{
-    sampler::{self, Sampler, TokenLogprobs},
+    constraint::{
+        guide::{Compiled, Guide, MASK_WAIT},
+        matcher::Next,
+    },
+    sampler::{self, Place, Sampler, TokenLogprobs},
     scheduler::{
         NewSequence, Refusal, Sampled, Scheduler,
         plan::{SeqId, SequenceStep, StepPlan},
@@ -32,6 +36,8 @@ struct LiveSequence {
     generation: GenerationId,
     choice: u32,
     emitted: Vec<u32>,
+    /// Says what its tokens may be, if not everything.
+    guide: Option<Guide>,
     /// Whether the followers know whose it is.
     announced: bool,
 }
@@ -54,10 +60,13 @@ pub(super) enum Rows<'a> {
 
 /// What one sequence got out of a step.
 #[derive(Debug)]
-pub(super) struct Outcome {
-    pub(super) sampled: Sampled,
-    /// The reader is too slow: the job is to be dropped.
-    pub(super) cut_off: bool,
+pub(super) enum Outcome {
+    /// Tokens. If it is cut off, the reader is too slow: the job is to be dropped.
+    Sampled { sampled: Sampled, cut_off: bool },
+    /// Its end: its constraint had allowed nothing more.
+    Complete,
+    /// Nothing: its constraint cannot be held, and its reader was told. The job is to be dropped.
+    Failed,
 }
 
 impl LiveJobs {
@@ -79,6 +88,8 @@ impl LiveJobs {
                 // The prompt is the same for every choice, so one of them is enough, and the others' tokens come later.
                 prompt_logprobs: choice == 0 && job.prompt_logprobs.is_some(),
                 after: sequences.first().copied(),
+                // What may follow a draft is not known before the draft is chosen.
+                no_drafts: job.constraint.is_some(),
             };
             match scheduler.add(sequence, now) {
                 Ok(id) => sequences.push(id),
@@ -90,7 +101,9 @@ impl LiveJobs {
         }
         let generation = GenerationId::random();
         for (choice, &id) in (0..).zip(&sequences) {
-            self.sequences.insert(id, LiveSequence { generation, choice, emitted: Vec::new(), announced: false });
+            let guide = job.constraint.as_deref().map(Compiled::guide);
+            let sequence = LiveSequence { generation, choice, emitted: Vec::new(), guide, announced: false };
+            self.sequences.insert(id, sequence);
         }
         self.jobs.insert(generation, LiveJob { job, outlet, sequences, prompt_logprobs: Vec::new(), started: false });
         Ok(())
@@ -144,6 +157,9 @@ impl LiveJobs {
         for step in plan.sequences.iter().filter(|step| step.n_logits_rows() > 0) {
             let sequence = self.sequences.get(&step.id)?;
             let job = &self.jobs.get(&sequence.generation)?.job;
+            if sequence.guide.is_some() {
+                return None;
+            }
             let is_of_prompt = (step.start_position as usize) < job.prompt.len();
             if job.logprobs.is_some() || (job.prompt_logprobs.is_some() && is_of_prompt) {
                 return None;
@@ -166,6 +182,19 @@ impl LiveJobs {
         Some(Asked { draftable, prompt, emitted: &sequence.emitted, params, choice: sequence.choice })
     }
 
+    /// Waits, until some time, for the masks that sequences need to be sampled. False if none does.
+    pub(super) fn await_masks(&mut self, due: impl Iterator<Item = SeqId>, until: Instant) -> bool {
+        let mut is_any = false;
+        for id in due {
+            if let Some(guide) = self.sequences.get_mut(&id).and_then(|sequence| sequence.guide.as_mut()) {
+                is_any = true;
+                // An error stays, and is found when the sequence is sampled.
+                let _ = guide.next(until);
+            }
+        }
+        is_any
+    }
+
     /// Samples a sequence's next tokens, or takes those that were chosen, and tells the reader: one from the first of its
     /// `1 + drafts.len()` rows, and one from each further row, as long as the draft that the row is of is the token that
     /// came before. Every token is sampled from what it would be sampled from without drafts.
@@ -179,9 +208,19 @@ impl LiveJobs {
         cached_tokens: u32,
         sampler: &mut Sampler,
     ) -> Option<Outcome> {
-        let sequence = self.sequences.get_mut(&id)?;
-        let live = self.jobs.get_mut(&sequence.generation)?;
-        let mut delivered = live.start(sequence.generation, cached_tokens);
+        let LiveSequence { generation, choice, emitted, guide, .. } = self.sequences.get_mut(&id)?;
+        let (generation, choice) = (*generation, *choice);
+        let live = self.jobs.get_mut(&generation)?;
+        let mask = match guide.as_mut().map(|guide| guide.next(Instant::now())) {
+            None => None,
+            Some(Ok(Next::Tokens(mask))) => Some(mask),
+            Some(Ok(Next::Nothing)) => return Some(Outcome::Complete),
+            Some(Err(error)) => {
+                live.outlet.fail(error.into());
+                return Some(Outcome::Failed);
+            }
+        };
+        let mut delivered = live.start(generation, cached_tokens);
         let mut tokens = Vec::with_capacity(1 + drafts.len());
         let mut stop = false;
         for row in 0..=drafts.len() {
@@ -191,28 +230,33 @@ impl LiveJobs {
                 Rows::Logits(logits) => {
                     let vocab_size = sampler.vocab_size();
                     let logits = &logits[row * vocab_size..][..vocab_size];
-                    let token = sampler.sample(logits, &job.params, &job.prompt, &sequence.emitted, sequence.choice);
+                    let place = Place { params: &job.params, prompt: &job.prompt, emitted, choice, mask };
+                    let token = sampler.sample(logits, place);
                     (token, job.logprobs.map(|n_top| sampler.logprobs(logits, token, n_top as usize)))
                 }
             };
-            let position = sequence.emitted.len() as u32;
-            let event = Event::Token { choice: sequence.choice, position, token_id: token, logprobs };
-            delivered &= live.outlet.send(event);
-            sequence.emitted.push(token);
+            let position = emitted.len() as u32;
+            delivered &= live.outlet.send(Event::Token { choice, position, token_id: token, logprobs });
+            emitted.push(token);
             stop = job.params.stop_token_ids.contains(&token);
             tokens.push(token);
             if stop || drafts.get(tokens.len() - 1) != Some(&token) {
                 break;
             }
         }
-        Some(Outcome { sampled: Sampled { id, tokens, stop }, cut_off: !delivered })
+        if let (Some(guide), Some(token), false) = (guide, tokens.last(), stop) {
+            guide.advance(*token);
+        }
+        Some(Outcome::Sampled { sampled: Sampled { id, tokens, stop }, cut_off: !delivered })
     }
 
     /// Ends one choice, which the scheduler has ended.
     pub(super) fn finish(&mut self, id: SeqId, reason: Reason) {
-        let Some(sequence) = self.sequences.remove(&id) else { return };
+        let Some(mut sequence) = self.sequences.remove(&id) else { return };
         let Some(live) = self.jobs.get_mut(&sequence.generation) else { return };
         let reason = match reason {
+            Reason::Length if sequence.is_complete() => FinishReason::Complete,
+            Reason::Complete => FinishReason::Complete,
             Reason::Stop => sequence.emitted.last().map_or(FinishReason::Length, |id| FinishReason::StopToken(*id)),
             Reason::Length => FinishReason::Length,
             Reason::Deadline => FinishReason::Deadline,
@@ -263,6 +307,14 @@ impl LiveJobs {
     }
 }
 
+impl LiveSequence {
+    /// Whether its constraint allows nothing after its last token.
+    fn is_complete(&mut self) -> bool {
+        let next = self.guide.as_mut().map(|guide| guide.next(Instant::now() + MASK_WAIT));
+        matches!(next, Some(Ok(Next::Nothing)))
+    }
+}
+
 impl LiveJob {
     /// Tells the reader that tokens follow, once. False if it is too slow.
     fn start(&mut self, generation: GenerationId, cached_tokens: u32) -> bool {
@@ -288,6 +340,8 @@ pub(super) enum Reason {
     Deadline,
     /// Its reader wants no more of it.
     Ended,
+    /// Its constraint allows nothing more.
+    Complete,
 }
 
 impl Outlet {
@@ -320,6 +374,7 @@ mod tests {
 
     use super::*;
     use crate::{
+        constraint::{Constraint, grammar::Grammars, guide::MaskThreads, matcher::Matcher},
         sampler::SamplingParams,
         scheduler::{SchedulerConfig, plan::RowResults, speculation::Speculation},
     };
@@ -374,12 +429,21 @@ mod tests {
                 self.live.keep_prompt_logprobs(step, &rows, &mut self.sampler);
             }
             let due: Vec<SeqId> = self.scheduler.due().collect();
-            let mut sample = |id| {
+            self.live.await_masks(due.iter().copied(), now + Duration::from_secs(30));
+            let mut sampled = Vec::new();
+            for id in due {
                 let cached_tokens = self.scheduler.cached_tokens(id);
-                self.live.advance(id, Rows::Logits(&[0.0; VOCAB_SIZE]), &[], cached_tokens, &mut self.sampler)
-            };
-            let sampled: Vec<Sampled> =
-                due.into_iter().filter_map(&mut sample).map(|outcome| outcome.sampled).collect();
+                let rows = Rows::Logits(&[0.0; VOCAB_SIZE]);
+                match self.live.advance(id, rows, &[], cached_tokens, &mut self.sampler) {
+                    Some(Outcome::Sampled { sampled: of_sequence, .. }) => sampled.push(of_sequence),
+                    Some(Outcome::Complete) => {
+                        self.scheduler.abort(id);
+                        self.live.finish(id, Reason::Complete);
+                    }
+                    Some(Outcome::Failed) => self.live.drop_job_of(&mut self.scheduler, id),
+                    None => {}
+                }
+            }
             for (id, _) in self.scheduler.commit(&sampled) {
                 self.live.finish(id, Reason::Length);
             }
@@ -412,6 +476,7 @@ mod tests {
             logprobs: None,
             prompt_logprobs: None,
             deadline: None,
+            constraint: None,
         }
     }
 
@@ -479,6 +544,49 @@ mod tests {
         let mut got = choices(&events[2..]);
         got.sort_unstable();
         assert_eq!(got, [0, 0, 1, 1, 2, 2]);
+    }
+
+    /// A job whose choices a regular expression constrains. A byte is the token of its number.
+    fn constrained(n: u32, regex: &str) -> Job {
+        let constraint = Constraint::Regex(regex.into());
+        let grammars = Grammars::of_bytes(Vec::new()).unwrap();
+        let (matcher, first) = Matcher::new(&grammars, &constraint, &[]).unwrap();
+        let compiled = Compiled::new(&constraint, matcher, first, MaskThreads::spawn().unwrap());
+        Job { constraint: Some(Box::new(compiled)), ..job(n) }
+    }
+
+    #[test]
+    fn a_choice_ends_when_its_constraint_allows_nothing_more() {
+        let finish = |max_new_tokens| {
+            let mut engine = Engine::new();
+            let mut reader = engine.admit(Job { max_new_tokens, ..constrained(1, "\\x04\\x02\\x06") });
+            while !engine.live.is_empty() {
+                engine.step();
+            }
+            assert_eq!(engine.scheduler.stats().blocks.referenced, 0);
+            let events = reader.read();
+            let token = |event: &Event| match event {
+                Event::Token { token_id, .. } => Some(*token_id),
+                _ => None,
+            };
+            let Some(Event::Finish { reason, .. }) = events.last() else { panic!("{events:?}") };
+            (events.iter().filter_map(token).collect::<Vec<_>>(), *reason)
+        };
+        assert_eq!(finish(40), (vec![4, 2, 6], FinishReason::Complete));
+        assert_eq!(finish(3), (vec![4, 2, 6], FinishReason::Complete), "also with the last token that it may have");
+        assert_eq!(finish(2), (vec![4, 2], FinishReason::Length));
+    }
+
+    #[test]
+    fn a_constraint_that_cannot_be_held_ends_its_job_and_no_other() {
+        let mut engine = Engine::new();
+        let mut other = engine.admit(job(1));
+        // The sampler has eight tokens, and takes the first if none of them is possible.
+        let mut reader = engine.admit(constrained(2, "\\x04[a-z]"));
+        (0..6).for_each(|_| engine.step());
+        assert!(matches!(reader.failure.get(), Some(EngineError::Constraint(_))), "{:?}", reader.failure);
+        assert!(!reader.read().iter().any(|event| matches!(event, Event::Finish { .. })));
+        assert_eq!((engine.scheduler.stats().running, choices(&other.read())), (1, vec![0; 6]));
     }
 
     #[test]

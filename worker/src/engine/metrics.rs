@@ -23,6 +23,10 @@ pub struct Metrics {
     pub collective: Histogram,
     /// Time that a step waited for the draft model.
     pub draft: Histogram,
+    /// Time that a step waited for masks.
+    pub mask_wait: Histogram,
+    /// Time that a constraint took to compile, with its trial.
+    pub constraint_compile: Histogram,
     /// Steps that were started while the one before them ran.
     pub steps_ahead: Counter,
     /// Prompt tokens of admitted jobs.
@@ -52,6 +56,11 @@ fn step_buckets() -> impl Iterator<Item = f64> {
     (0..16).map(|i| 0.000_25 * f64::from(1u32 << i))
 }
 
+/// From 10 µs, which is none, to 0.3 s.
+fn mask_buckets() -> impl Iterator<Item = f64> {
+    (0..16).map(|i| 0.000_01 * f64::from(1u32 << i))
+}
+
 impl Metrics {
     /// Registers them with names that start with `worker_`: those of jobs and of the scheduler, which only the leader has,
     /// if this rank `leads`.
@@ -60,6 +69,8 @@ impl Metrics {
             step: Histogram::new(step_buckets()),
             collective: Histogram::new(step_buckets()),
             draft: Histogram::new(step_buckets()),
+            mask_wait: Histogram::new(mask_buckets()),
+            constraint_compile: Histogram::new(step_buckets()),
             steps_ahead: Counter::<u64, AtomicU64>::default(),
             prompt_tokens: Counter::default(),
             generated_tokens: Counter::default(),
@@ -85,6 +96,10 @@ impl Metrics {
         }
         let help = "Time that a step waited for the draft model";
         sub.register_with_unit("draft", help, Unit::Seconds, metrics.draft.clone());
+        let help = "Time that a step waited for the masks of constrained sequences";
+        sub.register_with_unit("mask_wait", help, Unit::Seconds, metrics.mask_wait.clone());
+        let help = "Time that a constraint took to compile";
+        sub.register_with_unit("constraint_compile", help, Unit::Seconds, metrics.constraint_compile.clone());
         let help = "Steps that were started while the one before them ran";
         sub.register("steps_ahead", help, metrics.steps_ahead.clone());
         sub.register("prompt_tokens", "Prompt tokens of admitted jobs", metrics.prompt_tokens.clone());

@@ -8,6 +8,8 @@
 //! 3. `frequency_penalty`, `presence_penalty`
 //! 4. `min_new_tokens`
 //!
+//! The [mask](super::TokenMask) of a constraint comes after all of them: nothing makes possible again what it forbids.
+//!
 //! All are computed in f32, as there.
 
 use super::SamplingParams;

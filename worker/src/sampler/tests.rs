@@ -116,11 +116,15 @@ fn what_may_be_drawn_is_what_transformers_leaves() {
 
 // === draws ===
 
+fn place<'a>(params: &'a SamplingParams, prompt: &'a [u32], emitted: &'a [u32]) -> Place<'a> {
+    Place { params, prompt, emitted, choice: 0, mask: None }
+}
+
 fn draw(params: &SamplingParams, logits: &[f32], n: usize) -> Vec<u32> {
     let mut sampler = Sampler::new(logits.len());
     let mut emitted = Vec::new();
     for _ in 0..n {
-        emitted.push(sampler.sample(logits, params, &[0], &emitted, 0));
+        emitted.push(sampler.sample(logits, place(params, &[0], &emitted)));
     }
     emitted
 }
@@ -147,7 +151,8 @@ fn the_split_into_prompt_and_output_does_not_change_the_draw() {
     let params = SamplingParams { temperature: 1.0, repetition_penalty: 1.2, seed: 9, ..SamplingParams::default() };
     let text: Vec<u32> = draw(&params, &logits, 30);
     let mut sampler = Sampler::new(logits.len());
-    let drawn: Vec<u32> = (0..=30).map(|at| sampler.sample(&logits, &params, &text[..at], &text[at..], 0)).collect();
+    let drawn: Vec<u32> =
+        (0..=30).map(|at| sampler.sample(&logits, place(&params, &text[..at], &text[at..]))).collect();
     assert!(drawn.iter().all(|token| *token == drawn[0]), "{drawn:?}");
 }
 
@@ -158,6 +163,28 @@ fn greedy_ignores_the_warpers_and_keeps_the_processors() {
     assert_eq!(draw(&params, &logits, 3), [1, 1, 1]);
     let params = SamplingParams { frequency_penalty: 0.2, ..SamplingParams::default() };
     assert_eq!(draw(&params, &logits, 4), [1, 2, 1, 2]);
+}
+
+#[test]
+fn a_masked_token_is_never_chosen_whatever_the_parameters() {
+    let logits: Vec<f32> = (0..70).map(|id| if id == 5 { 9.0 } else { 0.1 * id as f32 }).collect();
+    let mut mask = TokenMask::new(vec![0; 3]);
+    [7, 40, 68].into_iter().for_each(|id| mask.set(id, true));
+    let mut sampler = Sampler::new(logits.len());
+    let mut sample = |params: &SamplingParams, position: usize| {
+        let prompt = vec![0; position];
+        sampler.sample(&logits, Place { mask: Some(&mask), ..place(params, &prompt, &[]) })
+    };
+    assert_eq!(sample(&SamplingParams::default(), 1), 68, "the likeliest of those that may be");
+    let biased = SamplingParams { logit_bias: vec![(5, 100.0), (7, 50.0)], ..SamplingParams::default() };
+    assert_eq!(sample(&biased, 1), 7);
+    let mut seen = [0; 70];
+    for seed in 0..200 {
+        let params = SamplingParams { temperature: 5.0, seed, ..SamplingParams::default() };
+        seen[sample(&params, 3) as usize] += 1;
+    }
+    assert_eq!(seen[7] + seen[40] + seen[68], 200);
+    assert!([7, 40, 68].into_iter().all(|id| seen[id] > 10), "each of them may be: {seen:?}");
 }
 
 // === on a GPU ===
@@ -191,8 +218,9 @@ fn no_logits_and_no_parameters_make_it_panic_or_choose_the_impossible() {
         let prompt: Vec<u32> = (0..rng.random_range(0..20)).map(|_| rng.random_range(0..400)).collect();
         let (prompt, emitted) = prompt.split_at(rng.random_range(0..=prompt.len()));
         let choice = rng.random();
-        let token = sampler.sample(&logits, &params, prompt, emitted, choice);
-        assert_eq!(token, sampler.sample(&logits, &params, prompt, emitted, choice), "scratch does not matter");
+        let place = Place { choice, ..place(&params, prompt, emitted) };
+        let token = sampler.sample(&logits, place);
+        assert_eq!(token, sampler.sample(&logits, place), "scratch does not matter");
         assert!((token as usize) < logits.len());
         let mut processed = logits.clone();
         processors::apply(&mut processed, &params, prompt, emitted, &mut sampler.counts);

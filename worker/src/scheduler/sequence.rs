@@ -34,6 +34,8 @@ pub(super) struct Sequence {
     pub(super) deadline: Option<Instant>,
     /// Whose prompt logits it waits for.
     pub(super) after: Option<SeqId>,
+    /// Whether it never has drafts.
+    pub(super) no_drafts: bool,
     /// Of every full block of `token_ids`, computed or not.
     keys: Vec<BlockKey>,
     /// Positions of the prompt whose results have been delivered, or are not asked for.
@@ -117,6 +119,7 @@ impl Sequence {
             pooling: None,
             deadline: None,
             after: None,
+            no_drafts: false,
             keys: Vec::new(),
             n_cached: None,
             blocks: Vec::new(),
@@ -286,7 +289,7 @@ impl Sequence {
 
     /// Drafts that it may have: a token is sampled after the last one, too.
     pub(super) fn max_drafts(&self) -> usize {
-        self.max_len - self.n_known() - 1
+        if self.no_drafts { 0 } else { self.max_len - self.n_known() - 1 }
     }
 
     /// Drafts what followed its last tokens when they occurred before, at most `max_drafts` tokens.

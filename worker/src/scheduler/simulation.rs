@@ -308,7 +308,16 @@ impl World {
         let prompt_logprobs = pooling.is_none() && rng.random_bool(0.35);
         let living: Vec<_> = self.clients.keys().copied().collect();
         let after = living.choose(rng).copied().filter(|_| rng.random_bool(0.2));
-        let new = NewSequence { prompt: prompt.clone(), max_new_tokens, pooling, deadline, prompt_logprobs, after };
+        let no_drafts = rng.random_bool(0.2);
+        let new = NewSequence {
+            prompt: prompt.clone(),
+            max_new_tokens,
+            pooling,
+            deadline,
+            prompt_logprobs,
+            after,
+            no_drafts,
+        };
         let before = self.scheduler.stats();
         match self.scheduler.add(new, self.now) {
             Ok(id) => {

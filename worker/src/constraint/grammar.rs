@@ -1,0 +1,147 @@
+//! Grammars: what llguidance makes of a constraint and a vocabulary.
+
+use std::{
+    fmt,
+    panic::{AssertUnwindSafe, catch_unwind},
+    sync::Arc,
+};
+
+use llguidance::{
+    ParserFactory,
+    api::{ParserLimits, TopLevelGrammar},
+    toktrie::{ApproximateTokEnv, TokEnv, TokRxInfo, TokTrie},
+};
+use lockstep_checkpoint::Vocabulary;
+
+use serde_json::{Map, Value, json};
+
+use super::{Constraint, one_line};
+
+/// What may stand between the parts of a JSON value: none, a blank, or an end of line and what indents the next. It is
+/// llama.cpp's choice (`common/json-schema-to-grammar.cpp`); without a bound, small models go on with blanks for ever.
+const BLANKS: &str = r" |\n{1,2}[ \t]{0,20}";
+
+/// Compiles constraints for one vocabulary.
+pub struct Grammars {
+    factory: ParserFactory,
+    control_tokens: Vec<String>,
+}
+
+impl Grammars {
+    /// For a model of `vocab_size` tokens.
+    ///
+    /// # Errors
+    /// If the bytes of its tokens are not known.
+    pub fn new(vocabulary: &Vocabulary, vocab_size: usize) -> Result<Self, String> {
+        if vocabulary.tokens.is_empty() {
+            return Err("its files have no vocabulary".into());
+        }
+        let spelling = vocabulary.spelling.as_ref().map_err(ToString::to_string)?;
+        let mut control_tokens = Vec::new();
+        let words = vocabulary.tokens.iter().take(vocab_size).map(|token| {
+            let mut bytes = Vec::new();
+            if token.is_reserved {
+                bytes = control_token(&token.text);
+                control_tokens.push(token.text.clone());
+            } else {
+                spelling.append(&token.text, &mut bytes);
+            }
+            bytes
+        });
+        let mut words: Vec<Vec<u8>> = words.collect();
+        // A model may have rows without a token; nothing is made of those.
+        words.resize(vocab_size, Vec::new());
+        Self::of_words(words, control_tokens)
+    }
+
+    /// For a vocabulary of all bytes and these control tokens: constraints that compile with it compile with any that has
+    /// them.
+    ///
+    /// # Errors
+    /// If llguidance cannot do with them.
+    pub fn of_bytes(control_tokens: Vec<String>) -> Result<Self, String> {
+        let bytes = (0..=u8::MAX).map(|byte| vec![byte]);
+        let words = bytes.chain(control_tokens.iter().map(|name| control_token(name))).collect();
+        Self::of_words(words, control_tokens)
+    }
+
+    /// Adds a token that no model has, by which llguidance says where the text may end: end-of-turn tokens differ from
+    /// request to request, and a vocabulary is made once.
+    fn of_words(mut words: Vec<Vec<u8>>, control_tokens: Vec<String>) -> Result<Self, String> {
+        let end = u32::try_from(words.len()).map_err(|_| "its vocabulary is too large")?;
+        words.push(Vec::new());
+        let build = || {
+            let trie = TokTrie::from(&TokRxInfo::new(end + 1, end), &words);
+            let env: TokEnv = Arc::new(ApproximateTokEnv::new(trie));
+            ParserFactory::new_simple(&env)
+        };
+        // Some of what llguidance asks of a vocabulary, it asserts.
+        let factory = catch_unwind(AssertUnwindSafe(build)).map_err(|_| "its vocabulary is none for llguidance")?;
+        let mut factory = factory.map_err(|error| one_line(&error))?;
+        factory.quiet();
+        *factory.limits_mut() = limits();
+        Ok(Self { factory, control_tokens })
+    }
+
+    /// The names of control tokens, as grammars may write them.
+    pub fn control_tokens(&self) -> &[String] {
+        &self.control_tokens
+    }
+
+    /// Compiles a constraint.
+    ///
+    /// # Errors
+    /// What is wrong with it, in one line.
+    pub(super) fn compile(&self, constraint: &Constraint) -> Result<llguidance::Matcher, String> {
+        let grammar = match constraint {
+            Constraint::JsonSchema(schema) => {
+                let schema = serde_json::from_str(schema).map_err(|error| format!("no JSON: {error}"))?;
+                TopLevelGrammar::from_json_schema(with_few_blanks(schema))
+            }
+            Constraint::Regex(regex) => TopLevelGrammar::from_regex(regex),
+            Constraint::Lark(grammar) => TopLevelGrammar::from_lark(grammar.clone()),
+        };
+        let parser = self.factory.create_parser(grammar).map_err(|error| one_line(&format!("{error:#}")))?;
+        Ok(llguidance::Matcher::new(Ok(parser)).into_cancellable())
+    }
+
+    /// The token by which llguidance says that the text may end.
+    pub(super) fn end(&self) -> u32 {
+        self.factory.tok_env().eos_token()
+    }
+}
+
+impl fmt::Debug for Grammars {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Grammars").field("end", &self.end()).finish_non_exhaustive()
+    }
+}
+
+/// llguidance's defaults, but for lexer states, of which its own would take 500 MB, and the time that large regular
+/// expressions are compared with a vocabulary of any size in advance.
+fn limits() -> ParserLimits {
+    ParserLimits {
+        max_lexer_states: 16_384,
+        precompute_large_lexemes: false,
+        verbose_errors: false,
+        ..ParserLimits::default()
+    }
+}
+
+/// Bounds the blanks between the parts of a JSON value, unless the schema says something about them itself
+/// (`x-guidance`).
+fn with_few_blanks(schema: Value) -> Value {
+    let mut schema = match schema {
+        Value::Bool(true) => Map::new(),
+        Value::Object(schema) => schema,
+        // None, or no schema: llguidance says so.
+        other => return other,
+    };
+    schema.entry("x-guidance").or_insert_with(|| json!({ "whitespace_pattern": BLANKS }));
+    Value::Object(schema)
+}
+
+/// A control token as llguidance wants it: not to be taken for text.
+fn control_token(name: &str) -> Vec<u8> {
+    [&[TokTrie::SPECIAL_TOKEN_MARKER], name.as_bytes()].concat()
+}
