@@ -5,6 +5,7 @@
 mod chat;
 mod completions;
 mod constraint;
+mod embeddings;
 mod error;
 mod logprobs;
 mod messages;
@@ -45,6 +46,7 @@ pub fn routes(pipeline: Arc<Pipeline>, max_bytes: usize) -> Router {
     Router::new()
         .route("/v1/chat/completions", post(chat_completions))
         .route("/v1/completions", post(completions))
+        .route("/v1/embeddings", post(embeddings))
         .route("/v1/responses", post(responses))
         .route("/tokenize", post(tokenize))
         .route("/detokenize", post(detokenize))
@@ -71,6 +73,10 @@ async fn chat_completions(State(front): State<Front>, request: Request) -> Respo
 
 async fn completions(State(front): State<Front>, request: Request) -> Response {
     say(completions::answer(&front, request).await)
+}
+
+async fn embeddings(State(front): State<Front>, request: Request) -> Response {
+    say(embeddings::answer(&front, request).await)
 }
 
 async fn responses(State(front): State<Front>, request: Request) -> Response {
