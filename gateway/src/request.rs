@@ -124,6 +124,9 @@ fn read_calls(
     if choice.required {
         let grammar = grammar::calls(&convention, &choice.tools, choice.parallel.unwrap_or(false));
         sampling.constrain(grammar, "conversation.tools");
+    } else if !convention.shown_by_template {
+        // A model that nobody taught to call tools may want to, but not know how.
+        sampling.constrain(grammar::text_or_call(&convention, &choice.tools), "conversation.tools");
     }
     let names = choice.tools.iter().map(|tool| tool.name.clone()).collect();
     Some(reader::Rules { convention, names: Arc::new(names), single: choice.parallel == Some(false) })

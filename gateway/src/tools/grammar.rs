@@ -1,5 +1,5 @@
-//! The grammar of an answer that must call a tool, in llguidance's form of Lark: a model that is held to it writes a valid
-//! call however small it is.
+//! The grammar of an answer that must call a tool, or may, in llguidance's form of Lark: a model that is held to it writes
+//! a valid call however small it is.
 
 use std::fmt::Write as _;
 
@@ -13,6 +13,15 @@ const MAX_CALLS: u32 = 8;
 
 /// The grammar of calls of these tools, one call or up to eight.
 pub fn calls(convention: &Convention, tools: &[ValidTool], several: bool) -> String {
+    grammar("", convention, tools, several)
+}
+
+/// The grammar of text or a call: what begins like a call is one.
+pub fn text_or_call(convention: &Convention, tools: &[ValidTool]) -> String {
+    format!("{}TEXT: /(?s:[^{{\\[\\s].*)?/\n", grammar("TEXT | ", convention, tools, false))
+}
+
+fn grammar(otherwise: &str, convention: &Convention, tools: &[ValidTool], several: bool) -> String {
     let format = convention.format;
     let further = |separator: &str| match several {
         true => format!(" ({separator} call){{0,{}}}", MAX_CALLS - 1),
@@ -30,7 +39,7 @@ pub fn calls(convention: &Convention, tools: &[ValidTool], several: bool) -> Str
         Format::Hermes => format!("{} ({object}) \"\\n</tool_call>\"", literal("<tool_call>\n")),
         _ => object,
     };
-    let mut lark = format!("start: {start}\ncall: {call}\n");
+    let mut lark = format!("start: {otherwise}{start}\ncall: {call}\n");
     for (index, tool) in tools.iter().enumerate() {
         let head = format!(r#"{{"name": {}, "{}": "#, Value::from(tool.name.as_str()), format.arguments());
         // Writing to a string cannot fail.
@@ -64,4 +73,38 @@ fn schema(parameters: &Map<String, Value>) -> Map<String, Value> {
 /// A text as a string of Lark, which is JSON's but for DEL, which must be escaped.
 fn literal(text: &str) -> String {
     crate::sampling::lark_string(text)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_format_has_its_frame() {
+        let tool = |name: &str| ValidTool {
+            name: name.into(),
+            description: String::new(),
+            parameters: Map::from_iter([("properties".into(), Map::new().into())]),
+        };
+        let tools = [tool("f"), tool("g")];
+        let starts = |format, mark, several| {
+            let lark = calls(&Convention { format, mark, shown_by_template: true }, &tools, several);
+            lark.lines().take(2).map(str::to_owned).collect::<Vec<_>>()
+        };
+        let objects = "call: object_0 | object_1";
+        assert_eq!(starts(Format::Llama, None, false), ["start: call", objects]);
+        assert_eq!(starts(Format::Llama, None, true), [r#"start: call ("; " call){0,7}"#, objects]);
+        assert_eq!(starts(Format::Mistral, Some(9), false), [r#"start: <[9]> "[" call "]""#, objects]);
+        assert_eq!(starts(Format::Mistral, None, false)[0], r#"start: "[TOOL_CALLS]" "[" call "]""#);
+        assert_eq!(starts(Format::Json, None, true)[0], r#"start: call | "[" call (", " call){0,7} "]""#);
+        let hermes =
+            [r#"start: call ("\n" call){0,7}"#, r#"call: "<tool_call>\n" (object_0 | object_1) "\n</tool_call>""#];
+        assert_eq!(starts(Format::Hermes, None, true), hermes);
+        let convention = Convention { format: Format::Json, mark: None, shown_by_template: false };
+        let either = text_or_call(&convention, &tools);
+        assert!(
+            either.starts_with("start: TEXT | call\n") && either.ends_with("TEXT: /(?s:[^{\\[\\s].*)?/\n"),
+            "{either}"
+        );
+    }
 }
