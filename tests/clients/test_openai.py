@@ -1,10 +1,14 @@
 """The `openai` SDK, as its documentation uses it."""
 
 import asyncio
+import json
+import re
 
+import httpx
 import openai
 import pytest
 from openai import AsyncOpenAI, OpenAI
+from pydantic import BaseModel
 
 
 @pytest.fixture(scope="module")
@@ -147,3 +151,167 @@ def test_many_clients_at_once_and_one_that_leaves(http_url, model):
             return {answer.choices[0].message.content for answer in await asyncio.gather(*answers)}
 
     assert len(asyncio.run(run())) == 1
+
+
+class Capital(BaseModel):
+    city: str
+    country: str
+    population_in_millions: int
+
+
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "The weather in a city.",
+        "parameters": {
+            "type": "object",
+            "properties": {
+                "city": {"type": "string", "enum": ["Paris", "Rome", "Oslo"]},
+                "unit": {"type": "string", "enum": ["celsius", "fahrenheit"]},
+            },
+            "required": ["city", "unit"],
+        },
+    },
+}
+
+
+def test_an_answer_is_parsed_into_a_type(client, model):
+    answer = client.chat.completions.parse(
+        model=model, messages=ask("What is the capital of France?"), response_format=Capital, temperature=0
+    )
+    assert isinstance(answer.choices[0].message.parsed, Capital)
+    assert answer.choices[0].finish_reason == "stop"
+
+
+def test_json_mode_answers_with_an_object(client, model):
+    answer = client.chat.completions.create(
+        model=model,
+        messages=ask("Describe a cat in JSON."),
+        response_format={"type": "json_object"},
+        temperature=0,
+        max_completion_tokens=300,
+    )
+    if answer.choices[0].finish_reason == "stop":
+        assert isinstance(json.loads(answer.choices[0].message.content), dict)
+    else:
+        assert answer.choices[0].message.content.startswith("{")
+
+
+@pytest.mark.parametrize(
+    "outputs, pattern",
+    [
+        ({"choice": ["red", "green"]}, "red|green"),
+        ({"regex": "[0-9]{3}-[0-9]{4}"}, "[0-9]{3}-[0-9]{4}"),
+        ({"grammar": 'root ::= "yes" | "no"'}, "yes|no"),
+        ({"grammar": 'start: "left" | "right"'}, "left|right"),
+    ],
+)
+def test_vllms_structured_outputs(client, model, outputs, pattern):
+    answer = client.chat.completions.create(
+        model=model, messages=ask("Which?"), temperature=0, extra_body={"structured_outputs": outputs}
+    )
+    assert re.fullmatch(pattern, answer.choices[0].message.content)
+    assert answer.choices[0].finish_reason == "stop"
+
+
+def test_a_schema_that_cannot_be_held_is_refused_by_name(client, model):
+    schema = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "no such type"}}}
+    with pytest.raises(openai.BadRequestError) as failure:
+        client.chat.completions.create(model=model, messages=ask("x"), response_format=schema)
+    assert failure.value.param.startswith("response_format")
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "get_weather"}}])
+def test_a_call_that_must_be_made_is_valid_whole_and_streamed(client, model, choice):
+    wanted = dict(model=model, messages=ask("Is it hot in Rome?"), tools=[WEATHER], tool_choice=choice, temperature=0)
+    whole = client.chat.completions.create(**wanted).choices[0]
+    assert whole.finish_reason == "tool_calls" and whole.message.content is None
+    (call,) = whole.message.tool_calls
+    arguments = json.loads(call.function.arguments)
+    assert call.function.name == "get_weather" and arguments["city"] in ["Paris", "Rome", "Oslo"]
+    assert arguments["unit"] in ["celsius", "fahrenheit"]
+    with client.chat.completions.stream(**wanted) as stream:
+        deltas = [e.arguments_delta for e in stream if e.type == "tool_calls.function.arguments.delta"]
+        final = stream.get_final_completion().choices[0]
+    assert "".join(deltas) == call.function.arguments and len(deltas) > 1
+    assert final.message.tool_calls[0].function.arguments == call.function.arguments
+    assert final.finish_reason == "tool_calls"
+
+
+def test_results_of_calls_go_back_into_the_conversation(client, model):
+    messages = ask("Is it hot in Rome?")
+    wanted = dict(model=model, tools=[WEATHER], temperature=0)
+    called = client.chat.completions.create(**wanted, messages=messages, tool_choice="required").choices[0].message
+    result = {"role": "tool", "tool_call_id": called.tool_calls[0].id, "content": "31 degrees"}
+    answer = client.chat.completions.create(
+        **wanted, messages=[*messages, called, result], tool_choice="none", max_completion_tokens=40
+    )
+    assert answer.choices[0].message.content
+
+
+def test_responses_whole_and_streamed(client, model):
+    wanted = dict(model=model, instructions="Be short.", input="Name a colour.", temperature=0, max_output_tokens=20)
+    whole = client.responses.create(**wanted, store=False)
+    assert whole.output_text and whole.status in ("completed", "incomplete")
+    assert whole.usage.total_tokens == whole.usage.input_tokens + whole.usage.output_tokens
+    with client.responses.stream(**wanted) as stream:
+        events = list(stream)
+        final = stream.get_final_response()
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    assert events[0].type == "response.created"
+    assert final.output_text == whole.output_text
+    assert final.usage.output_tokens == whole.usage.output_tokens
+
+
+def test_responses_call_tools_and_take_their_results(client, model):
+    tool = {"type": "function", "strict": True, **WEATHER["function"]}
+    wanted = dict(model=model, tools=[tool], temperature=0)
+    question = {"role": "user", "content": "Is it hot in Rome?"}
+    called = client.responses.create(**wanted, input=[question], tool_choice="required")
+    (call,) = called.output
+    assert call.type == "function_call" and json.loads(call.arguments)["city"]
+    with client.responses.stream(**wanted, input=[question], tool_choice="required") as stream:
+        assert stream.get_final_response().output[0].arguments == call.arguments
+    result = {"type": "function_call_output", "call_id": call.call_id, "output": "31 degrees"}
+    answer = client.responses.create(**wanted, input=[question, call, result], tool_choice="none", max_output_tokens=40)
+    assert answer.output_text
+
+
+def test_responses_parse_into_a_type(client, model):
+    answer = client.responses.parse(model=model, input="What is the capital of France?", text_format=Capital, temperature=0)
+    assert isinstance(answer.output_parsed, Capital)
+
+
+def test_tokens_are_shown_and_read_back(http_url, model):
+    with httpx.Client(base_url=http_url) as plain:
+        shown = plain.post("/tokenize", json={"model": model, "prompt": "Hello, world"}).raise_for_status().json()
+        assert shown["count"] == len(shown["tokens"]) and shown["max_model_len"] == 8192
+        text = plain.post("/detokenize", json={"model": model, "tokens": shown["tokens"]}).raise_for_status().json()
+        assert text["prompt"] == "Hello, world"
+        chat = plain.post("/tokenize", json={"messages": ask("Hello")}).raise_for_status().json()
+        rendered = plain.post("/detokenize", json={"tokens": chat["tokens"]}).raise_for_status().json()
+        assert rendered["prompt"].endswith("<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n")
+        assert plain.post("/detokenize", json={"tokens": [10**6]}).status_code == 400
+
+
+def cosine(a, b):
+    return sum(x * y for x, y in zip(a, b))
+
+
+def test_embeddings_in_every_form(client, model):
+    texts = ["The capital of France is Paris.", "Paris is the capital city of France.", "Mix flour and eggs well."]
+    answer = client.embeddings.create(model=model, input=texts)
+    first, second, third = (entry.embedding for entry in answer.data)
+    assert [entry.index for entry in answer.data] == [0, 1, 2] and len(first) == 576
+    assert abs(cosine(first, first) - 1) < 1e-5
+    assert cosine(first, second) > cosine(first, third)
+    alone = client.embeddings.create(model=model, input=texts[1], encoding_format="float").data[0].embedding
+    assert alone == pytest.approx(second, abs=1e-7)
+    short = client.embeddings.create(model=model, input=texts[0], dimensions=64).data[0].embedding
+    assert len(short) == 64 and abs(cosine(short, short) - 1) < 1e-5
+    ids = client.embeddings.create(model=model, input=[[1, 2, 3], [4]])
+    assert len(ids.data) == 2 and ids.usage.prompt_tokens == 4
+    with pytest.raises(openai.BadRequestError) as failure:
+        client.embeddings.create(model=model, input=["x", ""], dimensions=577)
+    assert failure.value.param in ("dimensions", "input[1]")

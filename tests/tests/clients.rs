@@ -1,4 +1,4 @@
-//! Clients that nobody here wrote, against the real programs: the files of `tests/clients`, each run by pytest.
+//! Clients that nobody here wrote, against the real programs: the files of `tests/clients`, each run by pytest or node.
 
 use std::path::PathBuf;
 
@@ -6,13 +6,13 @@ use anyhow::{Context, Result, ensure};
 use lockstep_tests::cluster::{Cluster, repository};
 use tokio::process::Command;
 
-/// Runs a file of `tests/clients` with the packages of one of the folders that `make fetch` installs them in.
-async fn pytest(cluster: &Cluster, packages: &str, file: &str) -> Result<()> {
-    let python: PathBuf = repository().join(".venv").join(packages).join("bin/python");
-    ensure!(python.is_file(), "{} is missing: run `make fetch`", python.display());
-    let output = Command::new(python)
+/// Runs a program of those that `make fetch` installs in `tests/clients`, and shows what it says.
+async fn run(cluster: &Cluster, program: &str, args: &[&str]) -> Result<()> {
+    let path: PathBuf = repository().join(".venv").join(program);
+    ensure!(path.is_file(), "{} is missing: run `make fetch`", path.display());
+    let output = Command::new(path)
         .current_dir(repository().join("tests/clients"))
-        .args(["-m", "pytest", "-q", "-p", "no:cacheprovider", file])
+        .args(args)
         .env("LOCKSTEP_HTTP", format!("http://{}", cluster.gateway.http().context("the gateway answers HTTP")?))
         .env("LOCKSTEP_GRPC", cluster.gateway.grpc())
         .env("LOCKSTEP_MODEL", "demo")
@@ -20,20 +20,36 @@ async fn pytest(cluster: &Cluster, packages: &str, file: &str) -> Result<()> {
         .kill_on_drop(true)
         .output()
         .await?;
-    let text = String::from_utf8_lossy(&output.stdout);
+    let text = String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);
     println!("{text}");
-    ensure!(
-        output.status.success(),
-        "{file}: {text}\n{}\n{}",
-        String::from_utf8_lossy(&output.stderr),
-        cluster.gateway.log()
-    );
+    ensure!(output.status.success(), "{args:?}: {text}\n{}", cluster.gateway.log());
     Ok(())
+}
+
+async fn pytest(file: &str) -> Result<()> {
+    let cluster = Cluster::builder().start().await?;
+    run(&cluster, "clients/bin/python", &["-m", "pytest", "-q", file]).await?;
+    cluster.stop().await
 }
 
 #[tokio::test]
 async fn openai() -> Result<()> {
+    pytest("test_openai.py").await
+}
+
+#[tokio::test]
+async fn openai_for_node() -> Result<()> {
     let cluster = Cluster::builder().start().await?;
-    pytest(&cluster, "clients", "test_openai.py").await?;
+    run(&cluster, "bin/node", &["--test", "node/openai.test.mjs"]).await?;
     cluster.stop().await
+}
+
+#[tokio::test]
+async fn langchain() -> Result<()> {
+    pytest("test_langchain.py").await
+}
+
+#[tokio::test]
+async fn grpc_health() -> Result<()> {
+    pytest("test_health.py").await
 }
