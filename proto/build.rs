@@ -2,12 +2,13 @@
 
 use std::{env, error::Error, path::PathBuf};
 
-const FILES: [&str; 5] = [
+const FILES: [&str; 6] = [
     "lockstep/v1/inference_service.proto",
     "lockstep/v1/model_service.proto",
     "lockstep/tokenizer/v1/tokenizer_service.proto",
     "lockstep/worker/v1/worker_service.proto",
     "lockstep/worker/v1/group_service.proto",
+    "inference/grpc_service.proto",
 ];
 
 fn main() -> Result<(), Box<dyn Error>> {
@@ -18,5 +19,6 @@ fn main() -> Result<(), Box<dyn Error>> {
     std::fs::write(&descriptor_path, prost::Message::encode_to_vec(&descriptors))?;
     tonic_prost_build::configure().build_transport(false).compile_fds(descriptors)?;
     println!("cargo:rerun-if-changed=lockstep");
+    println!("cargo:rerun-if-changed=inference");
     Ok(())
 }

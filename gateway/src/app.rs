@@ -5,6 +5,7 @@ use std::sync::Arc;
 use lockstep_proto::{
     client::AddressError,
     config::Settings as _,
+    inference::grpc_inference_service_server::GrpcInferenceServiceServer,
     server::{HttpFront, Readiness, Server, ServerError, ServerSettings, Shutdown},
     telemetry,
     v1::{inference_service_server::InferenceServiceServer, model_service_server::ModelServiceServer},
@@ -15,6 +16,7 @@ use crate::{
     admission::{Admission, ApiKey},
     backends::Backends,
     config::GatewaySettings,
+    kserve::{self, KServe},
     metrics::Metrics,
     models::Models,
     openai,
@@ -24,7 +26,7 @@ use crate::{
 };
 
 /// The services that health reports by name.
-const NAMES: [&str; 2] = ["lockstep.v1.InferenceService", "lockstep.v1.ModelService"];
+const NAMES: [&str; 3] = ["lockstep.v1.InferenceService", "lockstep.v1.ModelService", kserve::NAME];
 
 /// What a gateway is made from: its settings, and what the files say that these name.
 #[derive(Debug)]
@@ -53,9 +55,11 @@ pub enum AppError {
 pub struct App {
     server: Server,
     routes: Routes,
-    backends: Arc<Backends>,
+    pipeline: Arc<Pipeline>,
+    /// Names of the models to serve.
     models: Vec<String>,
-    readiness: Readiness,
+    /// Largest message that is read.
+    max_bytes: usize,
 }
 
 // === impl App ===
@@ -73,9 +77,10 @@ impl App {
         let pipeline = Arc::new(Pipeline {
             admission: Admission::new(keys, settings.requests.admission()),
             models: Models::new(Arc::clone(&backends), settings.models.clone()),
-            backends: Arc::clone(&backends),
+            backends,
             policy,
             metrics,
+            readiness: Readiness::new(),
             max_duration: settings.requests.max_duration(),
         });
         let services = Services::new(Arc::clone(&pipeline));
@@ -86,16 +91,17 @@ impl App {
         let server = ServerSettings { service: GatewaySettings::SERVICE, listen, metrics_listen, limits };
         let http = HttpFront {
             listen: http_listen,
-            routes: openai::routes(pipeline, max_bytes).into(),
+            routes: openai::routes(Arc::clone(&pipeline), max_bytes).into(),
             background: &[],
             refuse: openai::refuse,
         };
+        let server = Server::bind(server, Arc::new(registry))?.http(http)?.health_names(&NAMES);
         Ok(Self {
-            server: Server::bind(server, Arc::new(registry))?.http(http)?.health_names(&NAMES),
+            server: server.background(&[kserve::LIVENESS]).quiet(&kserve::PROBES),
             routes: Routes::new(inference).add_service(models),
-            backends,
+            pipeline,
             models: names,
-            readiness: Readiness::new(),
+            max_bytes,
         })
     }
 
@@ -109,7 +115,11 @@ impl App {
     /// # Errors
     /// When the server cannot be set up; nothing that a client does ends it.
     pub async fn serve(self, shutdown: &Shutdown) -> Result<(), AppError> {
-        let _watchers = self.backends.watch(self.readiness.clone(), self.models);
-        Ok(self.server.serve(self.routes, &self.readiness, shutdown).await?)
+        let Self { server, routes, pipeline, models, max_bytes } = self;
+        let readiness = pipeline.readiness.clone();
+        let _watchers = pipeline.backends.watch(readiness.clone(), models);
+        let kserve = GrpcInferenceServiceServer::new(KServe::new(pipeline, shutdown.clone()));
+        let routes = routes.add_service(kserve.max_decoding_message_size(max_bytes));
+        Ok(server.serve(routes, &readiness, shutdown).await?)
     }
 }

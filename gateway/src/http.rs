@@ -1,7 +1,5 @@
 //! What the fronts for HTTP share: how a request comes in, and how a failure becomes a status.
 
-mod json;
-
 use std::time::Duration;
 
 use axum::{body::Body, extract::Request};
@@ -11,9 +9,8 @@ use http::{HeaderMap, HeaderValue, Response, StatusCode, header};
 use lockstep_proto::{error::Error, trace::Trace};
 use serde::{Serialize, de::DeserializeOwned};
 
-pub use json::{OneOrMany, Unsupported, parse};
-
 use crate::{
+    json::parse,
     pipeline::{Arrival, Call, Pipeline},
     request::RequestError,
     status::Failure,

@@ -4,7 +4,8 @@
 //!
 //! In the order in which a request meets them:
 //!
-//! * [`service`] (gRPC) and [`openai`] (HTTP): the fronts, which translate; [`http`] is what those for HTTP share.
+//! * [`service`] and [`kserve`] (gRPC), [`openai`] (HTTP): the fronts, which translate; [`http`] is what those for HTTP
+//!   share, [`json`] reads what clients write, [`fields`] names what is wrong with it.
 //! * [`pipeline`]: what happens to a request, whatever front it came by.
 //! * [`admission`]: who may call, and how much may be under way.
 //! * [`request`]: wire messages become `Valid*` types, or an error that names every field at fault.
@@ -28,9 +29,12 @@ pub mod backends;
 mod backoff;
 pub mod config;
 pub mod embedding;
+pub mod fields;
 pub mod generation;
 pub mod groups;
 pub mod http;
+pub mod json;
+pub mod kserve;
 pub mod metrics;
 pub mod models;
 pub mod openai;

@@ -58,6 +58,12 @@ impl Models {
         found.ok_or_else(|| Failure::UnknownModel(name.to_owned()))
     }
 
+    /// Whether the model that a request would name so can take work: a group serves it, and a tokenizer answers for it.
+    pub fn ready(&self, name: &str) -> bool {
+        self.resolve(name)
+            .is_ok_and(|(name, served)| served.ready_replicas > 0 && self.backends.tokenizers.ready(&name))
+    }
+
     /// What clients are told about a model that is served.
     ///
     /// # Errors

@@ -9,7 +9,7 @@ use std::{
 };
 
 use http::HeaderMap;
-use lockstep_proto::{trace::Trace, v1};
+use lockstep_proto::{server::Readiness, trace::Trace, v1};
 
 use crate::{
     admission::{Admission, Permit},
@@ -45,6 +45,8 @@ pub struct Pipeline {
     pub policy: Policy,
     /// What is counted.
     pub metrics: Arc<Metrics>,
+    /// Whether work can be taken.
+    pub readiness: Readiness,
     /// Longest life of a request.
     pub max_duration: Duration,
 }

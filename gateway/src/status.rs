@@ -106,6 +106,9 @@ pub enum Failure {
     /// No such thing is served by HTTP.
     #[error("there is no {0} here")]
     NoSuchPath(String),
+    /// The gateway is shutting down.
+    #[error("the gateway is shutting down")]
+    Draining,
     /// A bug of ours.
     #[error("{0}")]
     Bug(String),
@@ -127,6 +130,7 @@ impl Failure {
             Self::NoGroup(NoGroup::NoneReady) | Self::ModelChanged => {
                 Error::new(Reason::GroupUnavailable, message).retry_after(RETRY_AFTER)
             }
+            Self::Draining => Error::new(Reason::Draining, message).retry_after(RETRY_AFTER),
             _ => match self.field() {
                 Some(path) => Error::new(self.plain_reason(), message.clone()).violation(path, message),
                 None => Error::new(self.plain_reason(), message),

@@ -5,7 +5,8 @@
 //!
 //! # Layout
 //!
-//! * [`v1`]: what clients call; [`tokenizer`] and [`worker`]: what the services say to one another.
+//! * [`v1`]: what clients call; [`inference`]: the same for clients of KServe and Triton; [`tokenizer`] and [`worker`]:
+//!   what the services say to one another.
 //! * [`announcement`]: how a service says where it listens; [`error`]: how a refusal crosses the wire; [`trace`]: how a
 //!   call is known on its way.
 //! * `client` (feature `client`): channels with limits, and deadlines.
@@ -30,6 +31,12 @@ pub mod telemetry;
 #[allow(missing_docs, clippy::doc_markdown, clippy::too_many_lines, reason = "generated from documented .proto files")]
 pub mod v1 {
     tonic::include_proto!("lockstep.v1");
+}
+
+/// What clients of KServe and Triton call: `GRPCInferenceService`.
+#[allow(missing_docs, clippy::doc_markdown, clippy::too_many_lines, reason = "generated from documented .proto files")]
+pub mod inference {
+    tonic::include_proto!("inference");
 }
 
 /// What the tokenizer service answers.

@@ -53,3 +53,8 @@ async fn langchain() -> Result<()> {
 async fn grpc_health() -> Result<()> {
     pytest("test_health.py").await
 }
+
+#[tokio::test]
+async fn kserve() -> Result<()> {
+    pytest("test_kserve.py").await
+}

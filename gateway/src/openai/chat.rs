@@ -16,7 +16,8 @@ use super::{
 };
 use crate::{
     generation::{Event, collect},
-    http::{Unsupported, json_response},
+    http::json_response,
+    json::Unsupported,
     request::RequestError,
 };
 

@@ -19,7 +19,8 @@ use super::{
 };
 use crate::{
     generation::{Event, Events, collect},
-    http::{OneOrMany, Unsupported, json_response},
+    http::json_response,
+    json::{OneOrMany, Unsupported},
     pipeline::Answering,
     request::RequestError,
     status::Failure,

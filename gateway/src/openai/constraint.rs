@@ -4,7 +4,7 @@ use lockstep_proto::v1::{ChoiceList, Constraint, constraint::Kind};
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
-use crate::{http::Unsupported, request::RequestError};
+use crate::{json::Unsupported, request::RequestError};
 
 /// `response_format`.
 #[derive(Debug, Deserialize)]
@@ -109,7 +109,7 @@ impl StructuredOutputs {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::http::parse;
+    use crate::json::parse;
 
     fn kind(format: &str, outputs: &str) -> Result<Option<Kind>, String> {
         let format = parse(format.as_bytes()).map_err(|error| error.to_string())?;

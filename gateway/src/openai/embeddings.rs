@@ -10,7 +10,7 @@ use super::{
     Answer, Front,
     prompts::{PromptItem, prompts},
 };
-use crate::http::{OneOrMany, json_response};
+use crate::{http::json_response, json::OneOrMany};
 
 /// Most inputs of one request, as the contract states it.
 const MAX_INPUTS: usize = 256;

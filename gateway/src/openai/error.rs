@@ -1,10 +1,10 @@
 //! Errors in OpenAI's shape: `{"error": {"message", "type", "param", "code"}}`.
 
 use axum::response::Response;
-use lockstep_proto::error::{Error, FieldViolation, Reason};
+use lockstep_proto::error::{Error, Reason};
 use serde::Serialize;
 
-use crate::http::failure_response;
+use crate::{fields, http::failure_response};
 
 /// An error as clients read it.
 #[derive(Debug, Serialize)]
@@ -35,19 +35,11 @@ pub(super) fn response(error: &Error) -> Response {
 
 impl From<&Error> for ErrorBody {
     fn from(error: &Error) -> Self {
-        let violations = error.field_violations();
-        let message = match violations {
-            [] => error.message().to_owned(),
-            some => some.iter().map(violation_text).collect::<Vec<_>>().join("; "),
-        };
-        let param = violations.first().map(|violation| param_name(&violation.path));
-        Self { error: ErrorObject { message, kind: kind(error.reason()), param, code: code(error.reason()) } }
+        let error = fields::rename(error, param_name);
+        let (kind, code) = (kind(error.reason()), code(error.reason()));
+        let param = error.field_violations().first().map(|violation| violation.path.clone());
+        Self { error: ErrorObject { message: error.message().to_owned(), kind, param, code } }
     }
-}
-
-fn violation_text(violation: &FieldViolation) -> String {
-    let (name, message) = (param_name(&violation.path), violation.message.as_str());
-    if name.is_empty() || message.starts_with(&name) { message.to_owned() } else { format!("{name}: {message}") }
 }
 
 fn kind(reason: Reason) -> &'static str {
@@ -89,8 +81,7 @@ const NAMES: [(&str, &str); 14] = [
 
 /// A field's name, with what follows it, as OpenAI's clients wrote it.
 fn param_name(path: &str) -> String {
-    let renamed = NAMES.iter().find_map(|(ours, theirs)| Some(format!("{theirs}{}", path.strip_prefix(ours)?)));
-    let name = renamed.unwrap_or_else(|| path.to_owned());
+    let name = fields::name(&NAMES, path);
     name.replace(".arguments_json", ".function.arguments").replace(".parameters_json", ".function.parameters")
 }
 

@@ -5,7 +5,7 @@ use serde::Deserialize;
 use serde_json::{Map, Value};
 
 use crate::{
-    http::{OneOrMany, Unsupported},
+    json::{OneOrMany, Unsupported},
     request::RequestError,
 };
 

@@ -6,7 +6,7 @@ use lockstep_proto::v1::{Constraint, SamplingParams};
 use serde::Deserialize;
 
 use crate::{
-    http::OneOrMany,
+    json::OneOrMany,
     request::{RequestError, Violations},
 };
 
@@ -41,7 +41,7 @@ macro_rules! request {
             presence_penalty: Option<f32>,
             frequency_penalty: Option<f32>,
             logit_bias: Option<std::collections::BTreeMap<String, f32>>,
-            stop: Option<crate::http::OneOrMany<String>>,
+            stop: Option<crate::json::OneOrMany<String>>,
             stop_token_ids: Option<Vec<u32>>,
             ignore_eos: Option<bool>,
             min_tokens: Option<u32>,

@@ -3,7 +3,7 @@
 use lockstep_proto::v1::{self, raw_prompt::Prompt};
 use serde::Deserialize;
 
-use crate::{http::OneOrMany, request::RequestError};
+use crate::{json::OneOrMany, request::RequestError};
 
 /// One of several prompts, or one token of the only one.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
@@ -43,7 +43,7 @@ pub(super) fn prompts(name: &str, prompt: &OneOrMany<PromptItem>, most: usize) -
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::http::parse;
+    use crate::json::parse;
 
     fn read(text: &str) -> Result<Vec<Prompt>, String> {
         let items = parse::<OneOrMany<PromptItem>>(text.as_bytes()).map_err(|error| error.to_string())?;

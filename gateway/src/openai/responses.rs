@@ -19,7 +19,8 @@ use super::{
 };
 use crate::{
     generation::collect::AnswerChoice,
-    http::{OneOrMany, Unsupported, json_response},
+    http::json_response,
+    json::{OneOrMany, Unsupported},
     request::RequestError,
 };
 use input::Item;

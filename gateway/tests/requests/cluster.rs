@@ -9,6 +9,7 @@ use lockstep_gateway::{
 };
 use lockstep_proto::{
     client::{ClientLimits, connect_lazy, health},
+    inference::grpc_inference_service_client::GrpcInferenceServiceClient,
     server::{Limits, Readiness, Server, ServerSettings, Shutdown},
     telemetry,
     tokenizer::v1::tokenizer_service_server::TokenizerServiceServer,
@@ -137,6 +138,10 @@ impl Cluster {
 
     pub(crate) fn models(&self) -> ModelServiceClient<Channel> {
         ModelServiceClient::new(self.channel.clone())
+    }
+
+    pub(crate) fn kserve(&self) -> GrpcInferenceServiceClient<Channel> {
+        GrpcInferenceServiceClient::new(self.channel.clone())
     }
 
     /// The next request that the only group gets.

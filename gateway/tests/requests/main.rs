@@ -10,6 +10,7 @@ mod fake_tokenizer;
 mod fake_worker;
 mod gate;
 mod http;
+mod kserve;
 mod life;
 mod models;
 mod tools;

@@ -4,7 +4,7 @@ use lockstep_proto::v1::{self, content_part::Part};
 use serde::Deserialize;
 use serde_json::Value;
 
-use crate::http::OneOrMany;
+use crate::json::OneOrMany;
 
 /// One item. Clients send an answer's items back as they got them.
 #[derive(Debug, Deserialize)]
