@@ -102,6 +102,11 @@ impl Admission {
         Self { keys, limits, requests: places(limits.requests), prompt_bytes: places(limits.prompt_bytes) }
     }
 
+    /// The bounds.
+    pub fn limits(&self) -> AdmissionLimits {
+        self.limits
+    }
+
     /// Looks at the caller's key.
     ///
     /// # Errors

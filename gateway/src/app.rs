@@ -2,20 +2,24 @@
 
 use std::sync::Arc;
 
+use axum::{Router, extract::Request, response::Response};
+use http::StatusCode;
 use lockstep_proto::{
     client::AddressError,
     config::Settings as _,
+    error::Error,
     inference::grpc_inference_service_server::GrpcInferenceServiceServer,
     server::{HttpFront, Readiness, Server, ServerError, ServerSettings, Shutdown},
     telemetry,
     v1::{inference_service_server::InferenceServiceServer, model_service_server::ModelServiceServer},
 };
-use tonic::service::Routes;
+use tonic::{body::Body, service::Routes};
 
 use crate::{
     admission::{Admission, ApiKey},
     backends::Backends,
     config::GatewaySettings,
+    http::Front,
     kserve::{self, KServe},
     metrics::Metrics,
     models::Models,
@@ -23,6 +27,8 @@ use crate::{
     pipeline::Pipeline,
     sampling::Policy,
     service::Services,
+    status::Failure,
+    tgi,
 };
 
 /// The services that health reports by name.
@@ -91,9 +97,9 @@ impl App {
         let server = ServerSettings { service: GatewaySettings::SERVICE, listen, metrics_listen, limits };
         let http = HttpFront {
             listen: http_listen,
-            routes: openai::routes(Arc::clone(&pipeline), max_bytes).into(),
+            routes: http_routes(Front { pipeline: Arc::clone(&pipeline), max_bytes }).into(),
             background: &[],
-            refuse: openai::refuse,
+            refuse: |path, error| refusal(path, error).map(Body::new),
         };
         let server = Server::bind(server, Arc::new(registry))?.http(http)?.health_names(&NAMES);
         Ok(Self {
@@ -122,4 +128,27 @@ impl App {
         let routes = routes.add_service(kserve.max_decoding_message_size(max_bytes));
         Ok(server.serve(routes, &readiness, shutdown).await?)
     }
+}
+
+/// Everything that is answered by HTTP.
+fn http_routes(front: Front) -> Router {
+    let routes = openai::routes(front.clone()).merge(tgi::routes(front));
+    routes.fallback(no_such_path).method_not_allowed_fallback(no_such_method)
+}
+
+async fn no_such_path(request: Request) -> Response {
+    let path = request.uri().path();
+    refusal(path, &Failure::NoSuchPath(path.to_owned()).to_error())
+}
+
+async fn no_such_method(request: Request) -> Response {
+    let path = request.uri().path();
+    let mut response = refusal(path, &Failure::NoSuchPath(format!("{} {path}", request.method())).to_error());
+    *response.status_mut() = StatusCode::METHOD_NOT_ALLOWED;
+    response
+}
+
+/// How a request of this path is refused, in the shape of the front that has the path.
+fn refusal(path: &str, error: &Error) -> Response {
+    if path.starts_with(openai::PREFIX) { openai::refusal(error) } else { tgi::refusal(error) }
 }

@@ -22,7 +22,7 @@ use crate::{
 pub struct GatewaySettings {
     /// For gRPC.
     pub listen: SocketAddr,
-    /// For HTTP: OpenAI's API.
+    /// For HTTP: the APIs of OpenAI and of Text Generation Inference.
     pub http_listen: SocketAddr,
     /// For `/metrics`.
     pub metrics_listen: Option<SocketAddr>,
@@ -88,7 +88,8 @@ const MAX_MS: u64 = 24 * 60 * 60 * 1_000;
 const OWN_KEYS: &[Key] = &[
     Key {
         path: "http_listen",
-        help: "Address for HTTP (OpenAI's API); port 0 takes a free one. Default: 127.0.0.1:8080.",
+        help: "Address for HTTP (the APIs of OpenAI and of Text Generation Inference); port 0 takes a free one. Default: \
+               127.0.0.1:8080.",
     },
     Key {
         path: "models",

@@ -1,6 +1,8 @@
 //! What the fronts for HTTP share: how a request comes in, and how a failure becomes a status.
 
-use std::time::Duration;
+pub mod sse;
+
+use std::{sync::Arc, time::Duration};
 
 use axum::{body::Body, extract::Request};
 use bytes::Bytes;
@@ -19,6 +21,15 @@ use crate::{
 /// Longest wait for a body: long enough for the largest one over a slow line.
 const BODY_TIMEOUT: Duration = Duration::from_secs(30);
 
+/// What every front has. Clones share the pipeline.
+#[derive(Debug, Clone)]
+pub struct Front {
+    /// Where requests go.
+    pub pipeline: Arc<Pipeline>,
+    /// Largest body that is read.
+    pub max_bytes: usize,
+}
+
 /// A request whose body has been read.
 #[derive(Debug)]
 pub struct Inbound {
@@ -27,6 +38,18 @@ pub struct Inbound {
     /// Names it.
     pub trace: Trace,
     body: Bytes,
+}
+
+// === impl Front ===
+
+impl Front {
+    /// Reads a request.
+    ///
+    /// # Errors
+    /// As [`Inbound::read`].
+    pub async fn read(&self, request: Request) -> Result<Inbound, Failure> {
+        Inbound::read(request, self.max_bytes).await
+    }
 }
 
 // === impl Inbound ===
@@ -95,8 +118,8 @@ pub fn json_response(status: StatusCode, body: &impl Serialize) -> Response<Body
 }
 
 /// A response that says that a request failed, in a front's own shape: its status, and when to come back.
-pub fn failure_response(error: &Error, body: &impl Serialize) -> Response<Body> {
-    let mut response = json_response(error.reason().http_status(), body);
+pub fn failure_response(status: StatusCode, error: &Error, body: &impl Serialize) -> Response<Body> {
+    let mut response = json_response(status, body);
     if let Some(delay) = error.retry_delay() {
         let seconds = HeaderValue::from(delay.as_secs().max(1));
         response.headers_mut().insert(header::RETRY_AFTER, seconds);

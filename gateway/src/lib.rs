@@ -4,7 +4,7 @@
 //!
 //! In the order in which a request meets them:
 //!
-//! * [`service`] and [`kserve`] (gRPC), [`openai`] (HTTP): the fronts, which translate; [`http`] is what those for HTTP
+//! * [`service`] and [`kserve`] (gRPC), [`openai`] and [`tgi`] (HTTP): the fronts, which translate; [`http`] is what those for HTTP
 //!   share, [`json`] reads what clients write, [`fields`] names what is wrong with it.
 //! * [`pipeline`]: what happens to a request, whatever front it came by.
 //! * [`admission`]: who may call, and how much may be under way.
@@ -46,5 +46,6 @@ pub mod service;
 pub mod status;
 pub mod stop;
 pub mod template;
+pub mod tgi;
 pub mod tokenizer;
 pub mod tools;

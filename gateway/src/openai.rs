@@ -17,8 +17,6 @@ mod stream;
 mod tokens;
 mod usage;
 
-use std::sync::Arc;
-
 use axum::{
     Router,
     extract::{Path, Request, State},
@@ -26,23 +24,17 @@ use axum::{
     routing::{get, post},
 };
 
-use http::StatusCode;
+use crate::{http::Front, status::Failure};
 
-use crate::{http::Inbound, pipeline::Pipeline, status::Failure};
-
-pub use error::refuse;
-
-/// The front. Clones share the pipeline.
-#[derive(Debug, Clone)]
-struct Front {
-    pipeline: Arc<Pipeline>,
-    max_bytes: usize,
-}
+pub use error::response as refusal;
 
 type Answer = Result<Response, Failure>;
 
-/// Everything under `/v1`; bodies of at most `max_bytes`.
-pub fn routes(pipeline: Arc<Pipeline>, max_bytes: usize) -> Router {
+/// The beginning of every path.
+pub const PREFIX: &str = "/v1/";
+
+/// Everything under `/v1`.
+pub fn routes(front: Front) -> Router {
     Router::new()
         .route("/v1/chat/completions", post(chat_completions))
         .route("/v1/completions", post(completions))
@@ -52,19 +44,7 @@ pub fn routes(pipeline: Arc<Pipeline>, max_bytes: usize) -> Router {
         .route("/detokenize", post(detokenize))
         .route("/v1/models", get(list_models))
         .route("/v1/models/{*name}", get(get_model))
-        .fallback(no_such_path)
-        .method_not_allowed_fallback(no_such_method)
-        .with_state(Front { pipeline, max_bytes })
-}
-
-async fn no_such_path(request: Request) -> Response {
-    say(Err(Failure::NoSuchPath(request.uri().path().to_owned())))
-}
-
-async fn no_such_method(request: Request) -> Response {
-    let mut response = say(Err(Failure::NoSuchPath(format!("{} {}", request.method(), request.uri().path()))));
-    *response.status_mut() = StatusCode::METHOD_NOT_ALLOWED;
-    response
+        .with_state(front)
 }
 
 async fn chat_completions(State(front): State<Front>, request: Request) -> Response {
@@ -100,13 +80,10 @@ async fn get_model(State(front): State<Front>, Path(name): Path<String>, request
 }
 
 fn say(answer: Answer) -> Response {
-    answer.unwrap_or_else(|failure| error::response(&failure.to_error()))
+    answer.unwrap_or_else(|failure| refusal(&failure.to_error()))
 }
 
-// === impl Front ===
-
-impl Front {
-    async fn read(&self, request: Request) -> Result<Inbound, Failure> {
-        Inbound::read(request, self.max_bytes).await
-    }
+/// The model that a request names, if any. Hugging Face's clients write one of these where nobody has named one.
+fn model_name(named: Option<String>) -> String {
+    named.filter(|name| name != "dummy" && name != "tgi").unwrap_or_default()
 }

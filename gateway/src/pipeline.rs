@@ -79,6 +79,7 @@ pub struct Call {
 #[derive(Debug)]
 pub struct Answering {
     events: Events,
+    facts: Arc<Facts>,
     n: u32,
 }
 
@@ -264,8 +265,9 @@ impl Pipeline {
         let Call { trace, deadline, meter, permit } = call;
         let Work { facts, source, tools, sampling, output } = work;
         let n = sampling.n();
-        let job = Job { trace, deadline, meter, permit, facts, source, tools, sampling, output };
-        Answering { events: generation::start(Arc::clone(&self.backends), job), n }
+        let facts_of_job = Arc::clone(&facts);
+        let job = Job { trace, deadline, meter, permit, facts: facts_of_job, source, tools, sampling, output };
+        Answering { events: generation::start(Arc::clone(&self.backends), job), facts, n }
     }
 
     async fn embedded(&self, request: v1::EmbedRequest, call: &Call) -> Result<v1::EmbedResponse, Failure> {
@@ -324,6 +326,11 @@ impl Call {
 // === impl Answering ===
 
 impl Answering {
+    /// What is known of the model that answers.
+    pub fn facts(&self) -> &Arc<Facts> {
+        &self.facts
+    }
+
     /// The answer as it is generated, once its first event is there.
     ///
     /// # Errors

@@ -24,6 +24,7 @@ use lockstep_proto::worker::v1::{Constraint, ResolvedSampling, constraint as con
 
 pub(crate) use constraint::lark_string;
 pub use policy::{ModelPolicy, Policy, PolicyError};
+pub(crate) use read::MAX_STOP;
 
 use crate::request::RequestError;
 

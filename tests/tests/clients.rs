@@ -58,3 +58,8 @@ async fn grpc_health() -> Result<()> {
 async fn kserve() -> Result<()> {
     pytest("test_kserve.py").await
 }
+
+#[tokio::test]
+async fn text_generation() -> Result<()> {
+    pytest("test_text_generation.py").await
+}

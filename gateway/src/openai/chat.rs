@@ -10,6 +10,7 @@ use super::{
     Answer, Front,
     logprobs::ChatLogprobs,
     messages::{Message, Template, Tool, ToolChoice, Tools, conversation},
+    model_name,
     parameters::{StreamOptions, include_usage, request},
     stream,
     usage::{Usage, fingerprint, finish_reason, now},
@@ -228,7 +229,7 @@ impl ChatRequest {
         };
         let tools = Tools { tools: self.tools, choice: self.tool_choice, parallel: self.parallel_tool_calls };
         Ok(v1::ChatRequest {
-            model: self.model.unwrap_or_default(),
+            model: model_name(self.model),
             conversation: Some(conversation(self.messages, tools, template)?),
             sampling: Some(sampling),
             output: Some(output),

@@ -12,6 +12,7 @@ use serde::Serialize;
 use super::{
     Answer, Front,
     logprobs::CompletionLogprobs,
+    model_name,
     parameters::{StreamOptions, include_usage, request},
     prompts::{PromptItem, prompts},
     stream,
@@ -145,7 +146,7 @@ impl CompletionRequest {
         };
         let max_tokens = self.max_tokens.unwrap_or(DEFAULT_MAX_TOKENS);
         let sampling = self.sampling(Some(max_tokens))?;
-        let model = self.model.take().unwrap_or_default();
+        let model = model_name(self.model.take());
         let prompts = prompts("prompt", &self.prompt, MAX_PROMPTS)?;
         let request = |prompt| v1::GenerateRequest {
             model: model.clone(),

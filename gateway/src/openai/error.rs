@@ -21,14 +21,9 @@ struct ErrorObject {
     code: &'static str,
 }
 
-/// How a request is refused that no handler sees.
-pub fn refuse(_path: &str, error: &Error) -> http::Response<tonic::body::Body> {
-    response(error).map(tonic::body::Body::new)
-}
-
 /// The whole response.
-pub(super) fn response(error: &Error) -> Response {
-    failure_response(error, &ErrorBody::from(error))
+pub fn response(error: &Error) -> Response {
+    failure_response(error.reason().http_status(), error, &ErrorBody::from(error))
 }
 
 // === impl ErrorBody ===

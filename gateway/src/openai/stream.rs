@@ -1,40 +1,23 @@
-//! Server-sent events, as OpenAI's clients read them: each `data:` is one JSON object, and `[DONE]` ends a whole answer.
-//! One that is cut ends with an object `{"error": ...}` instead.
+//! Streams, as OpenAI's clients read them: `[DONE]` ends a whole answer; one that is cut ends with an object
+//! `{"error": ...}` instead.
 
-use std::{convert::Infallible, time::Duration};
+use axum::response::{Response, sse::Event as Sse};
+use futures_util::Stream;
 
-use axum::response::{
-    IntoResponse as _, Response,
-    sse::{Event as Sse, KeepAlive},
-};
-use futures_util::{Stream, StreamExt as _, stream};
-use serde::Serialize;
+pub(super) use crate::http::sse::data;
 
 use super::error::ErrorBody;
-use crate::status::Failure;
-
-/// A comment is sent after so long a silence, so that proxies keep the connection.
-const KEEP_ALIVE: Duration = Duration::from_secs(15);
+use crate::{http::sse, status::Failure};
 
 /// Streams what `pieces` makes of each event; if the answer is cut, what went wrong.
 pub(super) fn response<E: Send + 'static>(
     events: impl Stream<Item = Result<E, Failure>> + Send + 'static,
     mut pieces: impl FnMut(E) -> Vec<Sse> + Send + 'static,
 ) -> Response {
-    let events = events.flat_map(move |event| {
-        stream::iter(match event {
-            Ok(event) => pieces(event),
-            Err(failure) => vec![data(&ErrorBody::from(&failure.to_error()))],
-        })
-    });
-    let events = events.map(Ok::<_, Infallible>);
-    axum::response::Sse::new(events).keep_alive(KeepAlive::new().interval(KEEP_ALIVE)).into_response()
-}
-
-/// One object of a stream.
-pub(super) fn data(object: &impl Serialize) -> Sse {
-    // Only maps with keys that are no strings cannot be written; there are none.
-    Sse::default().data(serde_json::to_string(object).unwrap_or_default())
+    sse::response(events, move |event| match event {
+        Ok(event) => pieces(event),
+        Err(failure) => vec![data(&ErrorBody::from(&failure.to_error()))],
+    })
 }
 
 /// The end of a whole answer.

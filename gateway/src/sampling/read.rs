@@ -13,7 +13,7 @@ use crate::request::{ModelFacts, Rules, Violations};
 /// Most choices for one prompt, as the contract states it.
 const MAX_N: u32 = 128;
 /// Most stop strings, and their longest. Unit of the second: bytes.
-const MAX_STOP: usize = 16;
+pub(crate) const MAX_STOP: usize = 16;
 const MAX_STOP_BYTES: usize = 1_024;
 /// Most stop token ids and biases, as the contract states them.
 const MAX_STOP_TOKEN_IDS: usize = 64;

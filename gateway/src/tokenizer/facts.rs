@@ -1,7 +1,7 @@
 //! The facts of a model, as its tokenizer describes it, with what the gateway derives from them once.
 
 use std::{
-    collections::{BTreeSet, HashMap},
+    collections::{BTreeSet, HashMap, HashSet},
     num::NonZeroUsize,
     sync::{Arc, Mutex},
 };
@@ -38,6 +38,7 @@ pub struct Facts {
     model: String,
     description: GetTokenizerResponse,
     template: Result<ChatTemplate, NoTemplate>,
+    control_tokens: HashSet<u32>,
     /// Locked for a look-up or an update at a time, never across an await.
     texts: Mutex<LruCache<u32, Arc<TokenText>>>,
 }
@@ -46,12 +47,14 @@ pub struct Facts {
 
 impl Facts {
     /// The facts of `model`, its template compiled.
-    pub(super) fn new(model: &str, description: GetTokenizerResponse) -> Self {
+    pub(crate) fn new(model: &str, description: GetTokenizerResponse) -> Self {
         let template = compile(&description);
         if let Err(error @ NoTemplate::Unusable(_)) = &template {
             tracing::error!(model, %error, "a model cannot chat");
         }
-        Self { model: model.to_owned(), description, template, texts: Mutex::new(LruCache::new(MAX_TEXTS)) }
+        let control_tokens = description.special_tokens.iter().map(|token| token.id).collect();
+        let texts = Mutex::new(LruCache::new(MAX_TEXTS));
+        Self { model: model.to_owned(), description, template, control_tokens, texts }
     }
 
     /// The name that requests use.
@@ -67,6 +70,11 @@ impl Facts {
     /// What the tokenizer says.
     pub fn description(&self) -> &GetTokenizerResponse {
         &self.description
+    }
+
+    /// Whether a token stands for structure, not for text.
+    pub fn is_control_token(&self, id: u32) -> bool {
+        self.control_tokens.contains(&id)
     }
 
     /// The chat template.

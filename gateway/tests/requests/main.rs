@@ -13,4 +13,5 @@ mod http;
 mod kserve;
 mod life;
 mod models;
+mod openai;
 mod tools;

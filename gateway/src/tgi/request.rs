@@ -1,0 +1,287 @@
+//! A request, as clients of Text Generation Inference write it, and what it is for the pipeline.
+
+use lockstep_proto::v1::{self, GenerateRequest, OutputOptions, RawPrompt, SamplingParams};
+use serde::Deserialize;
+
+use crate::{
+    json::Unsupported,
+    request::{RequestError, Violations},
+};
+
+/// Where a request came.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Path {
+    /// `/`, whose body says whether it is a stream.
+    Root,
+    /// `/generate`.
+    Generate,
+    /// `/generate_stream`.
+    GenerateStream,
+}
+
+/// What a client sends.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Body {
+    inputs: String,
+    parameters: Option<Parameters>,
+    stream: Option<bool>,
+    add_special_tokens: Option<bool>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Parameters {
+    best_of: Option<u32>,
+    decoder_input_details: Option<bool>,
+    details: Option<bool>,
+    do_sample: Option<bool>,
+    frequency_penalty: Option<f32>,
+    max_new_tokens: Option<u32>,
+    repetition_penalty: Option<f32>,
+    return_full_text: Option<bool>,
+    seed: Option<u64>,
+    stop: Option<Vec<String>>,
+    temperature: Option<f32>,
+    top_k: Option<u32>,
+    top_n_tokens: Option<u32>,
+    top_p: Option<f32>,
+    typical_p: Option<f32>,
+    watermark: Option<bool>,
+    #[serde(rename = "adapter_id")]
+    _adapter_id: Option<Unsupported>,
+    #[serde(rename = "grammar")]
+    _grammar: Option<Unsupported>,
+    #[serde(rename = "truncate")]
+    _truncate: Option<Unsupported>,
+}
+
+/// What a client asks for.
+#[derive(Debug)]
+pub(super) struct Ask {
+    /// For the pipeline.
+    pub(super) generate: GenerateRequest,
+    /// What of the answer is shown.
+    pub(super) view: View,
+    /// Whether it comes in pieces.
+    pub(super) stream: bool,
+}
+
+/// What of an answer a client wants to see.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub(super) struct View {
+    /// Stands before the generated text: the prompt, or nothing.
+    pub(super) prefix: String,
+    /// Counts, reason and tokens beside the text.
+    pub(super) details: bool,
+    /// The alternatives to each token.
+    pub(super) top_tokens: bool,
+}
+
+// === impl Path ===
+
+impl Path {
+    /// How metrics name it.
+    pub(super) fn method(self) -> &'static str {
+        match self {
+            Self::Root => "tgi",
+            Self::Generate => "generate",
+            Self::GenerateStream => "generate_stream",
+        }
+    }
+
+    fn streams(self, asked: Option<bool>) -> Result<bool, RequestError> {
+        match (self, asked) {
+            (Self::Root, asked) => Ok(asked.unwrap_or(false)),
+            (Self::Generate, Some(true)) => Err(RequestError::invalid("stream", "/generate_stream is for streams")),
+            (Self::GenerateStream, Some(false)) => {
+                Err(RequestError::invalid("stream", "/generate is for whole answers"))
+            }
+            (path, _) => Ok(path == Self::GenerateStream),
+        }
+    }
+}
+
+// === impl Body ===
+
+impl Body {
+    /// Reads it, as it came to a path.
+    ///
+    /// # Errors
+    /// Names what is wrong or not supported.
+    pub(super) fn into_ask(self, path: Path) -> Result<Ask, RequestError> {
+        let Self { inputs, parameters, stream, add_special_tokens } = self;
+        let stream = path.streams(stream)?;
+        // The API samples where nothing at all is said, and is greedy where something is and not that.
+        let sampled_by_default = parameters.is_none();
+        let parameters = parameters.unwrap_or_default();
+        let mut violations = Violations::default();
+        if inputs.is_empty() {
+            violations.invalid("inputs", "there is no text");
+        }
+        if add_special_tokens == Some(false) {
+            violations.invalid("add_special_tokens", "false is not supported");
+        }
+        parameters.check(stream, &mut violations);
+        violations.into_result()?;
+
+        let with_prefill = parameters.decoder_input_details.unwrap_or(false);
+        let details = parameters.details.unwrap_or(false) || with_prefill;
+        let top_n_tokens = parameters.top_n_tokens.filter(|&n| n > 0);
+        // At the root the text begins with the prompt, as it does on the Hub, unless the client says no.
+        let full_text = parameters.return_full_text.unwrap_or(path == Path::Root);
+        let view = View {
+            prefix: if full_text { inputs.clone() } else { String::new() },
+            details,
+            top_tokens: top_n_tokens.is_some(),
+        };
+        let output = OutputOptions {
+            // The tokens of streams and details have them.
+            logprobs: (details || stream).then_some(top_n_tokens.unwrap_or(0)),
+            prompt_logprobs: with_prefill.then_some(0),
+            ..OutputOptions::default()
+        };
+        let generate = GenerateRequest {
+            model: String::new(),
+            prompt: Some(RawPrompt { prompt: Some(v1::raw_prompt::Prompt::Text(inputs)) }),
+            sampling: Some(parameters.into_sampling(sampled_by_default)),
+            output: Some(output),
+        };
+        Ok(Ask { generate, view, stream })
+    }
+}
+
+// === impl Parameters ===
+
+impl Parameters {
+    fn check(&self, stream: bool, violations: &mut Violations) {
+        if let Some(best_of) = self.best_of.filter(|&best_of| best_of != 1) {
+            violations
+                .invalid("parameters.best_of", format!("{best_of} is not 1: the best of more is not chosen here"));
+        }
+        if self.watermark == Some(true) {
+            violations.invalid("parameters.watermark", "true is not supported");
+        }
+        if stream && self.decoder_input_details == Some(true) {
+            violations.invalid("parameters.decoder_input_details", "a stream has no place for them");
+        }
+    }
+
+    fn into_sampling(self, sampled_by_default: bool) -> SamplingParams {
+        let is_shaped =
+            self.temperature.is_some() || self.top_k.is_some() || self.top_p.is_some() || self.typical_p.is_some();
+        SamplingParams {
+            max_new_tokens: self.max_new_tokens,
+            do_sample: Some(self.do_sample.unwrap_or(sampled_by_default) || is_shaped),
+            temperature: self.temperature,
+            top_k: self.top_k,
+            top_p: self.top_p,
+            typical_p: self.typical_p,
+            repetition_penalty: self.repetition_penalty,
+            frequency_penalty: self.frequency_penalty,
+            stop: self.stop.unwrap_or_default(),
+            seed: self.seed,
+            ..SamplingParams::default()
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::json::parse;
+
+    fn read(path: Path, text: &str) -> Result<Ask, String> {
+        let body = parse::<Body>(text.as_bytes()).map_err(|error| error.to_string())?;
+        body.into_ask(path).map_err(|error| error.to_string())
+    }
+
+    fn sampling(text: &str) -> SamplingParams {
+        read(Path::Generate, text).unwrap().generate.sampling.unwrap()
+    }
+
+    #[test]
+    fn tokens_are_sampled_where_the_api_samples_them() {
+        for (text, sampled) in [
+            (r#"{"inputs": "a"}"#, true),
+            (r#"{"inputs": "a", "parameters": {}}"#, false),
+            (r#"{"inputs": "a", "parameters": {"do_sample": true}}"#, true),
+            (r#"{"inputs": "a", "parameters": {"do_sample": false, "top_p": 0.5}}"#, true),
+            (r#"{"inputs": "a", "parameters": {"temperature": null, "seed": 1}}"#, false),
+        ] {
+            assert_eq!(sampling(text).do_sample, Some(sampled), "{text}");
+        }
+        let text = r#"{"inputs": "a", "parameters": {"max_new_tokens": 3, "stop": ["x"], "typical_p": 0.5}}"#;
+        let given = sampling(text);
+        assert_eq!((given.max_new_tokens, given.stop, given.typical_p), (Some(3), vec!["x".to_owned()], Some(0.5)));
+    }
+
+    #[test]
+    fn the_path_says_whether_it_is_a_stream_and_has_the_prompt() {
+        for (path, more, stream, prefix) in [
+            (Path::Root, "", false, "a"),
+            (Path::Root, r#", "stream": true"#, true, "a"),
+            (Path::Root, r#", "parameters": {"return_full_text": false}"#, false, ""),
+            (Path::Generate, "", false, ""),
+            (Path::Generate, r#", "stream": false, "parameters": {"return_full_text": true}"#, false, "a"),
+            (Path::GenerateStream, "", true, ""),
+        ] {
+            let ask = read(path, &format!(r#"{{"inputs": "a"{more}}}"#)).unwrap();
+            assert_eq!((ask.stream, ask.view.prefix.as_str()), (stream, prefix), "{path:?} {more}");
+        }
+    }
+
+    #[test]
+    fn log_probabilities_are_asked_for_where_they_are_shown() {
+        for (path, parameters, expected) in [
+            (Path::Generate, "{}", (None, None)),
+            (Path::Generate, r#"{"top_n_tokens": 2}"#, (None, None)),
+            (Path::Generate, r#"{"details": true}"#, (Some(0), None)),
+            (Path::Generate, r#"{"details": true, "top_n_tokens": 2}"#, (Some(2), None)),
+            (Path::Generate, r#"{"decoder_input_details": true}"#, (Some(0), Some(0))),
+            (Path::GenerateStream, r#"{"top_n_tokens": 2}"#, (Some(2), None)),
+        ] {
+            let ask = read(path, &format!(r#"{{"inputs": "a", "parameters": {parameters}}}"#)).unwrap();
+            let output = ask.generate.output.unwrap();
+            assert_eq!((output.logprobs, output.prompt_logprobs), expected, "{path:?} {parameters}");
+        }
+    }
+
+    #[test]
+    fn what_is_not_supported_is_named() {
+        for (path, text, expected) in [
+            (Path::Generate, "{}", "body: missing field `inputs`"),
+            (Path::Generate, r#"{"inputs": ""}"#, "inputs: there is no text"),
+            (Path::Generate, r#"{"inputs": ["a"]}"#, "inputs: invalid type: sequence, expected a string"),
+            (Path::Generate, r#"{"inputs": "a", "stream": true}"#, "stream: /generate_stream is for streams"),
+            (Path::GenerateStream, r#"{"inputs": "a", "stream": false}"#, "stream: /generate is for whole answers"),
+            (Path::Generate, r#"{"inputs": "a", "add_special_tokens": false}"#, "add_special_tokens: false is not"),
+            (Path::Generate, r#"{"inputs": "a", "what": 1}"#, "what: unknown field `what` is not supported"),
+        ] {
+            let error = read(path, text).unwrap_err();
+            assert!(error.starts_with(expected), "{error} is not {expected}");
+        }
+        for (parameters, expected) in [
+            (r#"{"best_of": 2}"#, "parameters.best_of: 2 is not 1"),
+            (r#"{"watermark": true}"#, "parameters.watermark: true is not supported"),
+            (r#"{"grammar": {"type": "regex", "value": "a"}}"#, "parameters.grammar: this is not supported"),
+            (r#"{"truncate": 5}"#, "parameters.truncate: this is not supported"),
+            (r#"{"adapter_id": "x"}"#, "parameters.adapter_id: this is not supported"),
+            (r#"{"decoder_input_details": true}"#, "parameters.decoder_input_details: a stream has no place"),
+            (r#"{"top_k": -1}"#, "parameters.top_k: invalid value: integer `-1`"),
+            (r#"{"stop": "x"}"#, "parameters.stop: invalid type: string"),
+            (r#"{"what": 1}"#, "parameters.what: unknown field `what` is not supported"),
+        ] {
+            let text = format!(r#"{{"inputs": "a", "parameters": {parameters}}}"#);
+            let error = read(Path::GenerateStream, &text).unwrap_err();
+            assert!(error.starts_with(expected), "{error} is not {expected}");
+        }
+    }
+
+    #[test]
+    fn what_changes_nothing_is_taken() {
+        let parameters = r#"{"best_of": 1, "watermark": false, "grammar": null, "truncate": null, "adapter_id": null}"#;
+        let text = format!(r#"{{"inputs": "a", "add_special_tokens": true, "parameters": {parameters}}}"#);
+        assert!(read(Path::Generate, &text).is_ok());
+    }
+}
