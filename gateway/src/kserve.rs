@@ -58,7 +58,7 @@ const NAMES: &Names = &[
     ("output.", ""),
     ("prompt.text", "inputs.text_input"),
     ("prompt", "inputs.text_input"),
-    ("body", "inputs.sampling_parameters"),
+    ("body", "parameters"),
 ];
 
 /// `GRPCInferenceService`. Clones share the pipeline.

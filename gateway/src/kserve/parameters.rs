@@ -51,7 +51,7 @@ struct Named {
     repetition_penalty: Option<Lenient<f32>>,
     presence_penalty: Option<Lenient<f32>>,
     frequency_penalty: Option<Lenient<f32>>,
-    logit_bias: Option<HashMap<u32, f32>>,
+    logit_bias: Option<HashMap<String, f32>>,
     stop: Option<OneOrMany<String>>,
     stop_token_ids: Option<Vec<u32>>,
     ignore_eos: Option<Lenient<bool>>,
@@ -99,7 +99,8 @@ impl Parameters {
             return Err(RequestError::invalid(FINAL_RESPONSE, "it is no truth value"));
         }
         let mut values = match sampling_parameters {
-            Some(json) => parse(json.as_bytes())?,
+            Some(json) => serde_json::from_str(json)
+                .map_err(|error| RequestError::invalid("inputs.sampling_parameters", error.to_string()))?,
             None => Map::new(),
         };
         for (name, parameter) in parameters {
@@ -153,6 +154,10 @@ impl Named {
             ),
             None => None,
         };
+        let bias = |(id, bias): (String, f32)| match id.parse() {
+            Ok(id) => Ok((id, bias)),
+            Err(_) => Err(RequestError::invalid(format_args!("logit_bias.{id}"), "the name is no token id")),
+        };
         let stop = match self.stop {
             None => Vec::new(),
             Some(OneOrMany::One(stop)) => vec![stop],
@@ -170,7 +175,7 @@ impl Named {
             repetition_penalty: self.repetition_penalty.map(Lenient::into_inner),
             presence_penalty: self.presence_penalty.map(Lenient::into_inner),
             frequency_penalty: self.frequency_penalty.map(Lenient::into_inner),
-            logit_bias: self.logit_bias.unwrap_or_default(),
+            logit_bias: self.logit_bias.into_iter().flatten().map(bias).collect::<Result<_, _>>()?,
             stop,
             stop_token_ids: self.stop_token_ids.unwrap_or_default(),
             ignore_eos: self.ignore_eos.map(Lenient::into_inner),
@@ -254,12 +259,12 @@ mod tests {
             (vec![("timeout", Int64Param(-1))], None, "timeout: it is no number of microseconds"),
             (vec![("triton_enable_empty_final_response", Int64Param(1))], None, "triton_enable_empty_final_response: "),
             (vec![("top_p", DoubleParam(0.5))], Some(r#"{"top_p": 0.5}"#), "top_p: it is in sampling_parameters, too"),
-            (vec![], Some(r#"{"max_tokens": 1, "max_new_tokens": 1}"#), "max_new_tokens: duplicate field"),
+            (vec![], Some(r#"{"max_tokens": 1, "max_new_tokens": 1}"#), "body: duplicate field `max_new_tokens`"),
             (vec![], Some(r#"{"lora_name": "x"}"#), "lora_name: unknown field `lora_name` is not supported"),
             (vec![], Some(r#"{"stop": [1]}"#), "stop[0]: invalid type: integer `1`, expected a string"),
-            (vec![], Some(r#"{"logit_bias": {"cat": 1}}"#), "logit_bias"),
-            (vec![], Some("[]"), "body: invalid type: sequence, expected a map"),
-            (vec![], Some("{"), "body: EOF"),
+            (vec![], Some(r#"{"logit_bias": {"cat": 1}}"#), "logit_bias.cat: the name is no token id"),
+            (vec![], Some("[]"), "inputs.sampling_parameters: invalid type: sequence, expected a map"),
+            (vec![], Some("{"), "inputs.sampling_parameters: EOF"),
         ] {
             let error = read(&parameters, json).unwrap_err();
             assert!(error.starts_with(expected), "{error} is not {expected}");
