@@ -129,7 +129,12 @@ fn read_calls(
         sampling.constrain(grammar::text_or_call(&convention, &choice.tools), "conversation.tools");
     }
     let names = choice.tools.iter().map(|tool| tool.name.clone()).collect();
-    Some(reader::Rules { convention, names: Arc::new(names), single: choice.parallel == Some(false) })
+    Some(reader::Rules {
+        convention,
+        names: Arc::new(names),
+        single: choice.parallel == Some(false),
+        forced: choice.required,
+    })
 }
 
 // === impl ValidGenerate ===

@@ -84,7 +84,7 @@ pub(super) async fn answer(front: &Front, request: Request) -> Answer {
         Some(Pooling::Last) => v1::Pooling::Last,
     };
     let wire = v1::EmbedRequest {
-        model: request.model.unwrap_or_default(),
+        model: super::model_name(request.model),
         inputs: inputs.into_iter().map(|prompt| v1::RawPrompt { prompt: Some(prompt) }).collect(),
         pooling: pooling.into(),
         normalize: request.normalize,

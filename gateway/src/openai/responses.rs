@@ -256,7 +256,7 @@ impl ResponseRequest {
         conversation.tool_choice = tool_choice(self.tool_choice, self.parallel_tool_calls, tools.is_empty())?;
         conversation.tools = tools;
         Ok(v1::ChatRequest {
-            model: self.model.unwrap_or_default(),
+            model: super::model_name(self.model),
             conversation: Some(conversation),
             sampling: Some(sampling.params(self.max_output_tokens)?),
             output: None,

@@ -30,7 +30,8 @@ fn grammar(otherwise: &str, convention: &Convention, tools: &[ValidTool], severa
     let start = match format {
         Format::Llama => format!("call{}", further(r#""; ""#)),
         Format::Hermes => format!("call{}", further(r#""\n""#)),
-        Format::Mistral => format!("{} \"[\" call{} \"]\"", mark(convention), further(r#"", ""#)),
+        // Without the opening: what must be a call needs no sign that it is one, and a control token has no spelling here.
+        Format::Mistral => format!("\"[\" call{} \"]\"", further(r#"", ""#)),
         Format::Json if several => format!("call | \"[\" call{} \"]\"", further(r#"", ""#)),
         Format::Json => "call".to_owned(),
     };
@@ -47,15 +48,6 @@ fn grammar(otherwise: &str, convention: &Convention, tools: &[ValidTool], severa
         let _ = writeln!(lark, "arguments_{index}: %json {}", Value::Object(schema(&tool.parameters)));
     }
     lark
-}
-
-/// The opening: a control token by its id, which no text can be, or text.
-fn mark(convention: &Convention) -> String {
-    match (convention.mark, convention.format.opening()) {
-        (Some(id), _) => format!("<[{id}]>"),
-        (None, Some(opening)) => literal(opening),
-        (None, None) => String::new(),
-    }
 }
 
 /// The schema of a tool's arguments, as they are written: on one line, and without what the schema does not name.
@@ -94,8 +86,7 @@ mod tests {
         let objects = "call: object_0 | object_1";
         assert_eq!(starts(Format::Llama, None, false), ["start: call", objects]);
         assert_eq!(starts(Format::Llama, None, true), [r#"start: call ("; " call){0,7}"#, objects]);
-        assert_eq!(starts(Format::Mistral, Some(9), false), [r#"start: <[9]> "[" call "]""#, objects]);
-        assert_eq!(starts(Format::Mistral, None, false)[0], r#"start: "[TOOL_CALLS]" "[" call "]""#);
+        assert_eq!(starts(Format::Mistral, Some(9), false), [r#"start: "[" call "]""#, objects]);
         assert_eq!(starts(Format::Json, None, true)[0], r#"start: call | "[" call (", " call){0,7} "]""#);
         let hermes =
             [r#"start: call ("\n" call){0,7}"#, r#"call: "<tool_call>\n" (object_0 | object_1) "\n</tool_call>""#];

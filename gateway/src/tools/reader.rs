@@ -25,6 +25,8 @@ pub struct Rules {
     pub names: Arc<BTreeSet<String>>,
     /// Whether one call ends the answer.
     pub single: bool,
+    /// Whether the answer is nothing but calls.
+    pub forced: bool,
 }
 
 /// Reads one answer.
@@ -79,7 +81,8 @@ enum Step {
 impl Reader {
     /// A reader of an answer from its beginning.
     pub fn new(rules: Rules) -> Self {
-        Self { rules, place: Place::Start, held: String::new(), doubtful: String::new(), n_calls: 0, in_calls: false }
+        let place = if rules.forced { Place::Between } else { Place::Start };
+        Self { rules, place, held: String::new(), doubtful: String::new(), n_calls: 0, in_calls: false }
     }
 
     /// Whether the answer has called a tool.
@@ -283,7 +286,12 @@ mod tests {
 
     fn reader(format: Format, single: bool) -> Reader {
         let names = Arc::new(["f", "get_weather"].map(str::to_owned).into());
-        Reader::new(Rules { convention: Convention { format, mark: None, shown_by_template: true }, names, single })
+        Reader::new(Rules {
+            convention: Convention { format, mark: None, shown_by_template: true },
+            names,
+            single,
+            forced: false,
+        })
     }
 
     /// Text and calls of an answer that comes in pieces, which end at these bytes.
@@ -372,12 +380,21 @@ mod tests {
     fn a_mark_begins_calls_and_its_spelling_does_not() {
         let names = Arc::new(["f".to_owned()].into());
         let convention = Convention { format: Format::Mistral, mark: Some(9), shown_by_template: true };
-        let mut reader = Reader::new(Rules { convention, names, single: false });
+        let mut reader = Reader::new(Rules { convention, names, single: false, forced: false });
         assert_eq!(reader.push("[TOOL_CALLS] is a word").text, "[TOOL_CALLS] is a word");
         assert_eq!(reader.mark(), Read::default());
         let read = reader.push(r#"[{"name": "f", "arguments": {}}]"#);
         assert_eq!((read.text.as_str(), read.calls.len()), ("", 1));
         assert!(reader.has_called());
+    }
+
+    #[test]
+    fn an_answer_that_is_nothing_but_calls_needs_no_opening() {
+        let names = Arc::new(["f".to_owned()].into());
+        let convention = Convention { format: Format::Mistral, mark: Some(9), shown_by_template: true };
+        let reader = Reader::new(Rules { convention, names, single: false, forced: true });
+        let calls = vec![("f".to_owned(), "{}".to_owned())];
+        assert_eq!(read(reader, r#"[{"name": "f", "arguments": {}}]"#, &[5, 20]), (String::new(), calls));
     }
 
     #[test]
