@@ -40,7 +40,7 @@ pub struct Condition {
     pub others: usize,
     /// Tokens that the first of them generates, and up to 8 fewer the others. At least 9.
     pub others_generate: u32,
-    /// Prompts that are embedded while it goes on.
+    /// Prompts that are embedded beside it: by the mean, older ones; every second by the last token, younger ones.
     pub embedded: usize,
     /// Whether the same prompt has run before, so that its prefix is cached.
     pub cached: bool,
@@ -122,14 +122,20 @@ fn go_on(ranks: &mut Ranks, condition: Condition, target: &NewSequence, seed: u6
         let length = rng.random_range(1..100);
         (0..length).map(|_| rng.random_range(0..vocab_size)).collect::<Vec<u32>>()
     };
+    let embed = |scheduler: &mut Scheduler, pooling, prompt| {
+        let new = NewSequence { prompt, pooling: Some(pooling), ..NewSequence::default() };
+        scheduler.add(new, now).expect("room");
+    };
+    // Older and younger ones: their rows are before and behind the target's.
+    for _ in 0..condition.embedded.div_ceil(2) {
+        embed(&mut scheduler, Pooling::Mean, any_prompt());
+    }
     for other in 0..condition.others {
         add(&mut scheduler, any_prompt(), condition.others_generate - other as u32 % 9);
     }
     let id = scheduler.add(target.clone(), now).expect("room");
-    for embedded in 0..condition.embedded {
-        let pooling = Some([Pooling::Mean, Pooling::Last][embedded % 2]);
-        let new = NewSequence { prompt: any_prompt(), pooling, ..NewSequence::default() };
-        scheduler.add(new, now).expect("room");
+    for _ in 0..condition.embedded / 2 {
+        embed(&mut scheduler, Pooling::Last, any_prompt());
     }
     let found = run(ranks, &mut scheduler, id);
     let n_rows = match target.pooling {

@@ -186,6 +186,7 @@ fn nothing_changes_a_bit_of_an_embedding_or_of_those_beside_it() {
     }
     let beside = Condition { others: 2, embedded: 3, chunk: 16, ..PLAIN };
     check(&model.path, &device(), N_PROMPT, &[beside, Condition { world_size: 2, ..beside }]);
+    check(&model.path, &device(), 10, &[Condition { embedded: 1, chunk: 7, ..PLAIN }]);
     let mut gpu = Ranks::load(&model.path, &device(), KvEncoding::F16, 1, 1, N_PROMPT).expect("the model loads");
     let mut reference =
         Ranks::load(&model.path, &Device::Reference, KvEncoding::F16, 1, 1, N_PROMPT).expect("the model loads");

@@ -128,6 +128,8 @@ fn speculation_does_not_change_a_bit() {
 fn embeddings_beside_it_do_not_change_a_bit() {
     let beside = Condition { others: 3, embedded: 5, chunk: 7, ..PLAIN };
     check(&demo_model(), &CPU, 100, &[Condition { chunk: WHOLE, ..beside }, Condition { world_size: 2, ..beside }]);
+    // A short prompt goes on while another is embedded: all rows of such steps give a result, and not in their order.
+    check(&demo_model(), &CPU, 10, &[Condition { embedded: 1, chunk: 7, ..PLAIN }]);
 }
 
 #[test]
