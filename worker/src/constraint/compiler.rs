@@ -116,8 +116,10 @@ impl Compiler {
         if known().contains(&digest) {
             return Ok(());
         }
-        let control_tokens = known_grammars(&self.grammars)?.control_tokens().to_vec();
-        Trial { constraint: constraint.clone(), control_tokens }.run(&self.trial_program).await?;
+        let grammars = known_grammars(&self.grammars)?;
+        let control_tokens = grammars.control_tokens().to_vec();
+        let trial = Trial { constraint: constraint.clone(), n_ids: grammars.n_ids(), control_tokens };
+        trial.run(&self.trial_program).await?;
         let mut known = known();
         known.truncate(MAX_KNOWN - 1);
         known.push_front(digest);

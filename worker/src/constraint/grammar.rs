@@ -24,7 +24,8 @@ const BLANKS: &str = r" |\n{1,2}[ \t]{0,20}";
 /// Compiles constraints for one vocabulary.
 pub struct Grammars {
     factory: ParserFactory,
-    control_tokens: Vec<String>,
+    n_ids: usize,
+    control_tokens: Vec<(u32, String)>,
 }
 
 impl Grammars {
@@ -38,11 +39,11 @@ impl Grammars {
         }
         let spelling = vocabulary.spelling.as_ref().map_err(ToString::to_string)?;
         let mut control_tokens = Vec::new();
-        let words = vocabulary.tokens.iter().take(vocab_size).map(|token| {
+        let words = (0..).zip(vocabulary.tokens.iter().take(vocab_size)).map(|(id, token)| {
             let mut bytes = Vec::new();
             if token.is_reserved {
                 bytes = control_token(&token.text);
-                control_tokens.push(token.text.clone());
+                control_tokens.push((id, token.text.clone()));
             } else {
                 spelling.append(&token.text, &mut bytes);
             }
@@ -54,21 +55,30 @@ impl Grammars {
         Self::of_words(words, control_tokens)
     }
 
-    /// For a vocabulary of all bytes and these control tokens: constraints that compile with it compile with any that has
-    /// them.
+    /// For a vocabulary of `n_ids` ids or more, which has these control tokens and all bytes: constraints that compile
+    /// with it compile with any such vocabulary.
     ///
     /// # Errors
-    /// If llguidance cannot do with them.
-    pub fn of_bytes(control_tokens: Vec<String>) -> Result<Self, String> {
-        let bytes = (0..=u8::MAX).map(|byte| vec![byte]);
-        let words = bytes.chain(control_tokens.iter().map(|name| control_token(name))).collect();
+    /// If llguidance cannot do with it.
+    pub fn of_bytes(n_ids: usize, control_tokens: Vec<(u32, String)>) -> Result<Self, String> {
+        let mut words = vec![Vec::new(); n_ids];
+        for (id, name) in &control_tokens {
+            *words.get_mut(*id as usize).ok_or("a control token is out of range")? = control_token(name);
+        }
+        let mut bytes = (0..=u8::MAX).map(|byte| vec![byte]);
+        for word in words.iter_mut().filter(|word| word.is_empty()) {
+            let Some(byte) = bytes.next() else { break };
+            *word = byte;
+        }
+        words.extend(bytes);
         Self::of_words(words, control_tokens)
     }
 
     /// Adds a token that no model has, by which llguidance says where the text may end: end-of-turn tokens differ from
     /// request to request, and a vocabulary is made once.
-    fn of_words(mut words: Vec<Vec<u8>>, control_tokens: Vec<String>) -> Result<Self, String> {
-        let end = u32::try_from(words.len()).map_err(|_| "its vocabulary is too large")?;
+    fn of_words(mut words: Vec<Vec<u8>>, control_tokens: Vec<(u32, String)>) -> Result<Self, String> {
+        let n_ids = words.len();
+        let end = u32::try_from(n_ids).map_err(|_| "its vocabulary is too large")?;
         words.push(Vec::new());
         let build = || {
             let trie = TokTrie::from(&TokRxInfo::new(end + 1, end), &words);
@@ -80,11 +90,16 @@ impl Grammars {
         let mut factory = factory.map_err(|error| one_line(&error))?;
         factory.quiet();
         *factory.limits_mut() = limits();
-        Ok(Self { factory, control_tokens })
+        Ok(Self { factory, n_ids, control_tokens })
     }
 
-    /// The names of control tokens, as grammars may write them.
-    pub fn control_tokens(&self) -> &[String] {
+    /// Ids are below this.
+    pub fn n_ids(&self) -> usize {
+        self.n_ids
+    }
+
+    /// Control tokens, which grammars may mention by name or by id.
+    pub fn control_tokens(&self) -> &[(u32, String)] {
         &self.control_tokens
     }
 

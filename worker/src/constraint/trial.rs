@@ -39,8 +39,10 @@ const MAX_MESSAGE_BYTES: u64 = 16 << 20;
 pub struct Trial {
     /// What to compile.
     pub constraint: Constraint,
-    /// The names of control tokens that it may mention.
-    pub control_tokens: Vec<String>,
+    /// Ids that it may mention are below this.
+    pub n_ids: usize,
+    /// Control tokens that it may mention.
+    pub control_tokens: Vec<(u32, String)>,
 }
 
 impl Trial {
@@ -75,7 +77,7 @@ impl Trial {
     /// Compiles the constraint here, on a thread with a large stack.
     fn compile(self) -> Result<(), String> {
         let work = move || {
-            let grammars = Grammars::of_bytes(self.control_tokens)?;
+            let grammars = Grammars::of_bytes(self.n_ids, self.control_tokens)?;
             limit_process();
             let start = Instant::now();
             grammars.compile(&self.constraint)?;

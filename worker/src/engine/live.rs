@@ -549,7 +549,7 @@ mod tests {
     /// A job whose choices a regular expression constrains. A byte is the token of its number.
     fn constrained(n: u32, regex: &str) -> Job {
         let constraint = Constraint::Regex(regex.into());
-        let grammars = Grammars::of_bytes(Vec::new()).unwrap();
+        let grammars = Grammars::of_bytes(256, Vec::new()).unwrap();
         let (matcher, first) = Matcher::new(&grammars, &constraint, &[]).unwrap();
         let compiled = Compiled::new(&constraint, matcher, first, MaskThreads::spawn().unwrap());
         Job { constraint: Some(Box::new(compiled)), ..job(n) }

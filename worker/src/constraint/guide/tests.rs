@@ -7,7 +7,7 @@ use crate::constraint::grammar::Grammars;
 const PATIENCE: Duration = Duration::from_secs(30);
 
 fn compiled(constraint: &Constraint) -> Compiled {
-    let grammars = Grammars::of_bytes(Vec::new()).unwrap();
+    let grammars = Grammars::of_bytes(256, Vec::new()).unwrap();
     let (matcher, first) = Matcher::new(&grammars, constraint, &[]).unwrap();
     Compiled::new(constraint, matcher, first, MaskThreads::spawn().unwrap())
 }

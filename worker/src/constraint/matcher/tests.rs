@@ -95,8 +95,25 @@ fn control_tokens_are_no_text_and_are_chosen_where_a_grammar_names_them() {
     let (mut matcher, next) = Matcher::new(&grammars(), &call, &[]).unwrap();
     let Next::Tokens(mask) = next else { panic!("it begins") };
     assert!(mask.allows(CALL) && !mask.allows(u32::from(b'<')));
+    assert!(!allowed(&lark("start: <[260]>"), "").contains(&u32::from(b'<')));
+    assert_eq!(
+        allowed(&lark("start: <[260]> | <[256]> \"x\""), ""),
+        [256, CALL],
+        "they may be written by their ids, too"
+    );
     assert!(matches!(matcher.advance(CALL).unwrap(), Next::Tokens(mask) if mask.allows(u32::from(b'a'))));
     assert_eq!(matcher.advance(u32::from(b'a')).unwrap(), Next::Nothing);
+}
+
+#[test]
+fn what_compiles_for_a_vocabulary_compiles_on_trial() {
+    let real = grammars();
+    let trial = Grammars::of_bytes(real.n_ids(), real.control_tokens().to_vec()).unwrap();
+    assert_eq!(trial.control_tokens(), [(CALL, "<|call|>".to_owned()), (END, "<|end|>".to_owned())]);
+    for grammar in ["start: <|call|> \"a\"", "start: <[260]>", "start: <[263]>", "start: <[264]>", "start: <|other|>"] {
+        let compiles = |grammars: &Grammars| grammars.compile(&lark(grammar)).is_ok();
+        assert_eq!(compiles(&real), compiles(&trial), "{grammar}");
+    }
 }
 
 #[test]
