@@ -22,7 +22,7 @@ mod read;
 
 use lockstep_proto::worker::v1::{Constraint, ResolvedSampling, constraint as constraint_kind};
 
-pub(crate) use constraint::lark_string;
+pub(crate) use constraint::{closed, lark_string};
 pub use policy::{ModelPolicy, Policy, PolicyError};
 pub(crate) use read::MAX_STOP;
 

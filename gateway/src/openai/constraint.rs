@@ -4,7 +4,7 @@ use lockstep_proto::v1::{ChoiceList, Constraint, constraint::Kind};
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
-use crate::{json::Unsupported, request::RequestError};
+use crate::{json::Unsupported, request::RequestError, sampling::closed};
 
 /// `response_format`.
 #[derive(Debug, Deserialize)]
@@ -77,7 +77,7 @@ fn any_object() -> Kind {
 }
 
 fn schema(schema: Option<Value>) -> Kind {
-    Kind::JsonSchema(schema.unwrap_or(Value::Object(Map::new())).to_string())
+    Kind::JsonSchema(closed(schema.unwrap_or(Value::Object(Map::new()))).to_string())
 }
 
 // === impl StructuredOutputs ===

@@ -9,6 +9,8 @@ use lockstep_proto::{
     worker::v1 as worker,
 };
 
+use serde_json::Value;
+
 use super::gbnf;
 use crate::request::Violations;
 
@@ -65,6 +67,45 @@ fn check_size(n_bytes: usize) -> Result<(), String> {
     if n_bytes > MAX_BYTES { Err(format!("{n_bytes} bytes are over {MAX_BYTES}")) } else { Ok(()) }
 }
 
+/// A schema whose objects have no properties but those that it names, where it says nothing else: it accepts less, and a
+/// small model does not make up one property after another. Schemas that combine others (`allOf`) are left as they are,
+/// since parts that are closed would exclude each other.
+pub(crate) fn closed(mut schema: Value) -> Value {
+    if !mentions_all_of(&schema) {
+        close(&mut schema);
+    }
+    schema
+}
+
+fn mentions_all_of(schema: &Value) -> bool {
+    match schema {
+        Value::Object(members) => members.contains_key("allOf") || members.values().any(mentions_all_of),
+        Value::Array(items) => items.iter().any(mentions_all_of),
+        _ => false,
+    }
+}
+
+fn close(schema: &mut Value) {
+    let Value::Object(members) = schema else { return };
+    let says_more = ["additionalProperties", "patternProperties", "unevaluatedProperties"];
+    if members.contains_key("properties") && !says_more.iter().any(|name| members.contains_key(*name)) {
+        members.insert("additionalProperties".into(), Value::Bool(false));
+    }
+    for name in ["properties", "$defs", "definitions"] {
+        if let Some(Value::Object(schemas)) = members.get_mut(name) {
+            schemas.values_mut().for_each(close);
+        }
+    }
+    for name in ["anyOf", "oneOf", "prefixItems"] {
+        if let Some(Value::Array(schemas)) = members.get_mut(name) {
+            schemas.iter_mut().for_each(close);
+        }
+    }
+    if let Some(items) = members.get_mut("items") {
+        close(items);
+    }
+}
+
 /// A grammar of one terminal, whose texts are these: of rules, the longer of two texts would hide the shorter one.
 fn one_of(ChoiceList { choices }: &ChoiceList) -> Result<String, String> {
     if !(1..=MAX_CHOICES).contains(&choices.len()) {
@@ -80,11 +121,13 @@ fn one_of(ChoiceList { choices }: &ChoiceList) -> Result<String, String> {
 
 /// A text as a string of Lark, which is JSON's but for DEL, which must be escaped.
 pub(crate) fn lark_string(text: &str) -> String {
-    serde_json::Value::from(text).to_string().replace('\u{7f}', "\\u007f")
+    Value::from(text).to_string().replace('\u{7f}', "\\u007f")
 }
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
 
     fn read_kind(kind: Kind) -> Result<worker::constraint::Kind, String> {
@@ -102,6 +145,25 @@ mod tests {
     fn what_workers_know_is_passed_on_as_it_is() {
         let read = read_kind(Kind::Regex("[0-9]+".into())).unwrap();
         assert_eq!(read, worker::constraint::Kind::Regex("[0-9]+".into()));
+    }
+
+    #[test]
+    fn objects_are_closed_where_a_schema_says_nothing_else() {
+        let open = json!({
+            "properties": { "a": { "items": { "properties": {} } }, "b": { "properties": {}, "additionalProperties": true } },
+            "$defs": { "c": { "anyOf": [{ "properties": {} }] } },
+        });
+        let expected = json!({
+            "properties": {
+                "a": { "items": { "properties": {}, "additionalProperties": false } },
+                "b": { "properties": {}, "additionalProperties": true },
+            },
+            "$defs": { "c": { "anyOf": [{ "properties": {}, "additionalProperties": false }] } },
+            "additionalProperties": false,
+        });
+        assert_eq!(closed(open), expected);
+        let combined = json!({ "allOf": [{ "properties": {} }, { "properties": {} }] });
+        assert_eq!(closed(combined.clone()), combined);
     }
 
     #[test]

@@ -6,7 +6,7 @@ use std::fmt::Write as _;
 use serde_json::{Map, Value, json};
 
 use super::{Convention, Format};
-use crate::request::ValidTool;
+use crate::{request::ValidTool, sampling::closed};
 
 /// Most calls of an answer that may have several: a model that is made to call tools may not know when to stop.
 const MAX_CALLS: u32 = 8;
@@ -45,7 +45,7 @@ fn grammar(otherwise: &str, convention: &Convention, tools: &[ValidTool], severa
         let head = format!(r#"{{"name": {}, "{}": "#, Value::from(tool.name.as_str()), format.arguments());
         // Writing to a string cannot fail.
         let _ = writeln!(lark, "object_{index}: {} arguments_{index} \"}}\"", literal(&head));
-        let _ = writeln!(lark, "arguments_{index}: %json {}", Value::Object(schema(&tool.parameters)));
+        let _ = writeln!(lark, "arguments_{index}: %json {}", closed(Value::Object(schema(&tool.parameters))));
     }
     lark
 }
@@ -54,9 +54,6 @@ fn grammar(otherwise: &str, convention: &Convention, tools: &[ValidTool], severa
 fn schema(parameters: &Map<String, Value>) -> Map<String, Value> {
     let mut schema = parameters.clone();
     schema.entry("type").or_insert_with(|| "object".into());
-    if schema.contains_key("properties") {
-        schema.entry("additionalProperties").or_insert(Value::Bool(false));
-    }
     let layout = json!({ "whitespace_flexible": false, "item_separator": ", ", "key_separator": ": " });
     schema.insert("x-guidance".into(), layout);
     schema
