@@ -12,7 +12,7 @@ SHELL       := /bin/bash
 CARGO := cargo
 BUILD := --release --locked
 VENV  := .venv
-NODE  := tests/clients/node
+NODE  := tests/clients/node clients/examples/node
 RUN   := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 # Where pip puts CUDA's compiler, which opens a second library of its own by name. The shell finds Python's version.
 NVRTC := $(CURDIR)/$(VENV)/lib/python3*/site-packages/nvidia/cu13/lib
@@ -43,7 +43,7 @@ test: fetch build kernels
 kernels: $(VENV)/installed build
 	LD_LIBRARY_PATH="$$(echo $(NVRTC))" target/release/lockstep-worker kernels --arch sm_80 --arch sm_90a
 
-fetch: $(VENV)/installed $(VENV)/clients/installed $(NODE)/node_modules/installed
+fetch: $(VENV)/installed $(VENV)/clients/installed $(NODE:%=%/node_modules/installed)
 	python3 deploy/fetch_demo_model.py
 	$(RUN) python3 tests/fetch_tokenizers.py
 
@@ -62,11 +62,13 @@ $(VENV)/installed: tests/requirements.txt
 	$(VENV)/bin/pip install --quiet --requirement tests/requirements.txt
 	touch $@
 
-$(VENV)/clients/installed: tests/clients/requirements.txt | $(VENV)/installed
+# The client's own code is used where it stands; what the contract generates beside it is made by the installation.
+$(VENV)/clients/installed: tests/clients/requirements.txt clients/python/pyproject.toml clients/python/hatch_build.py \
+    $(wildcard proto/lockstep/v1/*.proto) | $(VENV)/installed
 	python3 -m venv $(VENV)/clients
-	$(VENV)/clients/bin/pip install --quiet --requirement $<
+	$(VENV)/clients/bin/pip install --quiet --requirement $< --editable clients/python
 	touch $@
 
-$(NODE)/node_modules/installed: $(NODE)/package.json | $(VENV)/installed
-	cd $(NODE) && $(RUN) npm install --silent --no-package-lock --no-audit --no-fund
+%/node_modules/installed: %/package.json | $(VENV)/installed
+	cd $* && $(RUN) npm install --silent --no-package-lock --no-audit --no-fund
 	touch $@

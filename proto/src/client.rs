@@ -3,6 +3,23 @@
 //! tonic sets neither a connect timeout nor keep-alive by default, so that a call into a network partition hangs for as
 //! long as TCP retransmits. [`connect_lazy`] sets both. A limit on message sizes belongs to the generated clients:
 //! `XClient::new(channel).max_decoding_message_size(limits.max_message_bytes())`.
+//!
+//! ```no_run
+//! # use std::time::Duration;
+//! use lockstep_proto::{
+//!     client::{self, ClientLimits},
+//!     v1::{GenerateRequest, RawPrompt, inference_service_client::InferenceServiceClient, raw_prompt::Prompt},
+//! };
+//! # async fn call() -> Result<(), Box<dyn std::error::Error>> {
+//! let limits = ClientLimits::default();
+//! let channel = client::connect_lazy("127.0.0.1:50051", &limits)?;
+//! let mut inference = InferenceServiceClient::new(channel).max_decoding_message_size(limits.max_message_bytes());
+//! let prompt = RawPrompt { prompt: Some(Prompt::Text("The capital of France is".into())) };
+//! let request = GenerateRequest { prompt: Some(prompt), ..GenerateRequest::default() };
+//! let answer = inference.generate(client::with_deadline(request, Duration::from_secs(60))).await?;
+//! # Ok(())
+//! # }
+//! ```
 
 use std::time::{Duration, Instant};
 

@@ -1,7 +1,13 @@
 //! The wire contract of Lockstep, and what all its services must do alike with it.
 //!
 //! The contract itself is in the `.proto` files beside this crate; the modules below hold only what every service
-//! needs in the same form. A client enables the feature `client` and sees no server code.
+//! needs in the same form.
+//!
+//! # As a client
+//!
+//! A client of a cluster enables the feature `client` alone and sees no server code: the generated clients in [`v1`] over a
+//! channel of `client::connect_lazy`, deadlines by `client::with_deadline`, and [`error::Error::from_status`] for what a
+//! refusal says. `examples/chat.rs` is a whole one.
 //!
 //! # Layout
 //!

@@ -1,4 +1,5 @@
-//! Clients that nobody here wrote, against the real programs: the files of `tests/clients`, each run by pytest or node.
+//! Clients against the real programs: those that nobody here wrote (`tests/clients`), ours for Python, and the examples in
+//! `clients`, each run by Python, pytest or node.
 
 use std::path::PathBuf;
 
@@ -6,7 +7,7 @@ use anyhow::{Context, Result, ensure};
 use lockstep_tests::cluster::{Cluster, repository};
 use tokio::process::Command;
 
-/// Runs a program of those that `make fetch` installs in `tests/clients`, and shows what it says.
+/// Runs a program of those that `make fetch` installs, in `tests/clients`, and shows what it says.
 async fn run(cluster: &Cluster, program: &str, args: &[&str]) -> Result<()> {
     let path: PathBuf = repository().join(".venv").join(program);
     ensure!(path.is_file(), "{} is missing: run `make fetch`", path.display());
@@ -62,4 +63,19 @@ async fn kserve() -> Result<()> {
 #[tokio::test]
 async fn text_generation() -> Result<()> {
     pytest("test_text_generation.py").await
+}
+
+#[tokio::test]
+async fn lockstep_client() -> Result<()> {
+    pytest("../../clients/python/tests").await
+}
+
+#[tokio::test]
+async fn examples() -> Result<()> {
+    let cluster = Cluster::builder().start().await?;
+    for example in ["python_chat.py", "generic_grpc.py", "langchain_agent.py"] {
+        run(&cluster, "clients/bin/python", &[&format!("../../clients/examples/{example}")]).await?;
+    }
+    run(&cluster, "bin/node", &["../../clients/examples/node/chat.mjs"]).await?;
+    cluster.stop().await
 }
