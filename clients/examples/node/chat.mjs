@@ -5,11 +5,12 @@ import { loadSync } from "@grpc/proto-loader";
 
 const contract = loadSync("lockstep/v1/inference_service.proto", {
   includeDirs: [fileURLToPath(new URL("../../../proto", import.meta.url))],
-  // Names as they are in the contract, 64-bit numbers without loss.
+  // Names as they are in the contract, 64-bit numbers without loss, and fields that are not sent.
   keepCase: true,
   enums: String,
   longs: String,
   oneofs: true,
+  defaults: true,
 });
 const { InferenceService } = grpc.loadPackageDefinition(contract).lockstep.v1;
 const client = new InferenceService(
