@@ -119,7 +119,7 @@ fn load(model: &str) -> (Goldens, ChatTemplate) {
 
 fn valid(conversation: Conversation) -> ValidConversation {
     let tokenizer =
-        GetTokenizerResponse { vocab_size: 9, chat_template: "x".into(), ..GetTokenizerResponse::default() };
+        GetTokenizerResponse { vocab_size: 9, chat_template: "{{ tools }}".into(), ..GetTokenizerResponse::default() };
     let facts = ModelFacts::new(&tokenizer, 64).unwrap();
     let request = RenderChatRequest { conversation: Some(conversation), ..RenderChatRequest::default() };
     ValidConversation::new(request, &facts).unwrap()

@@ -118,7 +118,7 @@ async fn unknown_paths_methods_models_and_keys_have_their_status() {
         ("GET /v1/models HTTP/1.1", 401, "invalid_api_key"),
         ("GET /v1/models HTTP/1.1\r\nauthorization: Bearer other", 401, "invalid_api_key"),
         ("GET /v1/models/other HTTP/1.1\r\nauthorization: Bearer secret", 404, "model_not_found"),
-        ("GET /v2 HTTP/1.1", 404, "NOT_FOUND"),
+        ("GET /v1/nothing HTTP/1.1", 404, "NOT_FOUND"),
         ("PUT /v1/chat/completions HTTP/1.1", 405, "NOT_FOUND"),
     ] {
         let answer = call(&cluster, head, b"").await;

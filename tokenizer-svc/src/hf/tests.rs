@@ -113,7 +113,7 @@ fn hostile_descriptions_are_errors_and_never_panics() {
     check(&with("/model", json!({"type": "BPE", "vocab": {"a": 0}, "merges": [["a", "b"]]})), "tokenizer.json: ");
     check(&with("/model/vocab", json!({"a": 4_294_967_295_u32})), "the vocabulary size (ids) is");
     check(&with("/model/vocab", json!({"a": 5_000_000_000_u64})), "tokenizer.json: ");
-    check(&with("/decoder", Value::Null), "a tokenizer without a decoder");
+    check(&with("/decoder", Value::Null), "the tokenizer's decoder (null) is not supported");
     check(
         &with("/decoder", json!({"type": "CTC", "pad_token": "", "word_delimiter_token": "", "cleanup": true})),
         "CTC",

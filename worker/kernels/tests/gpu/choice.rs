@@ -118,7 +118,7 @@ fn what_cannot_be_chosen_is_refused_before_it_is_queued() {
     };
     begin(MAX_CHOICES, MAX_CHOICES).unwrap();
     begin(MAX_CHOICES + 1, 0).unwrap();
-    let (many, unlike) = (begin(MAX_CHOICES + 1, MAX_CHOICES + 1), begin(2, 1));
+    let (many, unlike) = (begin(MAX_CHOICES + 1, MAX_CHOICES + 1), begin(1, 2));
     assert!(matches!(many, Err(CudaError::Choices { n_rows: 8193 })), "{many:?}");
     assert!(matches!(unlike, Err(CudaError::Step)), "{unlike:?}");
 }
