@@ -271,3 +271,20 @@ async fn a_worker_that_drains_still_lets_choices_be_ended() -> Result<()> {
     tokio::try_join!(cluster.groups[0][0].terminate(), end_all)?;
     Ok(())
 }
+
+#[tokio::test]
+async fn a_stub_repeats_the_prompt_and_says_that_it_is_one() -> Result<()> {
+    let cluster = Cluster::builder().worker_arg("--stub").start().await?;
+    let mut client = cluster.inference().await?;
+    let request = GenerateRequest {
+        prompt: Some(prompt(&[1000, 1001, 1002])),
+        sampling: Some(SamplingParams { max_new_tokens: Some(5), ..SamplingParams::default() }),
+        ..GenerateRequest::default()
+    };
+    let answer = client.generate(request).await?.into_inner();
+    assert_eq!(answer.choices[0].token_ids, [1000, 1001, 1002, 1000, 1001]);
+    assert_eq!(answer.choices[0].finish.as_ref().map(|finish| finish.reason()), Some(FinishReason::Length));
+    let repro = answer.repro.context("no repro")?;
+    assert_eq!((repro.model_digest.as_str(), repro.engine_version.as_str()), ("stub", "stub"));
+    cluster.stop().await
+}

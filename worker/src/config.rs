@@ -32,6 +32,10 @@ pub struct WorkerConfig {
     pub metrics_listen: Option<SocketAddr>,
     /// Whether the end of standard input ends the worker.
     pub exit_with_parent: bool,
+    /// Answers without a model.
+    pub stub: bool,
+    /// Pause before each token of a stub. Unit: milliseconds.
+    pub stub_interval_ms: u64,
     /// The model.
     pub model: ModelSettings,
     /// The group that this rank belongs to.
@@ -100,6 +104,12 @@ const MAX_PROMPT_LOGITS_ROWS: usize = 64;
 
 /// The keys of a worker's own settings.
 pub const KEYS: &[Key] = &[
+    Key {
+        path: "stub",
+        help: "Serve no model: answer with the prompt's own tokens, over and over, to measure the rest of a cluster. \
+               Takes sizes from model.path, and no weights. Default: false.",
+    },
+    Key { path: "stub_interval_ms", help: "Pause before each token of a stub. Default: 0, which is none." },
     Key { path: "model.path", help: "GGUF file or Hugging Face folder to serve. Default: none, it must be given." },
     Key { path: "model.name", help: "Name that requests use for the model. Default: default." },
     Key {
@@ -200,6 +210,8 @@ impl Default for WorkerConfig {
             listen: SocketAddr::from(([127, 0, 0, 1], 50_061)),
             metrics_listen: None,
             exit_with_parent: false,
+            stub: false,
+            stub_interval_ms: 0,
             model: ModelSettings::default(),
             group: GroupConfig::default(),
             engine: EngineSettings::default(),
@@ -245,6 +257,9 @@ impl Settings for WorkerConfig {
     fn validate(&self) -> Result<(), ConfigError> {
         if self.model.path.as_os_str().is_empty() {
             return Err(ConfigError::invalid("model.path", "``", "must name a GGUF file or a Hugging Face folder"));
+        }
+        if self.stub && self.group.world_size != 1 {
+            return Err(ConfigError::invalid("stub", true, "needs group.world_size = 1"));
         }
         let engine = &self.engine;
         for (key, value) in [("engine.block_size", engine.block_size), ("engine.max_waiting", engine.max_waiting)] {

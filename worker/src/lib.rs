@@ -9,6 +9,7 @@
 //! * [`engine`]: the step loop; [`scheduler`] decides what a step computes, over the blocks of [`kv`], of which [`kv_room`] says how many fit.
 //! * [`device`]: what computes. [`model_runner`]: a step plan to logits, through the layers of [`model`]; [`sampler`]: logits to token ids.
 //! * [`group`]: how ranks find each other, attest, and notice death.
+//! * [`stub`]: a stand-in for all of that, to measure the rest of a cluster with.
 //! * [`bench`], [`inspect`], [`make_model`], [`kernels`], [`doctor`]: the other things that the program does; [`local_group`]: ranks as threads.
 
 #![forbid(unsafe_code)]
@@ -34,6 +35,7 @@ pub mod scheduler;
 pub mod serve;
 pub mod service;
 pub mod status;
+pub mod stub;
 #[cfg(test)]
 mod test_seed;
 

@@ -15,7 +15,7 @@ use lockstep_worker::{
     inspect::Inspect,
     kernels::Kernels,
     make_model::MakeModel,
-    serve,
+    serve, stub,
 };
 
 /// The words that name a [`Tool`].
@@ -91,5 +91,9 @@ fn run_tool(tool: Tool) -> Result<()> {
 fn run_server(args: Vec<OsString>) -> Result<()> {
     let Some(config) = config::load::<WorkerConfig>(args.into_iter())?.run_or_print() else { return Ok(()) };
     // Two threads move messages; the engine computes on threads of its own.
-    tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?.block_on(serve::serve(config))
+    tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()?
+        .block_on(async { if config.stub { stub::serve(&config).await } else { serve::serve(config).await } })
 }

@@ -41,11 +41,11 @@ use crate::{
 };
 
 /// The name under which health reports every rank: it belongs to a group that is together.
-const HEALTH_NAME: &str = "lockstep.worker.v1.WorkerService";
+pub(crate) const HEALTH_NAME: &str = "lockstep.worker.v1.WorkerService";
 
 /// Calls that a drain leaves alone: those between ranks, those by which running work ends sooner, and questions about the
 /// state.
-const BACKGROUND_CALLS: [&str; 4] = [
+pub(crate) const BACKGROUND_CALLS: [&str; 4] = [
     "/lockstep.worker.v1.GroupService/",
     "/lockstep.worker.v1.WorkerService/EndChoice",
     "/lockstep.worker.v1.WorkerService/GetStatus",

@@ -32,6 +32,11 @@ pub fn constraint(error: &ConstraintError) -> Status {
     error.into()
 }
 
+/// The status of a request for what this worker does not do.
+pub fn unimplemented(message: &str) -> Status {
+    Error::new(Reason::Unimplemented, message).into()
+}
+
 /// The status of a job that did not start or did not end well.
 pub fn engine(error: &EngineError) -> Status {
     let message = error.to_string();

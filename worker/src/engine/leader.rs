@@ -262,10 +262,12 @@ impl Leader {
         self.embeddings.take(&plan, &out.hidden);
         self.out = out;
         self.metrics.generated_tokens.inc_by(sampled.iter().map(|sampled| sampled.tokens.len() as u64).sum());
+        // However many choices end, the step loop waits once.
+        let mask_by = Instant::now() + MASK_WAIT;
         for (id, ended) in self.scheduler.commit(&sampled) {
             match ended {
                 Ended::Stop => self.live.finish(id, Reason::Stop),
-                Ended::Length => self.live.finish(id, Reason::Length),
+                Ended::Length => self.live.finish(id, Reason::Length { mask_by }),
                 Ended::Embedded => self.embeddings.finish(id),
             }
         }

@@ -8,7 +8,7 @@ use tokio::sync::mpsc::error::TrySendError;
 use super::{EngineError, Event, FinishReason, GenerationId, Job, draft_model::Asked, handle::Outlet};
 use crate::{
     constraint::{
-        guide::{Compiled, Guide, MASK_WAIT},
+        guide::{Compiled, Guide},
         matcher::Next,
     },
     sampler::{self, Place, Sampler, TokenLogprobs},
@@ -255,10 +255,10 @@ impl LiveJobs {
         let Some(mut sequence) = self.sequences.remove(&id) else { return };
         let Some(live) = self.jobs.get_mut(&sequence.generation) else { return };
         let reason = match reason {
-            Reason::Length if sequence.is_complete() => FinishReason::Complete,
+            Reason::Length { mask_by } if sequence.is_complete(mask_by) => FinishReason::Complete,
             Reason::Complete => FinishReason::Complete,
             Reason::Stop => sequence.emitted.last().map_or(FinishReason::Length, |id| FinishReason::StopToken(*id)),
-            Reason::Length => FinishReason::Length,
+            Reason::Length { .. } => FinishReason::Length,
             Reason::Deadline => FinishReason::Deadline,
             Reason::Ended => FinishReason::Ended,
         };
@@ -308,9 +308,9 @@ impl LiveJobs {
 }
 
 impl LiveSequence {
-    /// Whether its constraint allows nothing after its last token.
-    fn is_complete(&mut self) -> bool {
-        let next = self.guide.as_mut().map(|guide| guide.next(Instant::now() + MASK_WAIT));
+    /// Whether its constraint allows nothing after its last token, as far as that is known by then.
+    fn is_complete(&mut self, by: Instant) -> bool {
+        let next = self.guide.as_mut().map(|guide| guide.next(by));
         matches!(next, Some(Ok(Next::Nothing)))
     }
 }
@@ -334,8 +334,8 @@ impl LiveJob {
 pub(super) enum Reason {
     /// A stop token was sampled.
     Stop,
-    /// Out of tokens.
-    Length,
+    /// Out of tokens. What the constraint would allow next is waited for until then.
+    Length { mask_by: Instant },
     /// Out of time.
     Deadline,
     /// Its reader wants no more of it.
@@ -445,7 +445,7 @@ mod tests {
                 }
             }
             for (id, _) in self.scheduler.commit(&sampled) {
-                self.live.finish(id, Reason::Length);
+                self.live.finish(id, Reason::Length { mask_by: Instant::now() + crate::constraint::guide::MASK_WAIT });
             }
             self.scheduler.check_integrity();
         }
