@@ -1,8 +1,8 @@
 //! Admission: who may call, and how much may be under way at once.
 //!
 //! A caller shows one of the configured keys (`authorization: Bearer KEY`); without configured keys everyone may call.
-//! Requests in flight and the bytes of their prompts are bounded, so that the gateway's memory is. What is over a
-//! bound is refused at once: waiting in line is the worker's business, which knows how long the line is.
+//! Requests in flight and the bytes of their prompts are bounded, so that the gateway's memory is (but for HTTP bodies that
+//! are being read, which the number of connections and streams bounds). What is over a bound is refused at once: waiting in line is the worker's business, which knows how long the line is.
 
 use std::{fmt, sync::Arc};
 

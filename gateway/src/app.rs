@@ -150,5 +150,5 @@ async fn no_such_method(request: Request) -> Response {
 
 /// How a request of this path is refused, in the shape of the front that has the path.
 fn refusal(path: &str, error: &Error) -> Response {
-    if path.starts_with(openai::PREFIX) { openai::refusal(error) } else { tgi::refusal(error) }
+    if openai::has(path) { openai::refusal(error) } else { tgi::refusal(error) }
 }

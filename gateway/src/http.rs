@@ -43,50 +43,51 @@ pub struct Inbound {
 // === impl Front ===
 
 impl Front {
-    /// Reads a request.
+    /// Reads a request of a caller whom the gate knows: nobody else's body is read.
     ///
     /// # Errors
-    /// As [`Inbound::read`].
+    /// When no key that is known is shown; when the body is too large, breaks off or does not come in time.
     pub async fn read(&self, request: Request) -> Result<Inbound, Failure> {
+        self.pipeline.admission.authenticate(request.headers())?;
         Inbound::read(request, self.max_bytes).await
+    }
+
+    /// Lets a call in and reads its message: what is read out of a body may take many times its bytes, and so needs a
+    /// place first.
+    ///
+    /// # Errors
+    /// When there is no place, or the body is no such JSON.
+    pub fn enter<T: DeserializeOwned>(&self, inbound: &Inbound, method: &'static str) -> Result<(Call, T), Failure> {
+        let mut call = self.pipeline.enter(Arrival {
+            method,
+            trace: inbound.trace.clone(),
+            headers: &inbound.headers,
+            n_bytes: inbound.body.len(),
+            timeout: None,
+        })?;
+        let message = call.note(parse(&inbound.body))?;
+        Ok((call, message))
+    }
+
+    /// Lets in what is a request of its own to all that follows, and part of one whose body has a place already.
+    ///
+    /// # Errors
+    /// When there is no place.
+    pub fn enter_part(&self, inbound: &Inbound, method: &'static str) -> Result<Call, Failure> {
+        let Inbound { trace, headers, .. } = inbound;
+        self.pipeline.enter(Arrival { method, trace: trace.clone(), headers, n_bytes: 0, timeout: None })
     }
 }
 
 // === impl Inbound ===
 
 impl Inbound {
-    /// Reads a request, of at most `max_bytes`.
-    ///
-    /// # Errors
-    /// When its body is larger, breaks off or does not come in time.
-    pub async fn read(request: Request, max_bytes: usize) -> Result<Self, Failure> {
+    async fn read(request: Request, max_bytes: usize) -> Result<Self, Failure> {
         let (head, body) = request.into_parts();
         let trace = head.extensions.get().cloned().unwrap_or_else(|| Trace::from_headers(&head.headers));
         let body = tokio::time::timeout(BODY_TIMEOUT, read_body(body, max_bytes)).await;
         let body = body.map_err(|_| RequestError::invalid("body", "it did not come in time"))??;
         Ok(Self { headers: head.headers, trace, body })
-    }
-
-    /// The body as JSON of a type.
-    ///
-    /// # Errors
-    /// Where it is no such JSON, by the path of the value at fault.
-    pub fn json<T: DeserializeOwned>(&self) -> Result<T, RequestError> {
-        parse(&self.body)
-    }
-
-    /// Lets the call in.
-    ///
-    /// # Errors
-    /// When the caller shows no key that is known, or there is no place.
-    pub fn enter(&self, pipeline: &Pipeline, method: &'static str) -> Result<Call, Failure> {
-        pipeline.enter(Arrival {
-            method,
-            trace: self.trace.clone(),
-            headers: &self.headers,
-            n_bytes: self.body.len(),
-            timeout: None,
-        })
     }
 }
 

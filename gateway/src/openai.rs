@@ -30,10 +30,12 @@ pub use error::response as refusal;
 
 type Answer = Result<Response, Failure>;
 
-/// The beginning of every path.
-pub const PREFIX: &str = "/v1/";
+/// Whether a path is of this API.
+pub fn has(path: &str) -> bool {
+    path.starts_with("/v1/") || path == "/tokenize" || path == "/detokenize"
+}
 
-/// Everything under `/v1`.
+/// Everything under `/v1`, and what belongs to it.
 pub fn routes(front: Front) -> Router {
     Router::new()
         .route("/v1/chat/completions", post(chat_completions))

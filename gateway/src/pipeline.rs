@@ -318,6 +318,14 @@ impl Pipeline {
 // === impl Call ===
 
 impl Call {
+    /// Takes note of what is wrong with the call, if something is.
+    ///
+    /// # Errors
+    /// The failure itself.
+    pub fn note<T, E: Into<Failure>>(&mut self, step: Result<T, E>) -> Result<T, Failure> {
+        self.meter.note(step.map_err(Into::into))
+    }
+
     fn caller(&self) -> Caller<'_> {
         Caller { trace: &self.trace, until: self.deadline.tokens() }
     }
@@ -337,6 +345,11 @@ impl Answering {
     /// When it fails before that: then it is a plain error, and no broken stream.
     pub async fn events(self) -> Result<Events, Failure> {
         self.events.begun().await
+    }
+
+    /// The answer as it is generated, be it that nothing comes but a failure.
+    pub fn into_events(self) -> Events {
+        self.events
     }
 
     /// The whole answer.

@@ -61,8 +61,8 @@ async fn health(State(front): State<Front>) -> Response {
 
 async fn answer(front: &Front, path: Path, request: Request) -> Answer {
     let inbound = front.read(request).await?;
-    let request::Ask { generate, view, stream } = inbound.json::<request::Body>()?.into_ask(path)?;
-    let call = inbound.enter(&front.pipeline, path.method())?;
+    let (mut call, body) = front.enter::<request::Body>(&inbound, path.method())?;
+    let request::Ask { generate, view, stream } = call.note(body.into_ask(path))?;
     let answering = front.pipeline.generate(call, generate).await?;
     let facts = answering.facts().clone();
     if stream {

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import urllib.error
 import urllib.request
 
@@ -130,7 +131,7 @@ def test_what_is_wrong_is_named(client, http_url):
         (dict(top_n_tokens=21, details=True), "parameters.top_n_tokens: 21 is over 20"),
         (dict(frequency_penalty=3.0), "parameters.frequency_penalty: "),
         (dict(stop=["x"] * 17), "parameters.stop: "),
-        (dict(grammar={"type": "regex", "value": "a"}), "parameters.grammar: "),
+        (dict(grammar={"type": "regex", "value": "("}), "parameters.grammar"),
         (dict(adapter_id="x"), "parameters.adapter_id: this is not supported"),
         (dict(stream=True, details=True, decoder_input_details=True), "parameters.decoder_input_details: "),
     ]:
@@ -152,3 +153,12 @@ def test_what_is_wrong_is_named(client, http_url):
         answer = json.load(failure.value)
         assert (failure.value.code, answer["error_type"]) == (status, kind)
         assert set(answer) == {"error", "error_type"}
+
+
+def test_a_grammar_is_held(client):
+    wanted = dict(max_new_tokens=20, do_sample=False)
+    number = client.text_generation("My number is", **wanted, grammar={"type": "regex", "value": "[0-9]{3}-[0-9]{4}"})
+    assert re.fullmatch("[0-9]{3}-[0-9]{4}", number)
+    schema = {"properties": {"city": {"enum": ["Paris", "Rome"]}}, "required": ["city"], "type": "object"}
+    answer = client.text_generation("The capital of Italy:", **wanted, grammar={"type": "json", "value": schema})
+    assert json.loads(answer)["city"] in ("Paris", "Rome")

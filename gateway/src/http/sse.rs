@@ -6,7 +6,7 @@ use axum::response::{
     IntoResponse as _, Response,
     sse::{Event as Sse, KeepAlive},
 };
-use futures_util::{Stream, StreamExt as _, stream};
+use futures_util::{Stream, StreamExt as _, future::ready, stream};
 use serde::Serialize;
 
 use crate::status::Failure;
@@ -19,6 +19,11 @@ pub fn response<E: Send + 'static>(
     events: impl Stream<Item = Result<E, Failure>> + Send + 'static,
     mut pieces: impl FnMut(Result<E, Failure>) -> Vec<Sse> + Send + 'static,
 ) -> Response {
+    // What went wrong is the last that is said.
+    let events = events.scan(false, |cut, event| {
+        let goes_on = !std::mem::replace(cut, event.is_err());
+        ready(goes_on.then_some(event))
+    });
     let events = events.flat_map(move |event| stream::iter(pieces(event)));
     let events = events.map(Ok::<_, Infallible>);
     axum::response::Sse::new(events).keep_alive(KeepAlive::new().interval(KEEP_ALIVE)).into_response()

@@ -178,13 +178,12 @@ struct Pieces {
 
 pub(super) async fn answer(front: &Front, request: Request) -> Answer {
     let inbound = front.read(request).await?;
-    let request: ChatRequest = inbound.json()?;
+    let (mut call, request) = front.enter::<ChatRequest>(&inbound, "chat/completions")?;
     let streamed = request.stream.unwrap_or(false);
-    let include_usage = include_usage(streamed, request.stream_options)?;
-    let logprobs = request.top_alternatives()?.is_some();
+    let include_usage = call.note(include_usage(streamed, request.stream_options))?;
+    let logprobs = call.note(request.top_alternatives())?.is_some();
     let n = request.n.unwrap_or(1);
-    let request = request.into_wire()?;
-    let call = inbound.enter(&front.pipeline, "chat/completions")?;
+    let request = call.note(request.into_wire())?;
     let answering = front.pipeline.chat(call, request).await?;
     if !streamed {
         return Ok(whole(answering.collect().await?, logprobs));

@@ -4,7 +4,7 @@ use axum::{
     extract::Request,
     response::{Response, sse},
 };
-use futures_util::{future::try_join_all, stream::select_all};
+use futures_util::{Stream, StreamExt as _, future::try_join_all, stream::select_all};
 use http::StatusCode;
 use lockstep_proto::v1;
 use serde::Serialize;
@@ -19,7 +19,7 @@ use super::{
     usage::{Usage, fingerprint, finish_reason, now},
 };
 use crate::{
-    generation::{Event, Events, collect},
+    generation::{Event, collect},
     http::json_response,
     json::{OneOrMany, Unsupported},
     pipeline::Answering,
@@ -100,31 +100,35 @@ struct Pieces {
 
 pub(super) async fn answer(front: &Front, request: Request) -> Answer {
     let inbound = front.read(request).await?;
-    let mut request: CompletionRequest = inbound.json()?;
+    let (mut call, mut request) = front.enter::<CompletionRequest>(&inbound, "completions")?;
     let streamed = request.stream.unwrap_or(false);
-    let include_usage = include_usage(streamed, request.stream_options)?;
+    let include_usage = call.note(include_usage(streamed, request.stream_options))?;
     let view =
         View { n: request.n.unwrap_or(1), logprobs: request.logprobs.is_some(), echo: request.echo.unwrap_or(false) };
-    let requests = request.take_requests()?;
+    let requests = call.note(request.take_requests())?;
     let n_prompts = requests.len();
-    let begun = requests.into_iter().map(|request| async {
-        let call = inbound.enter(&front.pipeline, "completions")?;
-        front.pipeline.generate(call, request).await
-    });
+    // Each prompt is a request of its own to all that follows; the first has the place of the whole.
+    let mut calls = vec![call];
+    for _ in 1..n_prompts {
+        calls.push(front.enter_part(&inbound, "completions")?);
+    }
+    let begun = calls.into_iter().zip(requests).map(|(call, request)| front.pipeline.generate(call, request));
     let answering = try_join_all(begun).await?;
     if !streamed {
         let answers = try_join_all(answering.into_iter().map(Answering::collect)).await?;
         return Ok(whole(answers, view));
     }
-    let events = try_join_all(answering.into_iter().map(Answering::events)).await?;
+    let mut events = select_all((0..).zip(answering).map(numbered));
+    // What fails before anything was said is a plain error.
+    let first = events.next().await.ok_or_else(|| Failure::Bug("an answer without events".to_owned()))??;
+    let events = futures_util::stream::once(async { Ok(first) }).chain(events);
     let mut pieces = Pieces::new(n_prompts, view, include_usage);
-    Ok(stream::response(select_all((0..).zip(events).map(numbered)), move |(prompt, event)| pieces.of(prompt, event)))
+    Ok(stream::response(events, move |(prompt, event)| pieces.of(prompt, event)))
 }
 
 /// The events of one of several prompts.
-fn numbered((prompt, events): (u32, Events)) -> impl futures_util::Stream<Item = Result<(u32, Event), Failure>> {
-    use futures_util::StreamExt as _;
-    events.map(move |event| event.map(|event| (prompt, event)))
+fn numbered((prompt, answering): (u32, Answering)) -> impl Stream<Item = Result<(u32, Event), Failure>> {
+    answering.into_events().map(move |event| event.map(|event| (prompt, event)))
 }
 
 // === impl CompletionRequest ===
@@ -138,6 +142,10 @@ impl CompletionRequest {
             return Err(RequestError::invalid("best_of", message));
         }
         let echo = self.echo.unwrap_or(false);
+        if echo && self.logprobs.is_some() && n > 1 {
+            let message = format!("{n} is not 1: with `echo` and `logprobs` each choice has those of the whole prompt");
+            return Err(RequestError::invalid("n", message));
+        }
         let output = v1::OutputOptions {
             return_full_text: Some(echo),
             logprobs: self.logprobs,

@@ -10,8 +10,8 @@ use crate::{json::Unsupported, request::RequestError, sampling::closed};
 #[derive(Debug, Deserialize)]
 #[serde(tag = "type", rename_all = "snake_case", deny_unknown_fields)]
 pub(super) enum ResponseFormat {
-    Text,
-    JsonObject,
+    Text {},
+    JsonObject {},
     JsonSchema { json_schema: NamedSchema },
 }
 
@@ -59,8 +59,8 @@ pub(super) fn read(
     outputs: Option<StructuredOutputs>,
 ) -> Result<Option<Constraint>, RequestError> {
     let format = match format {
-        None | Some(ResponseFormat::Text) => None,
-        Some(ResponseFormat::JsonObject) => Some(any_object()),
+        None | Some(ResponseFormat::Text {}) => None,
+        Some(ResponseFormat::JsonObject {}) => Some(any_object()),
         Some(ResponseFormat::JsonSchema { json_schema }) => Some(schema(json_schema.schema)),
     };
     let kind = match (format, outputs.map(StructuredOutputs::into_kind).transpose()?.flatten()) {
@@ -137,6 +137,7 @@ mod tests {
     fn contradictions_are_refused() {
         assert!(kind(r#"{"type": "json_object"}"#, r#"{"regex": "a"}"#).unwrap_err().starts_with("structured_outputs"));
         assert!(kind("null", r#"{"regex": "a", "choice": ["a"]}"#).unwrap_err().starts_with("structured_outputs"));
+        assert!(kind(r#"{"type": "json_object", "schema": {}}"#, "null").unwrap_err().contains("schema"));
         assert!(kind(r#"{"type": "grammar"}"#, "null").unwrap_err().contains("unknown variant"));
     }
 }

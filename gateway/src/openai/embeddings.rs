@@ -75,9 +75,9 @@ struct Usage {
 
 pub(super) async fn answer(front: &Front, request: Request) -> Answer {
     let inbound = front.read(request).await?;
-    let request: EmbeddingRequest = inbound.json()?;
+    let (mut call, request) = front.enter::<EmbeddingRequest>(&inbound, "embeddings")?;
     let encoding = request.encoding_format.unwrap_or_default();
-    let inputs = prompts("input", &request.input, MAX_INPUTS)?;
+    let inputs = call.note(prompts("input", &request.input, MAX_INPUTS))?;
     let pooling = match request.pooling {
         None => v1::Pooling::Unspecified,
         Some(Pooling::Mean) => v1::Pooling::Mean,
@@ -90,7 +90,6 @@ pub(super) async fn answer(front: &Front, request: Request) -> Answer {
         normalize: request.normalize,
         dimensions: request.dimensions,
     };
-    let call = inbound.enter(&front.pipeline, "embeddings")?;
     let answer = front.pipeline.embed(call, wire).await?;
     let embedding = |(index, embedding): (usize, v1::Embedding)| Embedding {
         object: "embedding",

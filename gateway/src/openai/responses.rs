@@ -93,8 +93,8 @@ struct Text {
 #[derive(Debug, Deserialize)]
 #[serde(tag = "type", rename_all = "snake_case", deny_unknown_fields)]
 enum TextFormat {
-    Text,
-    JsonObject,
+    Text {},
+    JsonObject {},
     JsonSchema { name: Option<String>, description: Option<String>, schema: Option<Value>, strict: Option<bool> },
 }
 
@@ -162,11 +162,10 @@ struct Echo {
 
 pub(super) async fn answer(front: &Front, request: Request) -> Answer {
     let inbound = front.read(request).await?;
-    let request: ResponseRequest = inbound.json()?;
+    let (mut call, request) = front.enter::<ResponseRequest>(&inbound, "responses")?;
     let streamed = request.stream.unwrap_or(false);
     let echo = request.echo();
-    let request = request.into_wire()?;
-    let call = inbound.enter(&front.pipeline, "responses")?;
+    let request = call.note(request.into_wire())?;
     let answering = front.pipeline.chat(call, request).await?;
     if streamed {
         let mut pieces = Pieces::new(echo);
@@ -297,8 +296,8 @@ impl From<Tool> for v1::Tool {
 impl TextFormat {
     fn echo(&self) -> Value {
         match self {
-            Self::Text => json!({ "type": "text" }),
-            Self::JsonObject => json!({ "type": "json_object" }),
+            Self::Text {} => json!({ "type": "text" }),
+            Self::JsonObject {} => json!({ "type": "json_object" }),
             Self::JsonSchema { name, description, schema, strict } => json!({
                 "type": "json_schema", "name": name, "description": description, "schema": schema, "strict": strict,
             }),
@@ -309,8 +308,8 @@ impl TextFormat {
 impl From<TextFormat> for ResponseFormat {
     fn from(format: TextFormat) -> Self {
         match format {
-            TextFormat::Text => Self::Text,
-            TextFormat::JsonObject => Self::JsonObject,
+            TextFormat::Text {} => Self::Text {},
+            TextFormat::JsonObject {} => Self::JsonObject {},
             TextFormat::JsonSchema { schema, .. } => Self::JsonSchema { json_schema: NamedSchema::of(schema) },
         }
     }

@@ -48,18 +48,16 @@ struct DetokenizeResponse {
 
 pub(super) async fn tokenize(front: &Front, request: Request) -> Answer {
     let inbound = front.read(request).await?;
-    let request: TokenizeRequest = inbound.json()?;
+    let (mut call, request) = front.enter::<TokenizeRequest>(&inbound, "tokenize")?;
     let model = request.model.clone().unwrap_or_default();
-    let request = v1::CountTokensRequest { model, input: Some(request.into_input()?) };
-    let call = inbound.enter(&front.pipeline, "tokenize")?;
+    let request = v1::CountTokensRequest { model, input: Some(call.note(request.into_input())?) };
     let (tokens, max_model_len) = front.pipeline.tokenize(call, request).await?;
     Ok(json_response(StatusCode::OK, &TokenizeResponse { count: tokens.len(), max_model_len, tokens }))
 }
 
 pub(super) async fn detokenize(front: &Front, request: Request) -> Answer {
     let inbound = front.read(request).await?;
-    let DetokenizeRequest { model, tokens } = inbound.json()?;
-    let call = inbound.enter(&front.pipeline, "detokenize")?;
+    let (call, DetokenizeRequest { model, tokens }) = front.enter(&inbound, "detokenize")?;
     let prompt = front.pipeline.detokenize(call, &model.unwrap_or_default(), tokens).await?;
     Ok(json_response(StatusCode::OK, &DetokenizeResponse { prompt }))
 }
@@ -72,6 +70,15 @@ impl TokenizeRequest {
             (Some(_), Some(_)) => Err(RequestError::invalid("messages", "there is a `prompt` already")),
             (None, None) => Err(RequestError::invalid("prompt", "neither `prompt` nor `messages` are set")),
             (Some(text), None) => {
+                let of_chats = [
+                    ("tools", self.tools.is_some()),
+                    ("add_generation_prompt", self.add_generation_prompt.is_some()),
+                    ("continue_final_message", self.continue_final_message.is_some()),
+                    ("chat_template_kwargs", self.chat_template_kwargs.is_some()),
+                ];
+                if let Some((name, _)) = of_chats.iter().find(|(_, is_set)| *is_set) {
+                    return Err(RequestError::invalid(name, "it goes with `messages` alone"));
+                }
                 if self.add_special_tokens == Some(false) {
                     let message = "false is not supported: a prompt is encoded as it would be to be continued";
                     return Err(RequestError::invalid("add_special_tokens", message));

@@ -87,8 +87,13 @@ fn mentions_all_of(schema: &Value) -> bool {
 
 fn close(schema: &mut Value) {
     let Value::Object(members) = schema else { return };
+    let is_object = members.contains_key("properties");
+    if is_object && ["anyOf", "oneOf", "$ref"].iter().any(|name| members.contains_key(*name)) {
+        // The same object is described in two places, as by `allOf`.
+        return;
+    }
     let says_more = ["additionalProperties", "patternProperties", "unevaluatedProperties"];
-    if members.contains_key("properties") && !says_more.iter().any(|name| members.contains_key(*name)) {
+    if is_object && !says_more.iter().any(|name| members.contains_key(*name)) {
         members.insert("additionalProperties".into(), Value::Bool(false));
     }
     for name in ["properties", "$defs", "definitions"] {
@@ -162,6 +167,8 @@ mod tests {
             "additionalProperties": false,
         });
         assert_eq!(closed(open), expected);
+        let both = json!({ "properties": { "a": {} }, "oneOf": [{ "properties": { "b": {} } }] });
+        assert_eq!(closed(both.clone()), both);
         let combined = json!({ "allOf": [{ "properties": {} }, { "properties": {} }] });
         assert_eq!(closed(combined.clone()), combined);
     }

@@ -128,6 +128,13 @@ mod tests {
     }
 
     #[test]
+    fn repetitions_are_stacked_only_so_high() {
+        check("root ::= \"a\"?*", "start: T0-ROOT\nT0-ROOT: ((\"a\")?)*\n");
+        let refused = to_lark(&format!("root ::= \"a\"{}", "*".repeat(60_000))).unwrap_err();
+        assert!(refused.contains("a part has over 16 repetitions"), "{refused}");
+    }
+
+    #[test]
     fn a_grammar_without_recursion_is_terminals_alone() {
         check(
             "# an answer\nroot ::= yes-no \".\"? # and its end\nyes-no ::= \"yes\" |\n  \"no\"\n",

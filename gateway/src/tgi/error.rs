@@ -19,6 +19,7 @@ pub(super) struct ErrorBody {
 
 /// What the API calls the fields of `lockstep.v1`.
 const NAMES: &Names = &[
+    ("sampling.constraint", "parameters.grammar"),
     ("sampling.", "parameters."),
     ("output.logprobs", "parameters.top_n_tokens"),
     ("output.prompt_logprobs", "parameters.decoder_input_details"),

@@ -1,11 +1,15 @@
 //! A request, as clients of Text Generation Inference write it, and what it is for the pipeline.
 
-use lockstep_proto::v1::{self, GenerateRequest, OutputOptions, RawPrompt, SamplingParams};
+use lockstep_proto::v1::{
+    self, Constraint, GenerateRequest, OutputOptions, RawPrompt, SamplingParams, constraint::Kind,
+};
 use serde::Deserialize;
+use serde_json::Value;
 
 use crate::{
     json::Unsupported,
     request::{RequestError, Violations},
+    sampling::closed,
 };
 
 /// Where a request came.
@@ -37,6 +41,7 @@ struct Parameters {
     details: Option<bool>,
     do_sample: Option<bool>,
     frequency_penalty: Option<f32>,
+    grammar: Option<Grammar>,
     max_new_tokens: Option<u32>,
     repetition_penalty: Option<f32>,
     return_full_text: Option<bool>,
@@ -50,10 +55,25 @@ struct Parameters {
     watermark: Option<bool>,
     #[serde(rename = "adapter_id")]
     _adapter_id: Option<Unsupported>,
-    #[serde(rename = "grammar")]
-    _grammar: Option<Unsupported>,
     #[serde(rename = "truncate")]
     _truncate: Option<Unsupported>,
+}
+
+/// What the text must be.
+#[derive(Debug, Deserialize)]
+#[serde(tag = "type", content = "value", rename_all = "snake_case", deny_unknown_fields)]
+enum Grammar {
+    Json(Value),
+    JsonSchema(NamedSchema),
+    Regex(String),
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct NamedSchema {
+    #[serde(rename = "name")]
+    _name: Option<String>,
+    schema: Value,
 }
 
 /// What a client asks for.
@@ -181,8 +201,21 @@ impl Parameters {
             frequency_penalty: self.frequency_penalty,
             stop: self.stop.unwrap_or_default(),
             seed: self.seed,
+            constraint: self.grammar.map(Constraint::from),
             ..SamplingParams::default()
         }
+    }
+}
+
+impl From<Grammar> for Constraint {
+    fn from(grammar: Grammar) -> Self {
+        let kind = match grammar {
+            Grammar::Json(schema) | Grammar::JsonSchema(NamedSchema { schema, .. }) => {
+                Kind::JsonSchema(closed(schema).to_string())
+            }
+            Grammar::Regex(regex) => Kind::Regex(regex),
+        };
+        Self { kind: Some(kind) }
     }
 }
 
@@ -264,7 +297,8 @@ mod tests {
         for (parameters, expected) in [
             (r#"{"best_of": 2}"#, "parameters.best_of: 2 is not 1"),
             (r#"{"watermark": true}"#, "parameters.watermark: true is not supported"),
-            (r#"{"grammar": {"type": "regex", "value": "a"}}"#, "parameters.grammar: this is not supported"),
+            (r#"{"grammar": {"type": "yaml", "value": "a"}}"#, "parameters.grammar"),
+            (r#"{"grammar": {"type": "regex", "value": 1}}"#, "parameters.grammar"),
             (r#"{"truncate": 5}"#, "parameters.truncate: this is not supported"),
             (r#"{"adapter_id": "x"}"#, "parameters.adapter_id: this is not supported"),
             (r#"{"decoder_input_details": true}"#, "parameters.decoder_input_details: a stream has no place"),
@@ -276,6 +310,20 @@ mod tests {
             let error = read(Path::GenerateStream, &text).unwrap_err();
             assert!(error.starts_with(expected), "{error} is not {expected}");
         }
+    }
+
+    #[test]
+    fn a_grammar_is_a_constraint() {
+        let kind = |grammar: &str| {
+            let text = format!(r#"{{"inputs": "a", "parameters": {{"grammar": {grammar}}}}}"#);
+            sampling(&text).constraint.unwrap().kind.unwrap()
+        };
+        let schema = r#"{"type":"object","properties":{}}"#;
+        let closed = Kind::JsonSchema(r#"{"type":"object","properties":{},"additionalProperties":false}"#.into());
+        assert_eq!(kind(r#"{"type": "regex", "value": "a+"}"#), Kind::Regex("a+".into()));
+        assert_eq!(kind(&format!(r#"{{"type": "json", "value": {schema}}}"#)), closed);
+        let named = format!(r#"{{"type": "json_schema", "value": {{"name": "x", "schema": {schema}}}}}"#);
+        assert_eq!(kind(&named), closed);
     }
 
     #[test]

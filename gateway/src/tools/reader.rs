@@ -5,7 +5,8 @@
 //!                                          └─ not a call of a known tool ──► it was text after all
 //! ```
 //!
-//! What is not a call of a tool that the conversation has is text, and nothing of it is lost; blanks before calls are.
+//! What is not a call of a tool that the conversation has is text, and nothing of it is lost but blanks before a call and
+//! the punctuation between calls.
 
 use std::{collections::BTreeSet, sync::Arc};
 
@@ -189,7 +190,9 @@ impl Reader {
             self.place = Place::Call { scanner: Box::default(), begun: false };
             return Step::On;
         }
-        for (word, place) in [(format.closing(), Place::Text), (self.opening(), Place::Between)] {
+        // A grammar that makes the model call spells the opening even where it is a control token.
+        let opening = if self.rules.forced { format.opening() } else { self.opening() };
+        for (word, place) in [(format.closing(), Place::Text), (opening, Place::Between)] {
             let Some(word) = word else { continue };
             if self.held.starts_with(word) {
                 self.skip(word.len());
@@ -392,9 +395,15 @@ mod tests {
     fn an_answer_that_is_nothing_but_calls_needs_no_opening() {
         let names = Arc::new(["f".to_owned()].into());
         let convention = Convention { format: Format::Mistral, mark: Some(9), shown_by_template: true };
-        let reader = Reader::new(Rules { convention, names, single: false, forced: true });
+        let rules = Rules { convention, names, single: false, forced: true };
+        let reader = Reader::new(rules.clone());
         let calls = vec![("f".to_owned(), "{}".to_owned())];
-        assert_eq!(read(reader, r#"[{"name": "f", "arguments": {}}]"#, &[5, 20]), (String::new(), calls));
+        assert_eq!(read(reader, r#"[{"name": "f", "arguments": {}}]"#, &[5, 20]), (String::new(), calls.clone()));
+        // One that is spelled where it could be a control token is passed over.
+        let convention = Convention { format: Format::Hermes, ..rules.convention.clone() };
+        let reader = Reader::new(Rules { convention, ..rules });
+        let spelled = "<tool_call>\n{\"name\": \"f\", \"arguments\": {}}\n</tool_call>";
+        assert_eq!(read(reader, spelled, &[5, 20]), (String::new(), calls));
     }
 
     #[test]

@@ -4,6 +4,8 @@ use std::collections::HashMap;
 
 /// Deepest nesting of parentheses: each level is one of the parser's own calls.
 const MAX_DEPTH: usize = 64;
+/// Most repetitions of one part, one of another: they are walked by recursion, too.
+const MAX_STACKED: usize = 16;
 /// Largest number of repetitions.
 const MAX_REPETITIONS: u32 = 65_536;
 
@@ -141,7 +143,7 @@ impl<'a> Parser<'a> {
 
     /// A part with the repetitions that follow it.
     fn repeated(&mut self, mut part: Expression) -> Result<Expression, String> {
-        loop {
+        for _ in 0..=MAX_STACKED {
             let (min, max) = match self.rest.chars().next() {
                 Some('*') => (0, None),
                 Some('+') => (1, None),
@@ -153,6 +155,7 @@ impl<'a> Parser<'a> {
             part = Expression::Repeat { part: Box::new(part), min, max };
             self.skip_blanks(self.depth > 0);
         }
+        Err(self.error(format!("a part has over {MAX_STACKED} repetitions")))
     }
 
     /// `{n}`, `{min,}`, `{,max}` or `{min,max}`, up to the closing brace.
