@@ -9,10 +9,13 @@ the clients. Medians of the rounds count.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import statistics
 import subprocess
+import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -83,12 +86,24 @@ def grpc(options):
 def sse(options):
     """Streams read by curl, which does next to nothing with them."""
     body = {"prompt": list(range(1000, 1200)), "max_tokens": options.tokens, "stream": True, "ignore_eos": True}
-    command = ["curl", "-sN", f"http://{HTTP}/v1/completions", "-d", json.dumps(body), "-o", "/dev/null"]
-    begun = time.monotonic()
-    clients = [subprocess.Popen(command) for _ in range(options.streams)]
-    for client in clients:
-        assert client.wait() == 0
-    return options.streams * options.tokens, time.monotonic() - begun
+    command = ["curl", "-sfN", f"http://{HTTP}/v1/completions", "-d", json.dumps(body)]
+    with contextlib.ExitStack() as files:
+        answers = [files.enter_context(tempfile.TemporaryFile()) for _ in range(options.streams)]
+        begun = time.monotonic()
+        clients = [subprocess.Popen(command, stdout=answer) for answer in answers]
+        for client in clients:
+            if client.wait() != 0:
+                sys.exit("a stream failed")
+        wall_s = time.monotonic() - begun
+        return sum(n_tokens(answer) for answer in answers), wall_s
+
+
+def n_tokens(answer):
+    """Tokens of a whole answer: each has a piece of its own, and the end has two."""
+    answer.seek(0)
+    pieces = answer.read().split(b"\n\n")
+    assert pieces[-2] == b"data: [DONE]", pieces[-2]
+    return len(pieces) - 3
 
 
 if __name__ == "__main__":
