@@ -24,7 +24,7 @@ use axum::{
     routing::{get, post},
 };
 
-use crate::{http::Front, status::Failure};
+use crate::{fields::Names, http::Front, status::Failure};
 
 pub use error::response as refusal;
 
@@ -54,7 +54,7 @@ async fn chat_completions(State(front): State<Front>, request: Request) -> Respo
 }
 
 async fn completions(State(front): State<Front>, request: Request) -> Response {
-    say(completions::answer(&front, request).await)
+    say_of(error::COMPLETIONS, completions::answer(&front, request).await)
 }
 
 async fn embeddings(State(front): State<Front>, request: Request) -> Response {
@@ -62,7 +62,7 @@ async fn embeddings(State(front): State<Front>, request: Request) -> Response {
 }
 
 async fn responses(State(front): State<Front>, request: Request) -> Response {
-    say(responses::answer(&front, request).await)
+    say_of(error::RESPONSES, responses::answer(&front, request).await)
 }
 
 async fn tokenize(State(front): State<Front>, request: Request) -> Response {
@@ -82,7 +82,12 @@ async fn get_model(State(front): State<Front>, Path(name): Path<String>, request
 }
 
 fn say(answer: Answer) -> Response {
-    answer.unwrap_or_else(|failure| refusal(&failure.to_error()))
+    say_of(error::CHATS, answer)
+}
+
+/// The same of an endpoint that has names of its own.
+fn say_of(names: &Names, answer: Answer) -> Response {
+    answer.unwrap_or_else(|failure| error::response_of(names, &failure.to_error()))
 }
 
 /// The model that a request names, if any. Hugging Face's clients write one of these where nobody has named one.

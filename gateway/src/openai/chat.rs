@@ -7,7 +7,7 @@ use serde::Serialize;
 use serde_json::{Map, Value};
 
 use super::{
-    Answer, Front,
+    Answer, Front, error,
     logprobs::ChatLogprobs,
     messages::{Message, Template, Tool, ToolChoice, Tools, conversation},
     model_name,
@@ -189,7 +189,7 @@ pub(super) async fn answer(front: &Front, request: Request) -> Answer {
         return Ok(whole(answering.collect().await?, logprobs));
     }
     let mut pieces = Pieces { id: String::new(), created: now(), model: String::new(), n, logprobs, include_usage };
-    Ok(stream::response(answering.events().await?, move |event| pieces.of(event)))
+    Ok(stream::response(error::CHATS, answering.events().await?, move |event| pieces.of(event)))
 }
 
 // === impl ChatRequest ===

@@ -10,7 +10,7 @@ use lockstep_proto::v1;
 use serde::Serialize;
 
 use super::{
-    Answer, Front,
+    Answer, Front, error,
     logprobs::CompletionLogprobs,
     model_name,
     parameters::{StreamOptions, include_usage, request},
@@ -123,7 +123,7 @@ pub(super) async fn answer(front: &Front, request: Request) -> Answer {
     let first = events.next().await.ok_or_else(|| Failure::Bug("an answer without events".to_owned()))??;
     let events = futures_util::stream::once(async { Ok(first) }).chain(events);
     let mut pieces = Pieces::new(n_prompts, view, include_usage);
-    Ok(stream::response(events, move |(prompt, event)| pieces.of(prompt, event)))
+    Ok(stream::response(error::COMPLETIONS, events, move |(prompt, event)| pieces.of(prompt, event)))
 }
 
 /// The events of one of several prompts.

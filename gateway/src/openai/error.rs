@@ -4,7 +4,10 @@ use axum::response::Response;
 use lockstep_proto::error::{Error, Reason};
 use serde::Serialize;
 
-use crate::{fields, http::failure_response};
+use crate::{
+    fields::{self, Names},
+    http::failure_response,
+};
 
 /// An error as clients read it.
 #[derive(Debug, Serialize)]
@@ -23,14 +26,20 @@ struct ErrorObject {
 
 /// The whole response.
 pub fn response(error: &Error) -> Response {
-    failure_response(error.reason().http_status(), error, &ErrorBody::from(error))
+    response_of(CHATS, error)
+}
+
+/// The whole response of an endpoint that has names of its own.
+pub(super) fn response_of(names: &Names, error: &Error) -> Response {
+    failure_response(error.reason().http_status(), error, &ErrorBody::new(names, error))
 }
 
 // === impl ErrorBody ===
 
-impl From<&Error> for ErrorBody {
-    fn from(error: &Error) -> Self {
-        let error = fields::rename(error, param_name);
+impl ErrorBody {
+    /// An error in the names of an endpoint.
+    pub(super) fn new(names: &Names, error: &Error) -> Self {
+        let error = fields::rename(error, |path| param_name(names, path));
         let (kind, code) = (kind(error.reason()), code(error.reason()));
         let param = error.field_violations().first().map(|violation| violation.path.clone());
         Self { error: ErrorObject { message: error.message().to_owned(), kind, param, code } }
@@ -56,8 +65,22 @@ fn code(reason: Reason) -> &'static str {
     }
 }
 
-/// Names of `lockstep.v1`, by their beginnings, and what OpenAI calls them.
-const NAMES: [(&str, &str); 14] = [
+/// Names of `lockstep.v1`, by their beginnings, and what they are in completions.
+pub(super) const COMPLETIONS: &Names = &[
+    ("sampling.max_new_tokens", "max_tokens"),
+    ("output.logprobs", "logprobs"),
+    ("output.prompt_logprobs", "logprobs"),
+];
+
+/// The same of responses.
+pub(super) const RESPONSES: &Names = &[
+    ("sampling.max_new_tokens", "max_output_tokens"),
+    ("sampling.constraint", "text.format"),
+    ("conversation.messages", "input"),
+];
+
+/// The same of chats, and of whatever has no name of its own.
+pub(super) const CHATS: &Names = &[
     ("sampling.max_new_tokens", "max_completion_tokens"),
     ("sampling.min_new_tokens", "min_tokens"),
     ("sampling.constraint", "response_format"),
@@ -75,8 +98,9 @@ const NAMES: [(&str, &str); 14] = [
 ];
 
 /// A field's name, with what follows it, as OpenAI's clients wrote it.
-fn param_name(path: &str) -> String {
-    let name = fields::name(&NAMES, path);
+fn param_name(names: &Names, path: &str) -> String {
+    let name = fields::name(names, path);
+    let name = if name == path { fields::name(CHATS, path) } else { name };
     name.replace(".arguments_json", ".function.arguments").replace(".parameters_json", ".function.parameters")
 }
 
@@ -98,19 +122,22 @@ mod tests {
             ("prompt.token_ids.ids[7]", "prompt[7]"),
             ("model", "model"),
         ] {
-            assert_eq!(param_name(ours), theirs);
+            assert_eq!(param_name(CHATS, ours), theirs);
         }
+        assert_eq!(param_name(COMPLETIONS, "sampling.max_new_tokens"), "max_tokens");
+        assert_eq!(param_name(COMPLETIONS, "sampling.top_p"), "top_p");
+        assert_eq!(param_name(RESPONSES, "conversation.messages[1].role"), "input[1].role");
     }
 
     #[test]
     fn an_error_names_what_is_wrong() {
         let error = Error::new(Reason::InvalidArgument, "sampling.top_p: 2 is not in (0, 1]")
             .violation("sampling.top_p", "2 is not in (0, 1]");
-        let body = serde_json::to_string(&ErrorBody::from(&error)).unwrap();
+        let body = serde_json::to_string(&ErrorBody::new(CHATS, &error)).unwrap();
         let expected = r#"{"error":{"message":"top_p: 2 is not in (0, 1]","type":"invalid_request_error","param":"top_p","code":"INVALID_ARGUMENT"}}"#;
         assert_eq!(body, expected);
         let error = Error::new(Reason::GroupUnavailable, "no group is ready");
-        let body = serde_json::to_string(&ErrorBody::from(&error)).unwrap();
+        let body = serde_json::to_string(&ErrorBody::new(CHATS, &error)).unwrap();
         let expected = r#"{"error":{"message":"no group is ready","type":"server_error","param":null,"code":"GROUP_UNAVAILABLE"}}"#;
         assert_eq!(body, expected);
     }

@@ -12,6 +12,7 @@ use serde_json::{Map, Value, json};
 use super::{
     Answer, Front,
     constraint::{NamedSchema, ResponseFormat, read},
+    error,
     messages::{FunctionKind, Template, ToolMode},
     parameters::Sampling,
     stream,
@@ -169,7 +170,7 @@ pub(super) async fn answer(front: &Front, request: Request) -> Answer {
     let answering = front.pipeline.chat(call, request).await?;
     if streamed {
         let mut pieces = Pieces::new(echo);
-        return Ok(stream::response(answering.events().await?, move |event| pieces.of(event)));
+        return Ok(stream::response(error::RESPONSES, answering.events().await?, move |event| pieces.of(event)));
     }
     let answer = answering.collect().await?;
     let mut response = Response::begun(&answer.start, echo);

@@ -7,16 +7,17 @@ use futures_util::Stream;
 pub(super) use crate::http::sse::data;
 
 use super::error::ErrorBody;
-use crate::{http::sse, status::Failure};
+use crate::{fields::Names, http::sse, status::Failure};
 
 /// Streams what `pieces` makes of each event; if the answer is cut, what went wrong.
 pub(super) fn response<E: Send + 'static>(
+    names: &'static Names,
     events: impl Stream<Item = Result<E, Failure>> + Send + 'static,
     mut pieces: impl FnMut(E) -> Vec<Sse> + Send + 'static,
 ) -> Response {
     sse::response(events, move |event| match event {
         Ok(event) => pieces(event),
-        Err(failure) => vec![data(&ErrorBody::from(&failure.to_error()))],
+        Err(failure) => vec![data(&ErrorBody::new(names, &failure.to_error()))],
     })
 }
 
