@@ -88,11 +88,11 @@ enum Modality {
 
 /// An answer, or a piece of one.
 #[derive(Debug, Serialize)]
-struct Completion<T> {
-    id: String,
+struct Completion<'a, T> {
+    id: &'a str,
     object: &'static str,
     created: i64,
-    model: String,
+    model: &'a str,
     choices: Vec<T>,
     /// Missing in the pieces of a stream that does not count; null in those before the last of one that does.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -248,10 +248,10 @@ fn whole(answer: collect::Answer, logprobs: bool) -> Response {
         }
     };
     let body = Completion {
-        id: format!("chatcmpl-{}", answer.start.request_id),
+        id: &format!("chatcmpl-{}", answer.start.request_id),
         object: "chat.completion",
         created: now(),
-        model: answer.start.model,
+        model: &answer.start.model,
         choices: (0..).zip(answer.choices).map(choice).collect(),
         usage: Some(Some(answer.finish.usage.unwrap_or_default().into())),
         system_fingerprint: fingerprint(answer.finish.repro.as_ref()),
@@ -320,8 +320,8 @@ impl Pieces {
         choices: Vec<T>,
         usage: Option<Option<Usage>>,
         system_fingerprint: Option<String>,
-    ) -> Completion<T> {
-        let (id, model) = (self.id.clone(), self.model.clone());
+    ) -> Completion<'_, T> {
+        let (id, model) = (self.id.as_str(), self.model.as_str());
         let object = "chat.completion.chunk";
         Completion { id, object, created: self.created, model, choices, usage, system_fingerprint }
     }

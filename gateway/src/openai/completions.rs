@@ -55,11 +55,11 @@ request! {
 
 /// An answer, or a piece of one.
 #[derive(Debug, Serialize)]
-struct Completion {
-    id: String,
+struct Completion<'a> {
+    id: &'a str,
     object: &'static str,
     created: i64,
-    model: String,
+    model: &'a str,
     choices: Vec<Choice>,
     /// Missing in the pieces of a stream that does not count; null in those before the last of one that does.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -192,6 +192,7 @@ fn whole(answers: Vec<collect::Answer>, view: View) -> Response {
             });
         }
     }
+    let (id, model) = (id.as_str(), model.as_str());
     let (object, created, usage) = ("text_completion", now(), Some(Some(usage)));
     json_response(StatusCode::OK, &Completion { id, object, created, model, choices, usage, system_fingerprint })
 }
@@ -291,7 +292,7 @@ impl Pieces {
         usage: Option<Option<Usage>>,
         system_fingerprint: Option<String>,
     ) -> sse::Event {
-        let (id, model) = (self.id.clone(), self.model.clone());
+        let (id, model) = (self.id.as_str(), self.model.as_str());
         let object = "text_completion";
         stream::data(&Completion { id, object, created: self.created, model, choices, usage, system_fingerprint })
     }

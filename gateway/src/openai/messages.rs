@@ -175,8 +175,7 @@ impl From<Tool> for v1::Tool {
 
 impl ToolChoice {
     fn into_wire(self, parallel: Option<bool>) -> v1::ToolChoice {
-        let choice = self;
-        let (mode, name) = match choice {
+        let (mode, name) = match self {
             ToolChoice::Mode(ToolMode::None) => (v1::ToolChoiceMode::None, String::new()),
             ToolChoice::Mode(ToolMode::Auto) => (v1::ToolChoiceMode::Auto, String::new()),
             ToolChoice::Mode(ToolMode::Required) => (v1::ToolChoiceMode::Required, String::new()),

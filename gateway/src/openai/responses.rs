@@ -45,8 +45,7 @@ struct ResponseRequest {
     store: Option<bool>,
     #[serde(rename = "truncation")]
     _truncation: Option<Truncation>,
-    #[serde(rename = "metadata")]
-    _metadata: Option<Map<String, Value>>,
+    metadata: Option<Map<String, Value>>,
     #[serde(rename = "user")]
     _user: Option<String>,
     #[serde(rename = "safety_identifier")]
@@ -227,7 +226,7 @@ impl ResponseRequest {
         Echo {
             instructions: self.instructions.clone(),
             max_output_tokens: self.max_output_tokens,
-            metadata: self._metadata.clone().unwrap_or_default(),
+            metadata: self.metadata.clone().unwrap_or_default(),
             parallel_tool_calls: self.parallel_tool_calls.unwrap_or(true),
             previous_response_id: None,
             store: false,
