@@ -122,11 +122,11 @@ fn read_calls(
     }
     let convention = facts.convention().clone();
     if choice.required {
-        let grammar = grammar::calls(&convention, &choice.tools, choice.parallel.unwrap_or(false));
+        let grammar = grammar::calls(convention.format, &choice.tools, choice.parallel.unwrap_or(false));
         sampling.constrain(grammar, "conversation.tools");
     } else if !convention.shown_by_template {
         // A model that nobody taught to call tools may want to, but not know how.
-        sampling.constrain(grammar::text_or_call(&convention, &choice.tools), "conversation.tools");
+        sampling.constrain(grammar::text_or_call(convention.format, &choice.tools), "conversation.tools");
     }
     let names = choice.tools.iter().map(|tool| tool.name.clone()).collect();
     Some(reader::Rules {

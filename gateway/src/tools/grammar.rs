@@ -5,24 +5,23 @@ use std::fmt::Write as _;
 
 use serde_json::{Map, Value, json};
 
-use super::{Convention, Format};
+use super::Format;
 use crate::{request::ValidTool, sampling::closed};
 
 /// Most calls of an answer that may have several: a model that is made to call tools may not know when to stop.
 const MAX_CALLS: u32 = 8;
 
 /// The grammar of calls of these tools, one call or up to eight.
-pub fn calls(convention: &Convention, tools: &[ValidTool], several: bool) -> String {
-    grammar("", convention, tools, several)
+pub fn calls(format: Format, tools: &[ValidTool], several: bool) -> String {
+    grammar("", format, tools, several)
 }
 
 /// The grammar of text or a call: what begins like a call is one.
-pub fn text_or_call(convention: &Convention, tools: &[ValidTool]) -> String {
-    format!("{}TEXT: /(?s:[^{{\\[\\s].*)?/\n", grammar("TEXT | ", convention, tools, false))
+pub fn text_or_call(format: Format, tools: &[ValidTool]) -> String {
+    format!("{}TEXT: /(?s:[^{{\\[\\s].*)?/\n", grammar("TEXT | ", format, tools, false))
 }
 
-fn grammar(otherwise: &str, convention: &Convention, tools: &[ValidTool], several: bool) -> String {
-    let format = convention.format;
+fn grammar(otherwise: &str, format: Format, tools: &[ValidTool], several: bool) -> String {
     let further = |separator: &str| match several {
         true => format!(" ({separator} call){{0,{}}}", MAX_CALLS - 1),
         false => String::new(),
@@ -76,20 +75,19 @@ mod tests {
             parameters: Map::from_iter([("properties".into(), Map::new().into())]),
         };
         let tools = [tool("f"), tool("g")];
-        let starts = |format, mark, several| {
-            let lark = calls(&Convention { format, mark, shown_by_template: true }, &tools, several);
+        let starts = |format, several| {
+            let lark = calls(format, &tools, several);
             lark.lines().take(2).map(str::to_owned).collect::<Vec<_>>()
         };
         let objects = "call: object_0 | object_1";
-        assert_eq!(starts(Format::Llama, None, false), ["start: call", objects]);
-        assert_eq!(starts(Format::Llama, None, true), [r#"start: call ("; " call){0,7}"#, objects]);
-        assert_eq!(starts(Format::Mistral, Some(9), false), [r#"start: "[" call "]""#, objects]);
-        assert_eq!(starts(Format::Json, None, true)[0], r#"start: call | "[" call (", " call){0,7} "]""#);
+        assert_eq!(starts(Format::Llama, false), ["start: call", objects]);
+        assert_eq!(starts(Format::Llama, true), [r#"start: call ("; " call){0,7}"#, objects]);
+        assert_eq!(starts(Format::Mistral, false), [r#"start: "[" call "]""#, objects]);
+        assert_eq!(starts(Format::Json, true)[0], r#"start: call | "[" call (", " call){0,7} "]""#);
         let hermes =
             [r#"start: call ("\n" call){0,7}"#, r#"call: "<tool_call>\n" (object_0 | object_1) "\n</tool_call>""#];
-        assert_eq!(starts(Format::Hermes, None, true), hermes);
-        let convention = Convention { format: Format::Json, mark: None, shown_by_template: false };
-        let either = text_or_call(&convention, &tools);
+        assert_eq!(starts(Format::Hermes, true), hermes);
+        let either = text_or_call(Format::Json, &tools);
         assert!(
             either.starts_with("start: TEXT | call\n") && either.ends_with("TEXT: /(?s:[^{\\[\\s].*)?/\n"),
             "{either}"
