@@ -1,7 +1,7 @@
 //! The compiler: from a constraint to a matcher, beside the step loop and outside the async runtime's threads.
 
 use std::{
-    collections::VecDeque,
+    num::NonZeroUsize,
     path::PathBuf,
     sync::{Arc, Mutex, OnceLock, PoisonError},
     thread,
@@ -9,6 +9,7 @@ use std::{
 };
 
 use lockstep_checkpoint::Checkpoint;
+use lru::LruCache;
 use prometheus_client::metrics::histogram::Histogram;
 use sha2::{Digest, Sha256};
 use tokio::{
@@ -31,7 +32,7 @@ const MAX_PENDING: usize = 64;
 /// How long one waits. The first one waits for the vocabulary to be read, a second or so.
 const MAX_WAIT: Duration = Duration::from_secs(10);
 /// Constraints that are known to compile within the limits: callers use the same ones over and over.
-const MAX_KNOWN: usize = 1024;
+const MAX_KNOWN: NonZeroUsize = NonZeroUsize::new(1024).expect("it is not zero");
 
 /// See the module's documentation.
 #[derive(Debug)]
@@ -41,7 +42,8 @@ pub struct Compiler {
     grammars: Arc<OnceLock<Result<Grammars, String>>>,
     /// What compiles a constraint that is not known, first.
     trial_program: PathBuf,
-    known: Mutex<VecDeque<[u8; 32]>>,
+    /// Digests of constraints.
+    known: Mutex<LruCache<[u8; 32], ()>>,
     pending: Semaphore,
     running: Arc<Semaphore>,
     threads: MaskThreads,
@@ -59,7 +61,7 @@ impl Compiler {
             vocab_size,
             grammars: Arc::default(),
             trial_program: this_program()?,
-            known: Mutex::default(),
+            known: Mutex::new(LruCache::new(MAX_KNOWN)),
             pending: Semaphore::new(MAX_PENDING),
             running: Arc::new(Semaphore::new(MAX_RUNNING)),
             threads: MaskThreads::spawn()?,
@@ -111,18 +113,16 @@ impl Compiler {
     /// Sees to it that a constraint compiles within the limits.
     async fn try_out(&self, constraint: &Constraint) -> Result<(), ConstraintError> {
         let digest: [u8; 32] = Sha256::digest([constraint.field(), "\n", constraint.text()].concat()).into();
-        // Held for a look at a short list.
+        // Held for a look-up or an update.
         let known = || self.known.lock().unwrap_or_else(PoisonError::into_inner);
-        if known().contains(&digest) {
+        if known().get(&digest).is_some() {
             return Ok(());
         }
         let grammars = known_grammars(&self.grammars)?;
         let control_tokens = grammars.control_tokens().to_vec();
         let trial = Trial { constraint: constraint.clone(), n_ids: grammars.n_ids(), control_tokens };
         trial.run(&self.trial_program).await?;
-        let mut known = known();
-        known.truncate(MAX_KNOWN - 1);
-        known.push_front(digest);
+        known().put(digest, ());
         Ok(())
     }
 }
