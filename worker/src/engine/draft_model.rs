@@ -106,6 +106,11 @@ impl DraftModel {
         }
     }
 
+    /// Measures what drafts take by another clock.
+    pub fn with_clock(self, clock: fn() -> Instant) -> Self {
+        Self { clock, ..self }
+    }
+
     /// Forgets every sequence, and sees to it that the first draft finds all warm.
     pub(super) fn reset(&mut self) -> Result<(), StepError> {
         self.shadows = Shadows::new(self.n_blocks, self.block_size);
