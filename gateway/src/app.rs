@@ -9,7 +9,7 @@ use lockstep_proto::{
     config::Settings as _,
     error::Error,
     inference::grpc_inference_service_server::GrpcInferenceServiceServer,
-    server::{HttpFront, Readiness, Server, ServerError, ServerSettings, Shutdown},
+    server::{HttpFront, Readiness, Server, ServerError, ServerSettings, Shutdown, tls::Tls},
     telemetry,
     v1::{inference_service_server::InferenceServiceServer, model_service_server::ModelServiceServer},
 };
@@ -43,6 +43,8 @@ pub struct Plan {
     pub keys: Vec<ApiKey>,
     /// What the operator allows.
     pub policy: Policy,
+    /// What the ports speak, if they are not to be open to all who listen.
+    pub tls: Option<Tls>,
 }
 
 /// A gateway that cannot start.
@@ -76,7 +78,7 @@ impl App {
     /// # Errors
     /// Names the address that cannot be used.
     pub fn bind(plan: Plan) -> Result<Self, AppError> {
-        let Plan { settings, keys, policy } = plan;
+        let Plan { settings, keys, policy, tls } = plan;
         let backends = Arc::new(Backends::new(&settings)?);
         let mut registry = telemetry::registry(GatewaySettings::SERVICE);
         let metrics = Metrics::register(&mut registry, Arc::clone(&backends.groups));
@@ -101,7 +103,7 @@ impl App {
             background: &[],
             refuse: |path, error| refusal(path, error).map(Body::new),
         };
-        let server = Server::bind(server, Arc::new(registry))?.http(http)?.health_names(&NAMES);
+        let server = Server::bind(server, Arc::new(registry))?.http(http)?.tls(tls).health_names(&NAMES);
         Ok(Self {
             server: server.background(&[kserve::LIVENESS]).quiet(&kserve::PROBES),
             routes: Routes::new(inference).add_service(models),

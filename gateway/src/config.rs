@@ -6,7 +6,10 @@ use std::{net::SocketAddr, time::Duration};
 use lockstep_proto::{
     client::endpoint,
     config::{ConfigError, Key, Settings},
-    server::{self, Limits},
+    server::{
+        self, Limits,
+        tls::{self, TlsSettings},
+    },
     telemetry::{self, LogSettings},
 };
 use serde::{Deserialize, Serialize};
@@ -28,6 +31,8 @@ pub struct GatewaySettings {
     pub metrics_listen: Option<SocketAddr>,
     /// Shut down when standard input ends.
     pub exit_with_parent: bool,
+    /// The certificate of both; none: they are not encrypted.
+    pub tls: TlsSettings,
     /// Limits of the server and of calls to other services.
     pub limits: Limits,
     /// Logs.
@@ -161,6 +166,7 @@ impl Default for GatewaySettings {
             http_listen: SocketAddr::from(([127, 0, 0, 1], 8_080)),
             metrics_listen: None,
             exit_with_parent: false,
+            tls: TlsSettings::default(),
             limits: Limits::default(),
             log: LogSettings::default(),
             models: Vec::new(),
@@ -178,9 +184,10 @@ impl Default for GatewaySettings {
 
 impl Settings for GatewaySettings {
     const SERVICE: &'static str = "gateway";
-    const KEYS: &'static [&'static [Key]] = &[server::KEYS, telemetry::KEYS, OWN_KEYS];
+    const KEYS: &'static [&'static [Key]] = &[server::KEYS, tls::KEYS, telemetry::KEYS, OWN_KEYS];
 
     fn validate(&self) -> Result<(), ConfigError> {
+        self.tls.validate()?;
         self.limits.validate()?;
         self.log.validate()?;
         for (key, list) in [("tokenizers", &self.tokenizers), ("groups", &self.groups)] {

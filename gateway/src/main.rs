@@ -9,7 +9,11 @@ use lockstep_gateway::{
     config::{GatewaySettings, parse_api_keys},
     sampling::Policy,
 };
-use lockstep_proto::{config, server::Shutdown, telemetry};
+use lockstep_proto::{
+    config,
+    server::{Shutdown, tls::Tls},
+    telemetry,
+};
 
 fn main() -> ExitCode {
     match plan() {
@@ -40,7 +44,8 @@ fn plan() -> anyhow::Result<Option<Plan>> {
         Some(path) => Policy::parse(&read("policy_file", path)?).with_context(|| format!("`policy_file` = {path}"))?,
         None => Policy::default(),
     };
-    Ok(Some(Plan { settings, keys, policy }))
+    let tls = Tls::read(&settings.tls)?;
+    Ok(Some(Plan { settings, keys, policy, tls }))
 }
 
 fn read(key: &str, path: &str) -> anyhow::Result<String> {

@@ -28,7 +28,7 @@ use thiserror::Error;
 use tonic::{
     Request,
     metadata::MetadataMap,
-    transport::{Channel, Endpoint},
+    transport::{Channel, ClientTlsConfig, Endpoint},
 };
 
 pub use tonic_health::pb as health;
@@ -76,7 +76,9 @@ impl ClientLimits {
     }
 }
 
-/// A channel to `host:port` or `http://host:port` that connects with the first call and again whenever it must.
+/// A channel to `host:port`, `http://host:port` or `https://host:port` that connects with the first call and again whenever
+/// it must. By `https` the server shows a certificate that this machine trusts, or one that the PEM file named by the
+/// environment variable `SSL_CERT_FILE` has signed.
 ///
 /// Must be called within a tokio runtime.
 ///
@@ -97,10 +99,15 @@ pub fn endpoint(address: &str, limits: &ClientLimits) -> Result<Endpoint, Addres
     if uri.port_u16().is_none() {
         return Err(failed("it has no port".into()));
     }
-    if uri.scheme_str() != Some("http") {
-        return Err(failed("its scheme is not http".into()));
-    }
-    Ok(Endpoint::from(uri)
+    let endpoint = match uri.scheme_str() {
+        Some("http") => Endpoint::from(uri),
+        Some("https") => {
+            let tls = ClientTlsConfig::new().with_native_roots();
+            Endpoint::from(uri).tls_config(tls).map_err(|error| failed(error.to_string()))?
+        }
+        _ => return Err(failed("its scheme is neither http nor https".into())),
+    };
+    Ok(endpoint
         .connect_timeout(Duration::from_millis(limits.connect_timeout_ms))
         .http2_keep_alive_interval(Duration::from_millis(limits.keepalive_interval_ms))
         .keep_alive_timeout(Duration::from_millis(limits.keepalive_timeout_ms))

@@ -24,8 +24,10 @@ mod connections;
 mod health;
 mod requests;
 mod shutdown;
+pub mod tls;
 
 use std::{
+    future::pending,
     io::{self, Write as _},
     net::{SocketAddr, TcpListener as StdListener},
     sync::Arc,
@@ -43,6 +45,8 @@ use crate::{
     config::{ConfigError, Key},
     error::Error,
 };
+
+use self::{connections::Port, tls::Tls};
 
 pub use self::{
     health::Readiness,
@@ -189,6 +193,7 @@ pub struct Server {
     grpc: TcpListener,
     grpc_address: SocketAddr,
     http: Option<(HttpFront, TcpListener, SocketAddr)>,
+    tls: Option<Tls>,
     metrics: Option<(TcpListener, SocketAddr)>,
     registry: Arc<Registry>,
     names: Vec<&'static str>,
@@ -278,6 +283,7 @@ impl Server {
             grpc,
             grpc_address,
             http: None,
+            tls: None,
             metrics,
             registry,
             names: Vec::new(),
@@ -295,6 +301,12 @@ impl Server {
         let (listener, address) = bind(front.listen)?;
         self.http = Some((front, listener, address));
         Ok(self)
+    }
+
+    /// Encrypts all that is said over the ports for gRPC and HTTP.
+    #[must_use]
+    pub fn tls(self, tls: Option<Tls>) -> Self {
+        Self { tls, ..self }
     }
 
     /// Names the services that are here for clients, such as `lockstep.v1.InferenceService`: reflection lists them, and
@@ -376,22 +388,24 @@ impl Server {
         let calls = requests::Calls::new(shutdown.clone(), closing.subscribe(), self.running);
         let grpc = requests::Wire::grpc(&self.background, &self.quiet);
 
-        let rpcs = connections::serve(self.grpc, connections::any(limits), limits, closing.subscribe(), |connection| {
+        let tls = &self.tls;
+        let port = Port { listener: self.grpc, tls: tls.clone(), builder: connections::any(limits) };
+        let rpcs = connections::serve(port, limits, closing.subscribe(), |connection| {
             calls.service(&grpc, routes.clone(), connection)
         });
         let http = async {
             let Some((front, listener, _)) = self.http else { return };
             let (wire, routes) = (requests::Wire::http(&front), front.routes.prepare());
-            let builder = connections::any(limits);
-            connections::serve(listener, builder, limits, closing.subscribe(), |connection| {
+            let port = Port { listener, tls: tls.clone(), builder: connections::any(limits) };
+            connections::serve(port, limits, closing.subscribe(), |connection| {
                 calls.service(&wire, routes.clone(), connection)
             })
             .await;
         };
         let metrics = async {
             let Some((listener, _)) = self.metrics else { return };
-            let builder = connections::http1(limits);
-            connections::serve(listener, builder, limits, closing.subscribe(), |connection| {
+            let port = Port { listener, tls: None, builder: connections::http1(limits) };
+            connections::serve(port, limits, closing.subscribe(), |connection| {
                 requests::metrics_service(Arc::clone(&self.registry), connection)
             })
             .await;
@@ -407,7 +421,17 @@ impl Server {
             }
             closing.send_replace(true);
         };
-        tokio::join!(rpcs, http, metrics, drain);
+        let served = async { tokio::join!(rpcs, http, metrics, drain) };
+        let followed = async {
+            if let Some(tls) = tls {
+                tls.follow().await;
+            }
+            pending().await
+        };
+        tokio::select! {
+            _ = served => {}
+            () = followed => {}
+        }
         Ok(())
     }
 }

@@ -122,7 +122,7 @@ impl Cluster {
         };
         (setup.settings)(&mut settings);
         let keys = settings.api_keys.clone();
-        let app = App::bind(Plan { settings, keys, policy: Policy::parse(setup.policy).unwrap() }).unwrap();
+        let app = App::bind(Plan { settings, keys, policy: Policy::parse(setup.policy).unwrap(), tls: None }).unwrap();
         let (address, http_address) = (app.server().grpc_address(), app.server().http_address().unwrap());
         let metrics_address = app.server().metrics_address().unwrap();
         let shutdown = Shutdown::new();

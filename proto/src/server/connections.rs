@@ -32,8 +32,10 @@ use tokio::{
     task::JoinSet,
     time::timeout,
 };
+use tokio_rustls::server::TlsStream;
+use tokio_util::either::Either;
 
-use super::{CLOSE_GRACE, Limits};
+use super::{CLOSE_GRACE, Limits, tls::Tls};
 
 /// Bytes that any client sends unasked: HTTP/2's preface and the head of its first SETTINGS frame (RFC 9113, 3.4).
 /// A complete HTTP/1 request may be shorter; it counts as a call, and so as an open connection.
@@ -79,10 +81,17 @@ fn http(limits: &Limits) -> Builder<TokioExecutor> {
     builder
 }
 
+/// A port that is bound, and how connections to it are served.
+#[derive(Debug)]
+pub(super) struct Port {
+    pub(super) listener: TcpListener,
+    pub(super) tls: Option<Tls>,
+    pub(super) builder: Builder<TokioExecutor>,
+}
+
 /// Accepts connections until `closing`, then closes them; those which do not end in time are cut.
 pub(super) async fn serve<S, B>(
-    listener: TcpListener,
-    builder: Builder<TokioExecutor>,
+    port: Port,
     limits: &Limits,
     mut closing: watch::Receiver<bool>,
     mut make_service: impl FnMut(Connection) -> S,
@@ -93,6 +102,7 @@ pub(super) async fn serve<S, B>(
     B::Data: Send,
     B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
 {
+    let Port { listener, tls, builder } = port;
     let mut open = JoinSet::new();
     loop {
         let accepted = tokio::select! {
@@ -105,7 +115,8 @@ pub(super) async fn serve<S, B>(
                 let connection = Connection { local: stream.local_addr().ok(), peer, calls: watch::Sender::new(0) };
                 let calls = connection.calls.subscribe();
                 let service = make_service(connection);
-                open.spawn(drive(stream, builder.clone(), service, calls, limits.clone(), closing.clone()));
+                let connection = Open { stream, tls: tls.clone(), builder: builder.clone(), service, calls };
+                open.spawn(connection.drive(limits.clone(), closing.clone()));
             }
             Ok((_, peer)) => tracing::warn!(%peer, limit = limits.max_connections, "too many connections, closed one"),
             Err(error) => {
@@ -120,53 +131,79 @@ pub(super) async fn serve<S, B>(
     open.shutdown().await;
 }
 
-/// Serves one connection to its end.
-async fn drive<S, B>(
+/// A connection from its first byte.
+struct Open<S> {
     stream: TcpStream,
+    tls: Option<Tls>,
     builder: Builder<TokioExecutor>,
     service: S,
+    /// Calls that run on it.
     calls: watch::Receiver<usize>,
-    limits: Limits,
-    mut closing: watch::Receiver<bool>,
-) where
+}
+
+// === impl Open ===
+
+impl<S, B> Open<S>
+where
     S: Service<Request<Incoming>, Response = Response<B>, Error = Infallible> + Send + 'static,
     S::Future: Send + 'static,
     B: http_body::Body + Send + 'static,
     B::Data: Send,
     B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
 {
-    // Tokens are small and late ones are useless, so none waits for a fuller packet.
-    let _ = stream.set_nodelay(true);
-    let received = Arc::new(AtomicU64::new(0));
-    let stream = Counted { stream, received: Arc::clone(&received) };
-    let mut connection = pin!(builder.serve_connection(TokioIo::new(stream), service));
-    let mut handshake = pin!(tokio::time::sleep(Duration::from_millis(limits.handshake_timeout_ms)));
-    let mut idle = pin!(idle(calls.clone(), Duration::from_millis(limits.idle_timeout_ms)));
-    let (mut greeted, mut leaving) = (false, false);
-    loop {
-        tokio::select! {
-            ended = &mut connection => {
-                if let Err(error) = ended {
-                    tracing::debug!(error, "connection failed");
-                }
-                return;
-            }
-            () = &mut handshake, if !greeted => {
-                greeted = received.load(Ordering::Relaxed) >= GREETING_BYTES || *calls.borrow() > 0;
-                if !greeted {
-                    tracing::debug!("connection closed: no greeting in time");
+    /// Serves the connection to its end.
+    async fn drive(self, limits: Limits, mut closing: watch::Receiver<bool>) {
+        // Tokens are small and late ones are useless, so none waits for a fuller packet.
+        let _ = self.stream.set_nodelay(true);
+        let mut handshake = pin!(tokio::time::sleep(Duration::from_millis(limits.handshake_timeout_ms)));
+        let stream = tokio::select! {
+            stream = meet(self.stream, self.tls) => stream,
+            () = &mut handshake => Err(io::ErrorKind::TimedOut.into()),
+            _ = closing.wait_for(|closing| *closing) => return,
+        };
+        let stream = match stream {
+            Ok(stream) => stream,
+            Err(error) => return tracing::debug!(%error, "connection closed: no TLS"),
+        };
+        let received = Arc::new(AtomicU64::new(0));
+        let stream = Counted { stream, received: Arc::clone(&received) };
+        let mut connection = pin!(self.builder.serve_connection(TokioIo::new(stream), self.service));
+        let calls = self.calls;
+        let mut idle = pin!(idle(calls.clone(), Duration::from_millis(limits.idle_timeout_ms)));
+        let (mut greeted, mut leaving) = (false, false);
+        loop {
+            tokio::select! {
+                ended = &mut connection => {
+                    if let Err(error) = ended {
+                        tracing::debug!(error, "connection failed");
+                    }
                     return;
                 }
-            }
-            () = &mut idle, if !leaving => {
-                leaving = true;
-                connection.as_mut().graceful_shutdown();
-            }
-            _ = closing.wait_for(|closing| *closing), if !leaving => {
-                leaving = true;
-                connection.as_mut().graceful_shutdown();
+                () = &mut handshake, if !greeted => {
+                    greeted = received.load(Ordering::Relaxed) >= GREETING_BYTES || *calls.borrow() > 0;
+                    if !greeted {
+                        tracing::debug!("connection closed: no greeting in time");
+                        return;
+                    }
+                }
+                () = &mut idle, if !leaving => {
+                    leaving = true;
+                    connection.as_mut().graceful_shutdown();
+                }
+                _ = closing.wait_for(|closing| *closing), if !leaving => {
+                    leaving = true;
+                    connection.as_mut().graceful_shutdown();
+                }
             }
         }
+    }
+}
+
+/// What is said over a connection.
+async fn meet(stream: TcpStream, tls: Option<Tls>) -> io::Result<Either<TcpStream, TlsStream<TcpStream>>> {
+    match tls {
+        None => Ok(Either::Left(stream)),
+        Some(tls) => Ok(Either::Right(tls.accept(stream).await?)),
     }
 }
 
@@ -184,7 +221,7 @@ async fn idle(mut calls: watch::Receiver<usize>, limit: Duration) {
 /// A stream that counts what it has received.
 #[derive(Debug)]
 struct Counted {
-    stream: TcpStream,
+    stream: Either<TcpStream, TlsStream<TcpStream>>,
     received: Arc<AtomicU64>,
 }
 

@@ -113,11 +113,16 @@ struct Running {
 
 impl Running {
     fn start(limits: Limits) -> Self {
+        Self::start_with(limits, None)
+    }
+
+    fn start_with(limits: Limits, tls: Option<Tls>) -> Self {
         let free: SocketAddr = "127.0.0.1:0".parse().unwrap();
         let max_message_bytes = limits.max_message_bytes();
         let settings = ServerSettings { service: "worker", listen: free, metrics_listen: Some(free), limits };
         let server = Server::bind(settings, Arc::new(telemetry::registry("worker"))).unwrap();
-        let server = server.health_names(&[NAME]).background(&["/lockstep.worker.v1.WorkerService/WatchStatus"]);
+        let server =
+            server.tls(tls).health_names(&[NAME]).background(&["/lockstep.worker.v1.WorkerService/WatchStatus"]);
         let (grpc, metrics) = (server.grpc_address(), server.metrics_address().unwrap());
         let (fake, readiness, shutdown) = (Arc::new(Fake::default()), Readiness::new(), Shutdown::new());
         let service = WorkerServiceServer::new(Arc::clone(&fake)).max_decoding_message_size(max_message_bytes);
@@ -302,6 +307,25 @@ async fn silent_and_half_spoken_connections_are_cut() {
             assert!(!answer.contains("200 OK"), "{beginning:?}: {answer}");
         }
     }
+}
+
+#[tokio::test]
+async fn who_speaks_no_tls_is_cut_and_who_does_is_served() {
+    let issued = tls::tests::Issued::new();
+    let limits = Limits { handshake_timeout_ms: 500, ..Limits::default() };
+    let server = Running::start_with(limits, Tls::read(&issued.settings).unwrap());
+    assert_eq!(converse(server.grpc, "").await, "");
+    let answer = converse(server.grpc, "GET / HTTP/1.1\r\nhost: x\r\n\r\n").await;
+    assert!(!answer.contains("HTTP"), "{answer}");
+
+    let trusted = tonic::transport::Certificate::from_pem(&issued.certificate_pem);
+    let config = tonic::transport::ClientTlsConfig::new().ca_certificate(trusted);
+    let endpoint = Channel::from_shared(format!("https://localhost:{}", server.grpc.port())).unwrap();
+    let channel = endpoint.tls_config(config).unwrap().connect().await.unwrap();
+    let mut stream = WorkerServiceClient::new(channel).generate(pb::GenerateRequest::default()).await.unwrap();
+    assert!(stream.get_mut().message().await.unwrap().is_some());
+    let metrics = converse(server.metrics, "GET /metrics HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n").await;
+    assert!(metrics.starts_with("HTTP/1.1 200"), "{metrics}");
 }
 
 #[tokio::test]
