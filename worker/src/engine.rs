@@ -10,6 +10,7 @@
 //!      └────────Event, one bounded queue a job────┘
 //! ```
 
+mod average;
 pub mod draft_model;
 mod embeddings;
 pub mod follower;

@@ -31,7 +31,7 @@ use thiserror::Error;
 pub use self::{
     config::{GroupConfig, Transport},
     follower::FollowerGroup,
-    leader::{GroupRpc, LeaderGroup},
+    leader::{GroupRpc, LeaderGroup, Roster},
     membership::Attestation,
 };
 

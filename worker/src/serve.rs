@@ -147,6 +147,7 @@ fn load(config: &WorkerConfig) -> Result<Shard> {
             world_size: world_size as u32,
             block_size: settings.block_size as u32,
             embedding_size: hidden_dim as u32,
+            device: settings.device.to_string(),
             limits: Limits { vocab_size, context_length: settings.context_length },
         },
         settings,
@@ -227,7 +228,7 @@ fn start_leader(config: &WorkerConfig, shard: Shard, metrics: Metrics, switches:
     let compiler = Compiler::new(checkpoint, identity.limits.vocab_size, metrics.constraint_compile.clone())?;
     let stream = settings.device.collective_stream()?;
     let (group, rpc) = LeaderGroup::new(config.group.clone(), attestation, stream, &Handle::current())?;
-    let (stop, hung) = (group.stop_handle(), group.hung());
+    let (stop, hung, roster) = (group.stop_handle(), group.hung(), group.roster());
     let scheduler = Scheduler::new(config.engine.scheduler(&settings))?;
     let (handle, port) = handle::channel(Instant::now());
     let leader = Leader::new(group, runner, scheduler, metrics, port).with_draft_model(draft_model);
@@ -242,7 +243,7 @@ fn start_leader(config: &WorkerConfig, shard: Shard, metrics: Metrics, switches:
     let watch = watch_readiness(handle.clone(), switches.readiness.clone(), stall_after);
     let drain = drain_at_shutdown(handle.clone(), switches.shutdown.clone());
     let max_bytes = config.limits.max_message_bytes();
-    let service = Service::new(handle.clone(), compiler, identity);
+    let service = Service::new(handle.clone(), compiler, identity, roster);
     let routes = Routes::new(WorkerServiceServer::new(service).max_decoding_message_size(max_bytes))
         .add_service(GroupServiceServer::new(rpc).max_decoding_message_size(max_bytes));
     let tasks = vec![AbortOnDropHandle::new(tokio::spawn(watch)), AbortOnDropHandle::new(tokio::spawn(drain))];

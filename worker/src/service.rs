@@ -8,8 +8,9 @@ use std::{
 use lockstep_proto::worker::v1::{
     ChoiceFinish, DrainRequest, DrainResponse, EmbedRequest, EmbedResponse, EndChoiceRequest, EndChoiceResponse,
     FinishReason as WireReason, GenerateRequest, GenerateResponse, GetStatusRequest, GetStatusResponse, Logprob,
-    PromptLogprobs, Started, Status as WireStatus, TokenLogprobs as WireLogprobs, Tokens, WatchStatusRequest,
-    WatchStatusResponse, generate_response, worker_service_server::WorkerService,
+    PromptLogprobs, RankState as WireRankState, RankStatus, Started, Status as WireStatus,
+    TokenLogprobs as WireLogprobs, Tokens, WatchStatusRequest, WatchStatusResponse, generate_response,
+    worker_service_server::WorkerService,
 };
 use tokio::sync::watch;
 use tokio_stream::{Stream, StreamExt};
@@ -20,6 +21,10 @@ use crate::{
     engine::{
         Event, FinishReason,
         handle::{EngineHandle, EngineStatus},
+    },
+    group::{
+        Roster,
+        membership::{Presence, RankState},
     },
     request::{self, Limits},
     sampler::TokenLogprobs,
@@ -44,6 +49,8 @@ pub struct Identity {
     pub block_size: u32,
     /// Values of an embedding.
     pub embedding_size: u32,
+    /// What every rank computes on.
+    pub device: String,
     /// What requests are checked against.
     pub limits: Limits,
 }
@@ -54,12 +61,13 @@ pub struct Service {
     engine: EngineHandle,
     compiler: Compiler,
     identity: Identity,
+    roster: Roster,
 }
 
 impl Service {
-    /// A service for one engine, and what compiles constraints for it.
-    pub fn new(engine: EngineHandle, compiler: Compiler, identity: Identity) -> Self {
-        Self { engine, compiler, identity }
+    /// A service for one engine and its group, and what compiles constraints for it.
+    pub fn new(engine: EngineHandle, compiler: Compiler, identity: Identity, roster: Roster) -> Self {
+        Self { engine, compiler, identity, roster }
     }
 }
 
@@ -98,12 +106,13 @@ impl WorkerService for Service {
     }
 
     async fn get_status(&self, _: Request<GetStatusRequest>) -> Result<Response<GetStatusResponse>, Status> {
-        let status = wire_status(&self.engine.status().borrow(), &self.identity);
+        let status = wire_status(&self.engine.status().borrow(), &self.identity, &self.roster);
         Ok(Response::new(GetStatusResponse { status: Some(status) }))
     }
 
     async fn watch_status(&self, _: Request<WatchStatusRequest>) -> Result<Response<Self::WatchStatusStream>, Status> {
-        let watcher = Watcher { status: self.engine.status(), identity: self.identity.clone(), last: None };
+        let (identity, roster) = (self.identity.clone(), self.roster.clone());
+        let watcher = Watcher { status: self.engine.status(), identity, roster, last: None };
         let stream = futures_util::stream::unfold(watcher, |mut watcher| async move {
             let status = watcher.next().await?;
             Some((Ok(WatchStatusResponse { status: Some(status) }), watcher))
@@ -121,6 +130,7 @@ impl WorkerService for Service {
 struct Watcher {
     status: watch::Receiver<EngineStatus>,
     identity: Identity,
+    roster: Roster,
     last: Option<WireStatus>,
 }
 
@@ -132,7 +142,7 @@ impl Watcher {
             tokio::time::sleep(STATUS_INTERVAL_MIN).await;
         }
         loop {
-            let now = wire_status(&self.status.borrow_and_update(), &self.identity);
+            let now = wire_status(&self.status.borrow_and_update(), &self.identity, &self.roster);
             if self.last.as_ref() != Some(&now) || tokio::time::Instant::now() >= repeat_at {
                 self.last = Some(now.clone());
                 return Some(now);
@@ -145,7 +155,7 @@ impl Watcher {
     }
 }
 
-fn wire_status(status: &EngineStatus, identity: &Identity) -> WireStatus {
+fn wire_status(status: &EngineStatus, identity: &Identity, roster: &Roster) -> WireStatus {
     WireStatus {
         ready: status.ready,
         draining: status.draining,
@@ -164,7 +174,21 @@ fn wire_status(status: &EngineStatus, identity: &Identity) -> WireStatus {
         cached_blocks: status.stats.blocks.cached as u32,
         block_size: identity.block_size,
         embedding_size: identity.embedding_size,
+        device: identity.device.clone(),
+        decode_step_ms: status.decode_step.map(|step| step.as_secs_f32() * 1e3),
+        generated_tokens: status.generated_tokens,
+        ranks: roster.ranks().into_iter().map(wire_rank).collect(),
     }
+}
+
+fn wire_rank(presence: Presence) -> RankStatus {
+    let state = match presence.state {
+        RankState::Missing => WireRankState::Missing,
+        RankState::Waiting => WireRankState::Waiting,
+        RankState::Joined => WireRankState::Joined,
+    };
+    let silent_s = presence.silence.map(|silence| u32::try_from(silence.as_secs()).unwrap_or(u32::MAX));
+    RankStatus { rank: presence.rank as u32, state: state.into(), silent_s }
 }
 
 fn response(event: Event) -> GenerateResponse {

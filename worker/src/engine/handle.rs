@@ -7,7 +7,7 @@ use std::{
         mpsc::{Receiver, SyncSender, TrySendError, sync_channel},
     },
     task::{Context, Poll},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use tokio::sync::{mpsc, oneshot, watch};
@@ -59,6 +59,10 @@ pub struct EngineStatus {
     pub epoch: u64,
     /// Queue lengths and block counts.
     pub stats: Stats,
+    /// How long a step that only decodes takes lately; none: there was none yet.
+    pub decode_step: Option<Duration>,
+    /// Tokens generated since the start.
+    pub generated_tokens: u64,
     /// When the step loop last went round.
     pub last_turn: Instant,
 }
@@ -80,7 +84,15 @@ pub struct EnginePort {
 /// A handle, and the port to build the engine with.
 pub fn channel(now: Instant) -> (EngineHandle, EnginePort) {
     let (command_sender, commands) = sync_channel(COMMAND_QUEUE);
-    let initial = EngineStatus { ready: false, draining: false, epoch: 0, stats: Stats::default(), last_turn: now };
+    let initial = EngineStatus {
+        ready: false,
+        draining: false,
+        epoch: 0,
+        stats: Stats::default(),
+        decode_step: None,
+        generated_tokens: 0,
+        last_turn: now,
+    };
     let (status_sender, status) = watch::channel(initial);
     (EngineHandle { commands: command_sender, status }, EnginePort { commands, status: status_sender })
 }

@@ -13,6 +13,7 @@ use tracing::{debug, info, warn};
 
 use super::{
     EmbeddingJob, EngineError, EngineFailure,
+    average::Average,
     draft_model::DraftModel,
     embeddings::{Answer, LiveEmbeddings},
     handle::{Command, EnginePort, EngineStatus, Submission},
@@ -43,6 +44,8 @@ pub struct Leader {
     /// Plans that every rank has and that are not committed: the one that is computed, and perhaps the next.
     under_way: VecDeque<StepPlan>,
     clock: StepClock,
+    /// Of steps that only decode. Unit: seconds.
+    decode_step: Average,
     draft_model: Option<DraftModel>,
     scheduler: Scheduler,
     sampler: Sampler,
@@ -85,6 +88,7 @@ impl Leader {
             out: StepOutput::default(),
             under_way: VecDeque::new(),
             clock: StepClock::default(),
+            decode_step: Average::default(),
             draft_model: None,
             scheduler,
             sampler,
@@ -255,6 +259,9 @@ impl Leader {
         let (finished, took) =
             self.clock.finish(&self.metrics, collective, |collective| runner.finish(collective, &mut out));
         finished?;
+        if plan.n_logits_rows() == plan.n_rows() {
+            self.decode_step.note(took.as_secs_f64());
+        }
         if let Some(draft_model) = &mut self.draft_model {
             draft_model.note_target_step(plan.n_rows(), took);
         }
@@ -440,6 +447,8 @@ impl Leader {
             draining: self.is_draining(),
             epoch: self.epoch,
             stats,
+            decode_step: self.decode_step.get().map(Duration::from_secs_f64),
+            generated_tokens: self.metrics.generated_tokens.get(),
             last_turn: Instant::now(),
         });
     }

@@ -29,7 +29,9 @@ pub use self::rpc::GroupRpc;
 use super::{
     Epoch, GroupConfig, GroupError, StopHandle,
     failure_detector::{FailureDetector, Suspicion},
-    membership::{Action, Attestation, Beat, BreakReason, Join, Joiner, LEADER, Membership, Phase, Refusal, Ticket},
+    membership::{
+        Action, Attestation, Beat, BreakReason, Join, Joiner, LEADER, Membership, Phase, Presence, Refusal, Ticket,
+    },
     rendezvous::{Place, Rendezvous},
     wire,
 };
@@ -43,6 +45,10 @@ pub struct LeaderGroup {
     shared: Arc<Shared>,
     _detector: Option<AbortOnDropHandle<()>>,
 }
+
+/// Tells which ranks are there, from any thread.
+#[derive(Clone, Debug)]
+pub struct Roster(Arc<Shared>);
 
 /// What the engine, the followers' calls and the failure detector share.
 #[derive(Debug)]
@@ -185,6 +191,11 @@ impl LeaderGroup {
         self.shared.lock().hung.clone()
     }
 
+    /// Tells which ranks are there.
+    pub fn roster(&self) -> Roster {
+        Roster(Arc::clone(&self.shared))
+    }
+
     /// Ends the leader's part in the group from another thread.
     pub fn stop_handle(&self) -> StopHandle {
         let shared = Arc::clone(&self.shared);
@@ -208,6 +219,15 @@ async fn detect(shared: Arc<Shared>, interval: Duration) {
             let actions = state.membership.tick(state.progress.calls(), Instant::now());
             state.apply(actions);
         });
+    }
+}
+
+// === impl Roster ===
+
+impl Roster {
+    /// Every rank, by number, as the leader sees it now.
+    pub fn ranks(&self) -> Vec<Presence> {
+        self.0.lock().membership.ranks(Instant::now())
     }
 }
 

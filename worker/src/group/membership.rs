@@ -165,6 +165,28 @@ pub enum BreakReason {
     },
 }
 
+/// Where a rank is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RankState {
+    /// Gone, or not there yet.
+    Missing,
+    /// It waits for the others: the next epoch begins once all have come.
+    Waiting,
+    /// In the epoch that lives.
+    Joined,
+}
+
+/// A rank, as the leader sees it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Presence {
+    /// The rank.
+    pub rank: usize,
+    /// Where it is.
+    pub state: RankState,
+    /// Since it was last heard of; none: it never was.
+    pub silence: Option<Duration>,
+}
+
 /// The state of a group.
 #[derive(Clone, Debug)]
 pub struct Membership {
@@ -178,6 +200,8 @@ pub struct Membership {
     waiting: BTreeMap<usize, Joiner>,
     /// Ranks of this epoch that shut down.
     leaving: BTreeSet<usize>,
+    /// When each rank but the leader's was last heard of, in whatever epoch.
+    heard: BTreeMap<usize, Instant>,
     phase: Phase,
 }
 
@@ -226,6 +250,7 @@ impl Membership {
             epoch: 0,
             waiting: BTreeMap::new(),
             leaving: BTreeSet::new(),
+            heard: BTreeMap::new(),
             phase: Phase::Forming { leader_ready: false },
         }
     }
@@ -243,6 +268,23 @@ impl Membership {
     /// Ranks that the next epoch waits for, the leader not among them.
     pub fn missing(&self) -> Vec<usize> {
         self.followers().filter(|rank| !self.waiting.contains_key(rank)).collect()
+    }
+
+    /// Every rank, by number.
+    pub fn ranks(&self, now: Instant) -> Vec<Presence> {
+        let lives = self.is_alive(self.epoch);
+        let presence = |rank| {
+            // A rank whose call waits for an answer has no more to say.
+            let is_here = rank == LEADER || self.waiting.contains_key(&rank);
+            let state = match (lives, is_here) {
+                (true, _) => RankState::Joined,
+                (false, true) => RankState::Waiting,
+                (false, false) => RankState::Missing,
+            };
+            let heard = if is_here { Some(&now) } else { self.heard.get(&rank) };
+            Presence { rank, state, silence: heard.map(|&heard| now.saturating_duration_since(heard)) }
+        };
+        (0..self.world_size).map(presence).collect()
     }
 
     /// The first rank of the living epoch that shuts down: no new work is to begin, and [`idle`](Self::idle) is to be
@@ -276,6 +318,7 @@ impl Membership {
         if let Some(difference) = self.attestation.difference(&attestation) {
             return vec![Action::Refuse { ticket, refusal: Refusal::Differs { rank, difference } }];
         }
+        self.heard.insert(rank, now);
         let mut actions = Vec::new();
         if let Some(earlier) = self.waiting.insert(rank, Joiner { ticket, contact }) {
             actions.push(Action::Refuse { ticket: earlier.ticket, refusal: Refusal::Superseded { rank } });
@@ -315,6 +358,7 @@ impl Membership {
             return false;
         }
         self.detector.heard(rank, beat.progress, now);
+        self.heard.insert(rank, now);
         if beat.leaving {
             self.leaving.insert(rank);
         }

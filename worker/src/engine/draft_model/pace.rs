@@ -2,15 +2,10 @@
 
 use std::time::Duration;
 
-use crate::scheduler::speculation::{MAX_ROWS, step_time};
-
-/// The part of an average that a new value makes up: an average forgets in some tens of steps.
-const WEIGHT: f64 = 1.0 / 16.0;
-
-/// A value counts for at most so many times the average, and the average for at most so many times a value: it may be a
-/// first value alone. A step in which the machine did something else may take a hundred times as long, and says nothing of
-/// the next one.
-const MAX_OUTLIER: f64 = 2.0;
+use crate::{
+    engine::average::Average,
+    scheduler::speculation::{MAX_ROWS, step_time},
+};
 
 /// See the module's documentation. Unit: seconds.
 #[derive(Clone, Debug, Default)]
@@ -22,9 +17,6 @@ pub(super) struct Pace {
     /// Of a step of the served model with one row.
     target_row: Average,
 }
-
-#[derive(Clone, Debug, Default)]
-struct Average(Option<f64>);
 
 impl Pace {
     pub(super) fn note_draft_step(&mut self, took: Duration) {
@@ -54,17 +46,10 @@ impl Pace {
     }
 
     fn in_target_rows(&self, average: &Average) -> f64 {
-        match (average.0, self.target_row.0) {
+        match (average.get(), self.target_row.get()) {
             (Some(average), Some(target)) if target > 0.0 => average / target,
             _ => 0.0,
         }
-    }
-}
-
-impl Average {
-    fn note(&mut self, value: f64) {
-        let average = self.0.unwrap_or(value).min(MAX_OUTLIER * value);
-        self.0 = Some(average + WEIGHT * (value.min(MAX_OUTLIER * average) - average));
     }
 }
 

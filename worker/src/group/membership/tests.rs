@@ -69,6 +69,26 @@ fn the_epoch_starts_with_the_last_rank_and_runs_with_the_last_stream() {
 }
 
 #[test]
+fn the_roster_says_who_is_there_and_when_the_others_were() {
+    let (mut group, now) = (membership(3), Instant::now());
+    let check = |group: &Membership, now, expected: [(RankState, Option<u64>); 3]| {
+        let ranks = group.ranks(now).into_iter();
+        let found: Vec<_> = ranks.map(|rank| (rank.state, rank.silence.map(|silence| silence.as_secs()))).collect();
+        assert_eq!(found, expected);
+    };
+    let (missing, waiting, joined) = (RankState::Missing, RankState::Waiting, RankState::Joined);
+    check(&group, now, [(waiting, Some(0)), (missing, None), (missing, None)]);
+    group.form(now);
+    group.join(Ticket(1), join(2), now);
+    check(&group, now + TURN * 10, [(waiting, Some(0)), (missing, None), (waiting, Some(0))]);
+    group.join(Ticket(2), join(1), now);
+    check(&group, now + TURN, [(joined, Some(0)); 3]);
+    group.heartbeat(1, 1, beat(1), now + TURN * 5);
+    group.lost(2, 1, now + TURN * 6);
+    check(&group, now + TURN * 15, [(waiting, Some(0)), (missing, Some(2)), (missing, Some(3))]);
+}
+
+#[test]
 fn a_leader_alone_runs_at_once() {
     let mut group = membership(1);
     let actions = group.form(Instant::now());
