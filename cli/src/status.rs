@@ -63,6 +63,7 @@ mod tests {
             has_chat_template: true,
             ready_replicas: 1,
             replicas: 2,
+            sampling_defaults: None,
         };
         let expected = "  m  1/2 replicas  context 2048  vocabulary 49152  chat  digest 0123456789ab";
         assert_eq!(describe(&model), expected);

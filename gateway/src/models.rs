@@ -10,7 +10,9 @@ use lockstep_proto::{trace::Trace, v1::Model};
 
 use crate::{
     backends::Backends,
+    request::{ModelFacts, Rules},
     router::{NoGroup, ServedModel},
+    sampling::{self, ModelPolicy},
     status::Failure,
     tokenizer::Caller,
 };
@@ -64,14 +66,23 @@ impl Models {
             .is_ok_and(|(name, served)| served.ready_replicas > 0 && self.backends.tokenizers.ready(&name))
     }
 
-    /// What clients are told about a model that is served.
+    /// What clients are told about a model that is served under a policy.
     ///
     /// # Errors
     /// When no tokenizer knows it.
-    pub async fn describe(&self, name: String, served: ServedModel, trace: &Trace) -> Result<Model, Failure> {
+    pub async fn describe(
+        &self,
+        name: String,
+        served: ServedModel,
+        policy: &ModelPolicy,
+        trace: &Trace,
+    ) -> Result<Model, Failure> {
         let caller = Caller { trace, until: Instant::now() + FACTS_TIMEOUT };
         let facts = self.backends.tokenizers.facts(&name, caller).await?;
+        // A model whose files contradict themselves is listed nevertheless; requests are told what is wrong.
+        let rules = ModelFacts::new(facts.description(), served.context_length).ok();
         Ok(Model {
+            sampling_defaults: rules.map(|facts| sampling::defaults(Rules { facts: &facts, policy })),
             has_chat_template: facts.template().is_ok(),
             name,
             digest: served.digest,

@@ -218,7 +218,8 @@ impl Pipeline {
     async fn describe(&self, served: BTreeMap<String, ServedModel>, trace: &Trace) -> Result<Vec<v1::Model>, Failure> {
         let mut models = Vec::new();
         for (name, served) in served {
-            models.push(self.models.describe(name, served, trace).await?);
+            let policy = self.policy.for_model(&name);
+            models.push(self.models.describe(name, served, policy, trace).await?);
         }
         Ok(models)
     }

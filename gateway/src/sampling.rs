@@ -24,7 +24,7 @@ use lockstep_proto::worker::v1::{Constraint, ResolvedSampling, constraint as con
 
 pub(crate) use constraint::{closed, lark_string};
 pub use policy::{ModelPolicy, Policy, PolicyError};
-pub(crate) use read::MAX_STOP;
+pub(crate) use read::{MAX_STOP, defaults};
 
 use crate::request::RequestError;
 

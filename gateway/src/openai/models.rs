@@ -22,6 +22,23 @@ struct Model {
     created: u64,
     owned_by: &'static str,
     max_model_len: u32,
+    /// What a chat or a completion that sets nothing is sampled with.
+    sampling_defaults: Option<SamplingDefaults>,
+}
+
+/// Parameters by the names that requests have for them.
+#[derive(Debug, Serialize)]
+struct SamplingDefaults {
+    temperature: Option<f32>,
+    top_p: Option<f32>,
+    top_k: Option<u32>,
+    min_p: Option<f32>,
+    typical_p: Option<f32>,
+    repetition_penalty: Option<f32>,
+    presence_penalty: Option<f32>,
+    frequency_penalty: Option<f32>,
+    /// Of a chat; null: what the context leaves.
+    max_tokens: Option<u32>,
 }
 
 pub(super) async fn list(front: &Front, request: Request) -> Answer {
@@ -42,7 +59,29 @@ fn ok(body: &impl Serialize) -> Response {
 
 impl From<v1::Model> for Model {
     fn from(model: v1::Model) -> Self {
-        let max_model_len = model.context_length;
-        Self { id: model.name, object: "model", created: 0, owned_by: "lockstep", max_model_len }
+        Self {
+            id: model.name,
+            object: "model",
+            created: 0,
+            owned_by: "lockstep",
+            max_model_len: model.context_length,
+            sampling_defaults: model.sampling_defaults.map(SamplingDefaults::from),
+        }
+    }
+}
+
+impl From<v1::SamplingParams> for SamplingDefaults {
+    fn from(params: v1::SamplingParams) -> Self {
+        Self {
+            temperature: params.temperature,
+            top_p: params.top_p,
+            top_k: params.top_k,
+            min_p: params.min_p,
+            typical_p: params.typical_p,
+            repetition_penalty: params.repetition_penalty,
+            presence_penalty: params.presence_penalty,
+            frequency_penalty: params.frequency_penalty,
+            max_tokens: params.max_new_tokens,
+        }
     }
 }

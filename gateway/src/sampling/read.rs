@@ -40,6 +40,24 @@ impl ValidSampling {
     }
 }
 
+/// What a request is sampled with that samples and sets nothing else.
+pub(crate) fn defaults(rules: Rules<'_>) -> SamplingParams {
+    let unset = SamplingParams { do_sample: Some(true), ..SamplingParams::default() };
+    let shape = shape(&unset, rules);
+    SamplingParams {
+        max_new_tokens: length(&unset, rules).default,
+        temperature: Some(shape.temperature),
+        top_k: Some(shape.top_k),
+        top_p: Some(shape.top_p),
+        min_p: Some(shape.min_p),
+        typical_p: Some(shape.typical_p),
+        repetition_penalty: Some(shape.repetition_penalty),
+        presence_penalty: Some(shape.presence_penalty),
+        frequency_penalty: Some(shape.frequency_penalty),
+        ..unset
+    }
+}
+
 fn check_ranges(wire: &SamplingParams, violations: &mut Violations) {
     let ranged: [(&str, Option<f32>, Range); 7] = [
         ("temperature", wire.temperature, range::TEMPERATURE),

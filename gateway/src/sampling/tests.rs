@@ -100,6 +100,21 @@ fn the_request_goes_before_the_policy_and_the_policy_before_the_model() {
 }
 
 #[test]
+fn what_is_said_to_be_the_default_is_what_a_request_that_samples_gets() {
+    let model = GenerationDefaults { temperature: Some(0.6), top_p: Some(0.9), max_new_tokens: Some(40), ..silent() };
+    let text = "[default.caps]\nmax_new_tokens = 30\n[default.defaults]\nrepetition_penalty = 1.2";
+    let (facts, policy) = (facts(model), Policy::parse(text).unwrap());
+    let said = defaults(Rules { facts: &facts, policy: policy.for_model("m") });
+    let resolved = resolve(text, model, SamplingParams { do_sample: Some(true), ..asked() });
+    assert_eq!(said.max_new_tokens, Some(resolved.max_new_tokens));
+    let of_said = [said.temperature, said.top_p, said.min_p, said.typical_p, said.repetition_penalty];
+    let of_resolved =
+        [resolved.temperature, resolved.top_p, resolved.min_p, resolved.typical_p, resolved.repetition_penalty];
+    assert_eq!(of_said, of_resolved.map(Some));
+    assert_eq!((said.temperature, said.repetition_penalty, said.max_new_tokens), (Some(0.6), Some(1.2), Some(30)));
+}
+
+#[test]
 fn zero_is_a_value_and_not_unset() {
     let model = GenerationDefaults { do_sample: Some(true), top_k: Some(50), min_p: Some(0.1), ..silent() };
     let resolved = resolve("", model, SamplingParams { top_k: Some(0), min_p: Some(0.0), ..asked() });

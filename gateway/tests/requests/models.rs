@@ -2,7 +2,7 @@
 
 use lockstep_proto::{
     error::{Error, Reason},
-    v1::{GenerateRequest, GetModelRequest, ListModelsRequest, Model},
+    v1::{GenerateRequest, GetModelRequest, ListModelsRequest, Model, SamplingParams},
 };
 
 use super::{
@@ -20,6 +20,18 @@ async fn refusal(cluster: &Cluster, model: &str) -> Error {
 #[tokio::test]
 async fn a_model_is_described_by_its_groups_and_its_tokenizer() {
     let cluster = Cluster::start().await;
+    let sampling_defaults = SamplingParams {
+        do_sample: Some(true),
+        temperature: Some(1.0),
+        top_k: Some(0),
+        top_p: Some(1.0),
+        min_p: Some(0.0),
+        typical_p: Some(1.0),
+        repetition_penalty: Some(1.0),
+        presence_penalty: Some(0.0),
+        frequency_penalty: Some(0.0),
+        ..SamplingParams::default()
+    };
     let expected = Model {
         name: "m".into(),
         digest: "d1".into(),
@@ -29,6 +41,7 @@ async fn a_model_is_described_by_its_groups_and_its_tokenizer() {
         has_chat_template: true,
         ready_replicas: 1,
         replicas: 1,
+        sampling_defaults: Some(sampling_defaults),
     };
     let listed = cluster.models().list_models(ListModelsRequest::default()).await.unwrap().into_inner().models;
     assert_eq!(listed, std::slice::from_ref(&expected));
