@@ -83,6 +83,17 @@ pub struct Answering {
     n: u32,
 }
 
+/// The tokens of a prompt.
+#[derive(Debug)]
+pub struct Tokenized {
+    /// Their ids.
+    pub ids: Vec<u32>,
+    /// The text of each by itself, if it was asked for.
+    pub texts: Option<Vec<String>>,
+    /// Tokens that the model's context holds.
+    pub context_length: u32,
+}
+
 /// What a call is checked against.
 struct Model {
     facts: Arc<Facts>,
@@ -162,15 +173,18 @@ impl Pipeline {
         Ok(v1::CountTokensResponse { token_count: prompt.n_tokens() })
     }
 
-    /// Shows the tokens of a prompt, and how many the model's context holds.
+    /// Shows the tokens of a prompt, with the text of each if that is asked for.
     ///
     /// # Errors
     /// When it is wrong, or cannot be rendered or encoded.
-    pub async fn tokenize(&self, mut call: Call, request: v1::CountTokensRequest) -> Result<(Vec<u32>, u32), Failure> {
-        let model = request.model.clone();
-        let prompt = self.prompt(request, &call).await;
-        let prompt = call.meter.settle(prompt)?;
-        Ok((prompt.ids, self.models.resolve(&model)?.1.context_length))
+    pub async fn tokenize(
+        &self,
+        mut call: Call,
+        request: v1::CountTokensRequest,
+        with_texts: bool,
+    ) -> Result<Tokenized, Failure> {
+        let tokenized = self.tokenized(request, with_texts, &call).await;
+        call.meter.settle(tokenized)
     }
 
     /// The text of tokens, control tokens included.
@@ -295,6 +309,24 @@ impl Pipeline {
             ValidCount::Prompt(prompt) => Source::Raw(prompt),
         };
         source.prompt(&self.backends.tokenizers, &model.facts, call.caller()).await
+    }
+
+    async fn tokenized(
+        &self,
+        request: v1::CountTokensRequest,
+        with_texts: bool,
+        call: &Call,
+    ) -> Result<Tokenized, Failure> {
+        let model = self.facts(&request.model, call).await?;
+        let ids = self.prompt(request, call).await?.ids;
+        let texts = if with_texts { Some(self.token_texts(&model.facts, &ids, call).await?) } else { None };
+        Ok(Tokenized { ids, texts, context_length: model.rules.context_length() })
+    }
+
+    async fn token_texts(&self, facts: &Facts, ids: &[u32], call: &Call) -> Result<Vec<String>, Failure> {
+        let known = self.backends.tokenizers.token_texts(facts, &ids.iter().copied().collect(), call.caller()).await?;
+        let text = |id| known.get(id).map(|token| token.text.clone()).unwrap_or_default();
+        Ok(ids.iter().map(text).collect())
     }
 
     async fn text(&self, model: &str, ids: Vec<u32>, call: &Call) -> Result<String, Failure> {

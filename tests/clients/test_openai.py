@@ -291,6 +291,8 @@ def test_tokens_are_shown_and_read_back(http_url, model):
         assert text["prompt"] == "Hello, world"
         chat = plain.post("/tokenize", json={"messages": ask("Hello")}).raise_for_status().json()
         rendered = plain.post("/detokenize", json={"tokens": chat["tokens"]}).raise_for_status().json()
+        texts = plain.post("/tokenize", json={"messages": ask("Hello"), "return_token_strs": True}).json()["token_strs"]
+        assert "".join(texts) == rendered["prompt"] and len(texts) == chat["count"]
         assert rendered["prompt"].endswith("<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n")
         assert plain.post("/detokenize", json={"tokens": [10**6]}).status_code == 400
 

@@ -10,7 +10,7 @@ use super::{
     Answer, Front,
     messages::{Message, Template, Tool, Tools, conversation},
 };
-use crate::{http::json_response, request::RequestError};
+use crate::{http::json_response, pipeline::Tokenized, request::RequestError};
 
 /// A raw prompt or a conversation.
 #[derive(Debug, Deserialize)]
@@ -25,6 +25,8 @@ struct TokenizeRequest {
     chat_template_kwargs: Option<Map<String, Value>>,
     /// What comes before a raw prompt. A template writes its own.
     add_special_tokens: Option<bool>,
+    /// Whether the text of each token is wanted, too.
+    return_token_strs: Option<bool>,
 }
 
 #[derive(Debug, Serialize)]
@@ -32,6 +34,9 @@ struct TokenizeResponse {
     count: usize,
     max_model_len: u32,
     tokens: Vec<u32>,
+    /// Each token's text by itself, in which bytes that are no whole character appear as U+FFFD.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    token_strs: Option<Vec<String>>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -50,9 +55,12 @@ pub(super) async fn tokenize(front: &Front, request: Request) -> Answer {
     let inbound = front.read(request).await?;
     let (mut call, request) = front.enter::<TokenizeRequest>(&inbound, "tokenize")?;
     let model = request.model.clone().unwrap_or_default();
+    let with_texts = request.return_token_strs.unwrap_or(false);
     let request = v1::CountTokensRequest { model, input: Some(call.note(request.into_input())?) };
-    let (tokens, max_model_len) = front.pipeline.tokenize(call, request).await?;
-    Ok(json_response(StatusCode::OK, &TokenizeResponse { count: tokens.len(), max_model_len, tokens }))
+    let Tokenized { ids, texts, context_length } = front.pipeline.tokenize(call, request, with_texts).await?;
+    let count = ids.len();
+    let body = TokenizeResponse { count, max_model_len: context_length, tokens: ids, token_strs: texts };
+    Ok(json_response(StatusCode::OK, &body))
 }
 
 pub(super) async fn detokenize(front: &Front, request: Request) -> Answer {
