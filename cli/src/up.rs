@@ -85,7 +85,7 @@ pub(crate) struct Options {
     /// Where the gateway answers
     #[arg(long, value_name = "ADDR", default_value = DEFAULT_TARGET)]
     gateway_listen: SocketAddr,
-    /// Where the gateway answers HTTP: the APIs of OpenAI and of Text Generation Inference
+    /// Where the gateway answers HTTP: the page, and the APIs of OpenAI and of Text Generation Inference
     #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:8080")]
     http_listen: SocketAddr,
     /// Settings of the gateway, such as policy and API keys

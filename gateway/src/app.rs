@@ -23,7 +23,7 @@ use crate::{
     kserve::{self, KServe},
     metrics::Metrics,
     models::Models,
-    openai,
+    openai, page,
     pipeline::Pipeline,
     sampling::Policy,
     service::Services,
@@ -100,7 +100,7 @@ impl App {
         let http = HttpFront {
             listen: http_listen,
             routes: http_routes(Front { pipeline: Arc::clone(&pipeline), max_bytes }).into(),
-            background: &[],
+            background: page::BACKGROUND,
             refuse: |path, error| refusal(path, error).map(Body::new),
         };
         let server = Server::bind(server, Arc::new(registry))?.http(http)?.tls(tls).health_names(&NAMES);
@@ -134,7 +134,7 @@ impl App {
 
 /// Everything that is answered by HTTP.
 fn http_routes(front: Front) -> Router {
-    let routes = openai::routes(front.clone()).merge(tgi::routes(front));
+    let routes = openai::routes(front.clone()).merge(tgi::routes(front.clone())).merge(page::routes(front));
     routes.fallback(no_such_path).method_not_allowed_fallback(no_such_method)
 }
 
@@ -152,5 +152,5 @@ async fn no_such_method(request: Request) -> Response {
 
 /// How a request of this path is refused, in the shape of the front that has the path.
 fn refusal(path: &str, error: &Error) -> Response {
-    if openai::has(path) { openai::refusal(error) } else { tgi::refusal(error) }
+    if openai::has(path) || page::has(path) { openai::refusal(error) } else { tgi::refusal(error) }
 }

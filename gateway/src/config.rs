@@ -25,7 +25,7 @@ use crate::{
 pub struct GatewaySettings {
     /// For gRPC.
     pub listen: SocketAddr,
-    /// For HTTP: the APIs of OpenAI and of Text Generation Inference.
+    /// For HTTP: the page, and the APIs of OpenAI and of Text Generation Inference.
     pub http_listen: SocketAddr,
     /// For `/metrics`.
     pub metrics_listen: Option<SocketAddr>,
@@ -93,7 +93,7 @@ const MAX_MS: u64 = 24 * 60 * 60 * 1_000;
 const OWN_KEYS: &[Key] = &[
     Key {
         path: "http_listen",
-        help: "Address for HTTP (the APIs of OpenAI and of Text Generation Inference); port 0 takes a free one. Default: \
+        help: "Address for HTTP (the page, and the APIs of OpenAI and of Text Generation Inference); port 0 takes a free one. Default: \
                127.0.0.1:8080.",
     },
     Key {

@@ -14,7 +14,7 @@ use tokio::sync::watch;
 use tonic::transport::Channel;
 
 use crate::router::{
-    Ask, GroupId, Lease, NoGroup, Outcome, Router, RouterSettings, ServedModel,
+    Ask, GroupId, GroupState, Lease, NoGroup, Outcome, Router, RouterSettings, ServedModel,
     affinity::{Prefix, PrefixHasher},
 };
 
@@ -41,6 +41,21 @@ pub struct Placement {
     lease: Option<Lease>,
     group: GroupId,
     outcome: Outcome,
+}
+
+/// A group as it is now.
+#[derive(Debug, Clone)]
+pub struct Snapshot {
+    /// The leader's address.
+    pub address: String,
+    /// What it is to this gateway.
+    pub state: GroupState,
+    /// The name of its breaker's state.
+    pub breaker: &'static str,
+    /// Tokens that this gateway has given it and that have not ended.
+    pub own_tokens: u64,
+    /// Its last report, also of one that is lost.
+    pub status: Option<Status>,
 }
 
 // === impl Groups ===
@@ -87,6 +102,19 @@ impl Groups {
     /// Every group with its address.
     pub fn iter(&self) -> impl Iterator<Item = (GroupId, &str)> {
         self.router().groups().zip(self.endpoints.iter().map(|endpoint| endpoint.address.as_str()))
+    }
+
+    /// Every group as it is now.
+    pub fn snapshots(&self) -> Vec<Snapshot> {
+        let router = self.router();
+        let snapshot = |(group, endpoint): (GroupId, &Endpoint)| Snapshot {
+            address: endpoint.address.clone(),
+            state: router.state(group),
+            breaker: router.breaker(group).name(),
+            own_tokens: router.own_tokens(group),
+            status: router.status(group).cloned(),
+        };
+        router.groups().zip(&self.endpoints).map(snapshot).collect()
     }
 
     /// The leader's client.

@@ -6,6 +6,7 @@
 //!
 //! * [`service`] and [`kserve`] (gRPC), [`openai`] and [`tgi`] (HTTP): the fronts, which translate; [`http`] is what those for HTTP
 //!   share, [`json`] reads what clients write, [`fields`] names what is wrong with it.
+//! * [`page`]: the page at `/`, a client of OpenAI's API in the browser, and the state of the cluster that it shows.
 //! * [`pipeline`]: what happens to a request, whatever front it came by.
 //! * [`admission`]: who may call, and how much may be under way.
 //! * [`request`]: wire messages become `Valid*` types, or an error that names every field at fault.
@@ -38,6 +39,7 @@ pub mod kserve;
 pub mod metrics;
 pub mod models;
 pub mod openai;
+pub mod page;
 pub mod pipeline;
 pub mod request;
 pub mod router;

@@ -97,6 +97,21 @@ pub struct ServedModel {
     pub replicas: u32,
 }
 
+/// What a group is to this gateway.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum GroupState {
+    /// It has never reported.
+    Unknown,
+    /// Its reports come, and it is not ready: it forms, or warms up.
+    Forming,
+    /// It can take work.
+    Ready,
+    /// It takes no further work.
+    Draining,
+    /// Its reports have stopped.
+    Lost,
+}
+
 /// All that the gateway knows of its groups.
 #[derive(Debug)]
 pub struct Router {
@@ -147,8 +162,18 @@ impl Group {
         self.status.as_ref().is_some_and(|status| status.model == model)
     }
 
+    fn state(&self) -> GroupState {
+        match &self.status {
+            None => GroupState::Unknown,
+            Some(_) if !self.watched => GroupState::Lost,
+            Some(status) if status.draining => GroupState::Draining,
+            Some(status) if status.ready => GroupState::Ready,
+            Some(_) => GroupState::Forming,
+        }
+    }
+
     fn ready(&self) -> bool {
-        self.watched && self.status.as_ref().is_some_and(|status| status.ready && !status.draining)
+        self.state() == GroupState::Ready
     }
 
     fn epoch(&self) -> u64 {
@@ -196,6 +221,16 @@ impl Router {
     /// Whether the group says that it can take work, and its reports come.
     pub fn ready(&self, group: GroupId) -> bool {
         self.groups[group.0].ready()
+    }
+
+    /// What the group is to this gateway.
+    pub fn state(&self, group: GroupId) -> GroupState {
+        self.groups[group.0].state()
+    }
+
+    /// Whether the group is left alone after failures.
+    pub fn breaker(&self, group: GroupId) -> &Breaker {
+        &self.groups[group.0].breaker
     }
 
     /// Takes note of a new request, which earns a part of a retry.

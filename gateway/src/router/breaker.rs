@@ -51,6 +51,15 @@ impl Breaker {
         Self { settings, state: State::Closed { failures: 0 } }
     }
 
+    /// The state's name: `closed`, `open` or `half_open`.
+    pub fn name(&self) -> &'static str {
+        match self.state {
+            State::Closed { .. } => "closed",
+            State::Open { .. } => "open",
+            State::HalfOpen { .. } => "half_open",
+        }
+    }
+
     /// What a request would be that came now; `None` if it may not pass.
     pub fn check(&self, now: Instant) -> Option<Pass> {
         match self.state {

@@ -14,4 +14,5 @@ mod kserve;
 mod life;
 mod models;
 mod openai;
+mod page;
 mod tools;
