@@ -13,6 +13,8 @@ CARGO := cargo
 BUILD := --release --locked
 VENV  := .venv
 NODE  := tests/clients/node clients/examples/node
+CHROMIUM := /usr/bin/chromium
+AS_ROOT := $$([ "$$(id -u)" = 0 ] || echo sudo)
 RUN   := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 # Where pip puts CUDA's compiler, which opens a second library of its own by name. The shell finds Python's version.
 NVRTC := $(CURDIR)/$(VENV)/lib/python3*/site-packages/nvidia/cu13/lib
@@ -43,7 +45,7 @@ test: fetch build kernels
 kernels: $(VENV)/installed build
 	LD_LIBRARY_PATH="$$(echo $(NVRTC))" target/release/lockstep-worker kernels --arch sm_80 --arch sm_90a
 
-fetch: $(VENV)/installed $(VENV)/clients/installed $(NODE:%=%/node_modules/installed)
+fetch: $(VENV)/installed $(VENV)/clients/installed $(NODE:%=%/node_modules/installed) $(CHROMIUM)
 	python3 deploy/fetch_demo_model.py
 	$(RUN) python3 tests/fetch_tokenizers.py
 
@@ -57,7 +59,7 @@ fmt:
 # Plain Debian has Python without venv; the second line installs that.
 $(VENV)/installed: tests/requirements.txt
 	python3 -m venv $(VENV) || { rm -rf $(VENV); \
-	  $$([ "$$(id -u)" = 0 ] || echo sudo) sh -c 'apt-get update && apt-get install -y python3-venv'; \
+	  $(AS_ROOT) sh -c 'apt-get update && apt-get install -y python3-venv'; \
 	  python3 -m venv $(VENV); }
 	$(VENV)/bin/pip install --quiet --requirement tests/requirements.txt
 	touch $@
@@ -68,6 +70,10 @@ $(VENV)/clients/installed: tests/clients/requirements.txt clients/python/pyproje
 	python3 -m venv $(VENV)/clients
 	$(VENV)/clients/bin/pip install --quiet --requirement $< --editable clients/python
 	touch $@
+
+# In which the tests look at the page.
+$(CHROMIUM):
+	$(AS_ROOT) sh -c 'apt-get update && apt-get install -y --no-install-recommends chromium'
 
 %/node_modules/installed: %/package.json | $(VENV)/installed
 	cd $* && $(RUN) npm install --silent --no-package-lock --no-audit --no-fund

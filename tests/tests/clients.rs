@@ -4,27 +4,36 @@
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, ensure};
-use lockstep_tests::cluster::{Cluster, repository};
+use lockstep_tests::cluster::{Cluster, Process, repository};
 use tokio::process::Command;
 
-/// Runs a program of those that `make fetch` installs, in `tests/clients`, and shows what it says.
-async fn run(cluster: &Cluster, program: &str, args: &[&str]) -> Result<()> {
+/// A program of those that `make fetch` installs, to be run in `tests/clients`.
+fn client(cluster: &Cluster, program: &str, args: &[&str]) -> Result<Command> {
     let path: PathBuf = repository().join(".venv").join(program);
     ensure!(path.is_file(), "{} is missing: run `make fetch`", path.display());
-    let output = Command::new(path)
+    let mut command = Command::new(path);
+    command
         .current_dir(repository().join("tests/clients"))
         .args(args)
         .env("LOCKSTEP_HTTP", format!("http://{}", cluster.gateway.http().context("the gateway answers HTTP")?))
         .env("LOCKSTEP_GRPC", cluster.gateway.grpc())
         .env("LOCKSTEP_MODEL", "demo")
         .env("PYTHONDONTWRITEBYTECODE", "1")
-        .kill_on_drop(true)
-        .output()
-        .await?;
+        .kill_on_drop(true);
+    Ok(command)
+}
+
+/// Runs a program and shows what it says.
+async fn finish(mut command: Command) -> Result<()> {
+    let output = command.output().await?;
     let text = String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);
     println!("{text}");
-    ensure!(output.status.success(), "{args:?}: {text}\n{}", cluster.gateway.log());
+    ensure!(output.status.success(), "{command:?}: {text}");
     Ok(())
+}
+
+async fn run(cluster: &Cluster, program: &str, args: &[&str]) -> Result<()> {
+    finish(client(cluster, program, args)?).await.with_context(|| cluster.gateway.log())
 }
 
 async fn pytest(file: &str) -> Result<()> {
@@ -42,6 +51,22 @@ async fn openai() -> Result<()> {
 async fn openai_for_node() -> Result<()> {
     let cluster = Cluster::builder().start().await?;
     run(&cluster, "bin/node", &["--test", "node/openai.test.mjs"]).await?;
+    cluster.stop().await
+}
+
+/// In a browser. The suite kills the follower first, and waits for another one.
+#[tokio::test]
+async fn page() -> Result<()> {
+    let mut cluster = Cluster::builder().world_size(2).gateway_arg("--api-keys=sesame").start().await?;
+    let ranks: Vec<_> = cluster.groups[0].iter().filter_map(Process::id).map(|id| id.to_string()).collect();
+    let mut suite = client(&cluster, "bin/node", &["--test", "node/page.test.mjs"])?;
+    suite.env("LOCKSTEP_KEY", "sesame").env("LOCKSTEP_RANKS", ranks.join(","));
+    let revived = async {
+        cluster.groups[0][1].exit_status().await?;
+        cluster.restart_follower(0, 1).await
+    };
+    let ran = tokio::try_join!(finish(suite), revived);
+    ran.with_context(|| cluster.gateway.log())?;
     cluster.stop().await
 }
 
