@@ -17,7 +17,11 @@ mod json;
 mod marker;
 mod python;
 
-use std::{io, thread};
+use std::{
+    io,
+    panic::{self, AssertUnwindSafe},
+    thread,
+};
 
 use chrono::NaiveDateTime;
 use minijinja::{Environment, Error, ErrorKind, Value, syntax::SyntaxConfig};
@@ -36,7 +40,13 @@ pub const MAX_RENDERED_BYTES: usize = 4 * 1024 * 1024;
 /// also bounds the memory in use at 64 MB. A conversation of 4,096 turns and 4 MiB takes
 /// a third of it with Qwen's template.
 pub const MAX_FUEL: u64 = 1_000_000;
-/// Stack of a rendering. The engine bounds its own recursion, but not how deeply a template may nest values, and it
+/// Conversations up to this size are first rendered where the caller is. Unit: bytes.
+const QUICK_BYTES: usize = 16 * 1024;
+/// Work of such a rendering: most of them take a tenth of it. A thousandth of a second, at most.
+const QUICK_FUEL: u64 = 8_192;
+/// Stack of such a rendering: what the work pays for, as for [`STACK_BYTES`].
+const QUICK_STACK_BYTES: usize = 4 * 1024 * 1024;
+/// Stack of any other rendering. The engine bounds its own recursion, but not how deeply a template may nest values, and it
 /// drops, compares and shows them recursively: the deepest value that [`MAX_FUEL`] pays for, about 600,000 levels,
 /// takes between 128 and 256 MB (minijinja 3.1, x86-64, measured for each operation). Pages that are not touched cost
 /// nothing.
@@ -48,6 +58,8 @@ const NAME: &str = "chat_template";
 #[derive(Debug)]
 pub struct ChatTemplate {
     environment: Environment<'static>,
+    /// The same with less fuel.
+    quick: Environment<'static>,
     tokens: TemplateTokens,
     control_tokens: ControlTokens,
     mentions_content: bool,
@@ -98,7 +110,10 @@ pub enum TemplateError {
         /// What failed.
         message: String,
     },
-    /// The template works or writes without end, or the conversation is far too long for it.
+    /// The template works without end, or the conversation is far too long for it.
+    #[error("the chat template does not end, or the conversation is too long for it")]
+    OutOfFuel,
+    /// The template writes without end, or breaks the engine.
     #[error("the chat template {0}")]
     OverLimit(&'static str),
     /// `continue_final_message` with a template that does not show the final message's content as it is.
@@ -133,7 +148,9 @@ impl ChatTemplate {
         }
         let mut environment = environment()?;
         environment.add_template_owned(NAME, generation_tag::strip(source)).map_err(syntax_error)?;
-        Ok(Self { environment, tokens, control_tokens, mentions_content: source.contains("content") })
+        let mut quick = environment.clone();
+        quick.set_fuel(Some(QUICK_FUEL));
+        Ok(Self { environment, quick, tokens, control_tokens, mentions_content: source.contains("content") })
     }
 
     /// Renders a conversation. `now` is what the template gets for the time, in the model's own idea of a time zone.
@@ -143,13 +160,42 @@ impl ChatTemplate {
     /// A template that raises, fails or does not end, a final message that cannot be continued, and control-token
     /// strings that cannot be kept text.
     pub fn render(&self, conversation: &ValidConversation, now: NaiveDateTime) -> Result<Rendered, TemplateError> {
+        self.render_by(conversation, now, &|context| self.execute_apart(context))
+    }
+
+    /// The same where the caller is, in a millisecond at most, or not at all: a thread that is woken for a short
+    /// conversation takes longer than its work.
+    ///
+    /// # Errors
+    ///
+    /// See [`Self::render`].
+    pub fn render_quickly(
+        &self,
+        conversation: &ValidConversation,
+        now: NaiveDateTime,
+    ) -> Option<Result<Rendered, TemplateError>> {
+        if conversation.n_bytes() > QUICK_BYTES {
+            return None;
+        }
+        match self.render_by(conversation, now, &|context| self.execute_quickly(context)) {
+            Err(TemplateError::OutOfFuel) => None,
+            rendered => Some(rendered),
+        }
+    }
+
+    fn render_by(
+        &self,
+        conversation: &ValidConversation,
+        now: NaiveDateTime,
+        execute: &dyn Fn(Value) -> Result<String, TemplateError>,
+    ) -> Result<Rendered, TemplateError> {
         let tag = match conversation.ending() {
             Ending::OpenFinalMessage => Some(self.continue_tag(conversation)?),
             Ending::LastTurn | Ending::GenerationPrompt => None,
         };
         let render = |rewrite: &mut Rewrite<'_>| {
             let context = context::build(conversation, &self.tokens, now, tag.as_deref(), rewrite)?;
-            let text = self.execute(context)?;
+            let text = execute(context)?;
             match &tag {
                 Some(tag) => cut_at_tag(text, tag),
                 None => Ok(text),
@@ -185,21 +231,30 @@ impl ChatTemplate {
     }
 
     /// Runs the template, on a thread of its own for the sake of its stack.
-    fn execute(&self, context: Value) -> Result<String, TemplateError> {
+    fn execute_apart(&self, context: Value) -> Result<String, TemplateError> {
         thread::scope(|scope| {
             let thread = thread::Builder::new().name(NAME.into()).stack_size(STACK_BYTES);
-            let rendering = thread.spawn_scoped(scope, || self.execute_here(context)).map_err(TemplateError::Thread)?;
-            rendering.join().unwrap_or(Err(TemplateError::OverLimit("makes the template engine panic")))
+            let run = || execute(&self.environment, context);
+            let rendering = thread.spawn_scoped(scope, run).map_err(TemplateError::Thread)?;
+            rendering.join().unwrap_or(Err(BROKEN))
         })
     }
 
-    fn execute_here(&self, context: Value) -> Result<String, TemplateError> {
-        let template = self.environment.get_template(NAME).map_err(syntax_error)?;
-        let mut output = Output::default();
-        template.render_captured_to(context, &mut output).map_err(render_error)?;
-        // The engine writes whole strings only.
-        String::from_utf8(output.bytes).map_err(|_| TemplateError::OverLimit("writes half a character"))
+    /// Runs it with little fuel on this thread, which gets a stack for it.
+    fn execute_quickly(&self, context: Value) -> Result<String, TemplateError> {
+        let run = AssertUnwindSafe(|| execute(&self.quick, context));
+        stacker::grow(QUICK_STACK_BYTES, || panic::catch_unwind(run)).unwrap_or(Err(BROKEN))
     }
+}
+
+const BROKEN: TemplateError = TemplateError::OverLimit("makes the template engine panic");
+
+fn execute(environment: &Environment<'_>, context: Value) -> Result<String, TemplateError> {
+    let template = environment.get_template(NAME).map_err(syntax_error)?;
+    let mut output = Output::default();
+    template.render_captured_to(context, &mut output).map_err(render_error)?;
+    // The engine writes whole strings only.
+    String::from_utf8(output.bytes).map_err(|_| TemplateError::OverLimit("writes half a character"))
 }
 
 fn environment() -> Result<Environment<'static>, TemplateError> {
@@ -248,7 +303,7 @@ fn render_error(error: Error) -> TemplateError {
         return TemplateError::Raised { line, message: python::one_line(message) };
     }
     match error.kind() {
-        ErrorKind::OutOfFuel => TemplateError::OverLimit("does not end, or the conversation is too long for it"),
+        ErrorKind::OutOfFuel => TemplateError::OutOfFuel,
         ErrorKind::WriteFailure => TemplateError::OverLimit("writes more than 4 MiB"),
         _ => TemplateError::Failed { line, message: one_line(&error) },
     }

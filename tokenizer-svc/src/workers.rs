@@ -4,6 +4,7 @@
 //! given back when the work has really ended, also if the caller has long gone, so the bounds hold whatever callers do.
 
 use std::{
+    panic::{self, AssertUnwindSafe},
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -62,9 +63,27 @@ impl Workers {
         });
         running.await.unwrap_or_else(|e| {
             tracing::error!(error = %e, "the tokenizer panicked");
-            Err(Error::new(Reason::Internal, "the tokenizer failed on this request"))
+            Err(broken())
         })
     }
+
+    /// Runs `work` at once, where the caller is: waking a thread takes longer than short work.
+    ///
+    /// # Errors
+    /// `DEADLINE_EXCEEDED` if the deadline has passed, `INTERNAL` if the work panicked, and what the work returns.
+    pub(crate) fn run_here<T>(deadline: Option<Instant>, work: impl FnOnce() -> Result<T, Error>) -> Result<T, Error> {
+        if deadline.is_some_and(|deadline| deadline <= Instant::now()) {
+            return Err(Error::new(Reason::Deadline, "the deadline passed before the work began"));
+        }
+        panic::catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|_| {
+            tracing::error!("the tokenizer panicked");
+            Err(broken())
+        })
+    }
+}
+
+fn broken() -> Error {
+    Error::new(Reason::Internal, "the tokenizer failed on this request")
 }
 
 #[cfg(test)]
@@ -103,6 +122,8 @@ mod tests {
         let soon = Instant::now() + Duration::from_millis(1);
         let refusal = workers.run(Some(soon), || -> Result<(), Error> { panic!("it started") }).await.unwrap_err();
         assert_eq!(refusal.reason(), Reason::Deadline);
+        let refusal = Workers::run_here(Some(soon), || -> Result<(), Error> { panic!("it started") }).unwrap_err();
+        assert_eq!(refusal.reason(), Reason::Deadline);
         drop(release);
         busy.await.unwrap();
     }
@@ -113,6 +134,8 @@ mod tests {
         let refusal = workers.run(None, || -> Result<(), Error> { panic!("on purpose") }).await.unwrap_err();
         assert_eq!(refusal.reason(), Reason::Internal);
         assert!(workers.run(None, || Ok(true)).await.unwrap());
+        let refusal = Workers::run_here(None, || -> Result<(), Error> { panic!("on purpose") }).unwrap_err();
+        assert_eq!(refusal.reason(), Reason::Internal);
     }
 
     /// Polls a future once; whether it has not ended.

@@ -2,14 +2,14 @@
 
 use std::{sync::Arc, time::Instant};
 
-use chrono::Utc;
+use chrono::{NaiveDateTime, Utc};
 use lockstep_proto::tokenizer::v1::EncodeInput;
 
 use crate::{
     request::{RequestError, ValidConversation, ValidPrompt},
     status::Failure,
-    template::Rendered,
-    tokenizer::{Caller, Facts, Tokenizers},
+    template::{ChatTemplate, Rendered},
+    tokenizer::{Caller, Facts, NoTemplate, Tokenizers},
 };
 
 /// Where a prompt comes from.
@@ -71,16 +71,28 @@ impl Prompt {
     }
 }
 
-/// Renders on a thread that may block: a long conversation, or a slow template, takes longer than a task should.
+/// Renders a short conversation at once, and any other on a thread that may block: it takes longer than a task should.
 async fn render(facts: &Arc<Facts>, conversation: ValidConversation) -> Result<Rendered, Failure> {
-    let facts = Arc::clone(facts);
     let started = Instant::now();
-    let rendering = tokio::task::spawn_blocking(move || match facts.template() {
-        // The time that templates may ask for is UTC, so that every gateway renders the same prompt.
-        Ok(template) => Ok(template.render(&conversation, Utc::now().naive_utc())?),
-        Err(why) => Err(Failure::NoTemplate { model: facts.model().to_owned(), why: why.clone() }),
-    });
-    let rendered = rendering.await.map_err(|panic| Failure::Bug(format!("rendering broke: {panic}")))??;
+    let rendered = match template(facts)?.render_quickly(&conversation, now()) {
+        Some(rendered) => rendered?,
+        None => render_apart(Arc::clone(facts), conversation).await?,
+    };
     tracing::debug!(n_bytes = rendered.text.len(), took = ?started.elapsed(), "rendered");
     Ok(rendered)
+}
+
+async fn render_apart(facts: Arc<Facts>, conversation: ValidConversation) -> Result<Rendered, Failure> {
+    let rendering = tokio::task::spawn_blocking(move || Ok(template(&facts)?.render(&conversation, now())?));
+    rendering.await.map_err(|panic| Failure::Bug(format!("rendering broke: {panic}")))?
+}
+
+fn template(facts: &Facts) -> Result<&ChatTemplate, Failure> {
+    let no_template = |why: &NoTemplate| Failure::NoTemplate { model: facts.model().to_owned(), why: why.clone() };
+    facts.template().map_err(no_template)
+}
+
+/// The time that templates may ask for is UTC, so that every gateway renders the same prompt.
+fn now() -> NaiveDateTime {
+    Utc::now().naive_utc()
 }

@@ -20,6 +20,7 @@ const MAX_VARIABLES_BYTES: usize = 64 * 1024;
 /// Turns, tools, documents and variables that a template can render without further checks.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ValidConversation {
+    n_bytes: usize,
     pub(crate) messages: Vec<ValidMessage>,
     pub(crate) tools: Vec<ValidTool>,
     documents: Vec<ValidDocument>,
@@ -121,6 +122,7 @@ impl ValidConversation {
         let ending = ending(&wire, violations);
         let (tools, tool_choice) = read_tools(wire.tools, wire.tool_choice, violations);
         let mut conversation = Self {
+            n_bytes,
             messages: wire.messages.into_iter().enumerate().map(|at| read_message(at, violations)).collect(),
             tools,
             tool_choice,
@@ -132,6 +134,11 @@ impl ValidConversation {
             tools::prompt::spell_out(&mut conversation);
         }
         conversation
+    }
+
+    /// All text in it as it came, that of tools and documents included. Unit: bytes.
+    pub fn n_bytes(&self) -> usize {
+        self.n_bytes
     }
 
     /// The turns, oldest first; at least one.
