@@ -17,7 +17,8 @@ fn main() -> Result<(), Box<dyn Error>> {
     let descriptors = protox::compile(&files, [&root])?;
     let descriptor_path = PathBuf::from(env::var("OUT_DIR")?).join("lockstep_descriptor.bin");
     std::fs::write(&descriptor_path, prost::Message::encode_to_vec(&descriptors))?;
-    tonic_prost_build::configure().build_transport(false).compile_fds(descriptors)?;
+    let services = tonic_prost_build::configure().build_transport(false).codec_path("crate::codec::Codec");
+    services.compile_fds(descriptors)?;
     println!("cargo:rerun-if-changed=lockstep");
     println!("cargo:rerun-if-changed=inference");
     Ok(())

@@ -117,7 +117,8 @@ pub fn start(backends: Arc<Backends>, job: Job) -> Events {
 
 impl Plan<'_> {
     async fn run(&self, source: Source, outbox: &Outbox, meter: &Meter) -> Result<(), Failure> {
-        let prompt = source.prompt(&self.backends.tokenizers, self.facts, self.caller()).await?;
+        // What a step needs in memory is given back with its box; the answer may take long.
+        let prompt = Box::pin(source.prompt(&self.backends.tokenizers, self.facts, self.caller())).await?;
         let encoded_at = Instant::now();
         let sampling = self.sampling.resolve(prompt.n_tokens())?;
         let (seed, rules) = (sampling.seed, self.text_rules(&sampling));
@@ -128,7 +129,7 @@ impl Plan<'_> {
             let running = dispatch(&self.backends.groups, order, |placement| begin(placement, order, message.clone()));
             tokio::try_join!(running, self.open_decoder(&prompt), self.prompt_text(&prompt))
         };
-        let (running, decoder, prompt_text) = self.in_time(prepared).await?;
+        let (running, decoder, prompt_text) = Box::pin(self.in_time(prepared)).await?;
         let (model_digest, engine_version) = running.placement.identity();
 
         let emitter = Emitter::new(outbox, meter, self.start_event(&prompt), prompt_text, self.sampling.n());

@@ -13,13 +13,14 @@
 //!
 //! * [`v1`]: what clients call; [`inference`]: the same for clients of KServe and Triton; [`tokenizer`] and [`worker`]:
 //!   what the services say to one another.
-//! * [`announcement`]: how a service says where it listens; [`error`]: how a refusal crosses the wire; [`trace`]: how a
-//!   call is known on its way.
+//! * [`codec`]: how messages become bytes; [`announcement`]: how a service says where it listens; [`error`]: how a refusal
+//!   crosses the wire; [`trace`]: how a call is known on its way.
 //! * `client` (feature `client`): channels with limits, and deadlines.
 //! * `config`, `server`, `telemetry` (feature `server`): settings, everything around the RPCs, logs and metrics.
 #![forbid(unsafe_code)]
 
 pub mod announcement;
+pub mod codec;
 pub mod error;
 pub mod trace;
 

@@ -36,7 +36,7 @@ pub enum Event {
 /// The sending end.
 #[derive(Debug)]
 pub struct Outbox {
-    events: mpsc::Sender<Event>,
+    events: mpsc::Sender<Box<Event>>,
     patience: Duration,
     until: Instant,
 }
@@ -46,7 +46,8 @@ pub struct Outbox {
 pub struct Events {
     /// An event that was waited for and is still to be given.
     first: Option<Event>,
-    events: mpsc::Receiver<Event>,
+    /// In boxes: the channel sets room for 32 of them aside, for as long as an answer takes.
+    events: mpsc::Receiver<Box<Event>>,
     /// `None` once its outcome was given.
     task: Option<AbortOnDropHandle<Result<(), Failure>>>,
 }
@@ -80,7 +81,7 @@ impl Outbox {
     /// When the client is gone, reads too slowly, or has no time left.
     pub async fn send(&self, event: Event) -> Result<(), Failure> {
         let limit = self.patience.min(self.until.saturating_duration_since(Instant::now()));
-        match tokio::time::timeout(limit, self.events.send(event)).await {
+        match tokio::time::timeout(limit, self.events.send(Box::new(event))).await {
             Ok(sent) => sent.map_err(|_| Failure::ClientGone),
             Err(_) if limit < self.patience => Err(Failure::Deadline),
             Err(_) => Err(Failure::SlowReader(self.patience)),
@@ -110,7 +111,7 @@ impl Stream for Events {
             return Poll::Ready(Some(Ok(first)));
         }
         if let Some(event) = ready!(self.events.poll_recv(context)) {
-            return Poll::Ready(Some(Ok(event)));
+            return Poll::Ready(Some(Ok(*event)));
         }
         let Some(task) = &mut self.task else { return Poll::Ready(None) };
         let outcome = ready!(Pin::new(task).poll(context));
