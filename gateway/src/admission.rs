@@ -107,6 +107,11 @@ impl Admission {
         self.limits
     }
 
+    /// Whether callers must show a key.
+    pub fn needs_key(&self) -> bool {
+        !self.keys.is_empty()
+    }
+
     /// Looks at the caller's key.
     ///
     /// # Errors

@@ -23,7 +23,7 @@ use crate::{
     kserve::{self, KServe},
     metrics::Metrics,
     models::Models,
-    openai, page,
+    openai, openapi, page,
     pipeline::Pipeline,
     sampling::Policy,
     service::Services,
@@ -33,6 +33,9 @@ use crate::{
 
 /// The services that health reports by name.
 const NAMES: [&str; 3] = ["lockstep.v1.InferenceService", "lockstep.v1.ModelService", kserve::NAME];
+
+/// Paths that carry no client's work: they are asked for again and again.
+const BACKGROUND: &[&str] = &[openapi::PATH, page::CLUSTER];
 
 /// What a gateway is made from: its settings, and what the files say that these name.
 #[derive(Debug)]
@@ -100,7 +103,7 @@ impl App {
         let http = HttpFront {
             listen: http_listen,
             routes: http_routes(Front { pipeline: Arc::clone(&pipeline), max_bytes }).into(),
-            background: page::BACKGROUND,
+            background: BACKGROUND,
             refuse: |path, error| refusal(path, error).map(Body::new),
         };
         let server = Server::bind(server, Arc::new(registry))?.http(http)?.tls(tls).health_names(&NAMES);
@@ -134,7 +137,9 @@ impl App {
 
 /// Everything that is answered by HTTP.
 fn http_routes(front: Front) -> Router {
-    let routes = openai::routes(front.clone()).merge(tgi::routes(front.clone())).merge(page::routes(front));
+    let keyed = front.pipeline.admission.needs_key();
+    let routes = openapi::router(vec![openai::api(), tgi::api(), page::api()], keyed).merge(page::files());
+    let routes = routes.with_state(front);
     routes.fallback(no_such_path).method_not_allowed_fallback(no_such_method)
 }
 

@@ -8,7 +8,10 @@ use axum::{body::Body, extract::Request};
 use bytes::Bytes;
 use futures_util::TryStreamExt as _;
 use http::{HeaderMap, HeaderValue, Response, StatusCode, header};
-use lockstep_proto::{error::Error, trace::Trace};
+use lockstep_proto::{
+    error::{Error, Reason},
+    trace::Trace,
+};
 use serde::{Serialize, de::DeserializeOwned};
 
 use crate::{
@@ -118,12 +121,16 @@ pub fn json_response(status: StatusCode, body: &impl Serialize) -> Response<Body
     response
 }
 
-/// A response that says that a request failed, in a front's own shape: its status, and when to come back.
+/// A response that says that a request failed, in a front's own shape: its status, when to come back, and
+/// what to show.
 pub fn failure_response(status: StatusCode, error: &Error, body: &impl Serialize) -> Response<Body> {
     let mut response = json_response(status, body);
     if let Some(delay) = error.retry_delay() {
         let seconds = HeaderValue::from(delay.as_secs().max(1));
         response.headers_mut().insert(header::RETRY_AFTER, seconds);
+    }
+    if error.reason() == Reason::Unauthenticated {
+        response.headers_mut().insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
     }
     response
 }

@@ -5,7 +5,7 @@
 //! In the order in which a request meets them:
 //!
 //! * [`service`] and [`kserve`] (gRPC), [`openai`] and [`tgi`] (HTTP): the fronts, which translate; [`http`] is what those for HTTP
-//!   share, [`json`] reads what clients write, [`fields`] names what is wrong with it.
+//!   share, [`json`] reads what clients write, [`fields`] names what is wrong with it, [`openapi`] describes it all.
 //! * [`page`]: the page at `/`, a client of OpenAI's API in the browser, and the state of the cluster that it shows.
 //! * [`pipeline`]: what happens to a request, whatever front it came by.
 //! * [`admission`]: who may call, and how much may be under way.
@@ -39,6 +39,7 @@ pub mod kserve;
 pub mod metrics;
 pub mod models;
 pub mod openai;
+pub mod openapi;
 pub mod page;
 pub mod pipeline;
 pub mod request;

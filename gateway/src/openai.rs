@@ -18,14 +18,20 @@ mod tokens;
 mod usage;
 
 use axum::{
-    Router,
     extract::{Path, Request, State},
     response::Response,
-    routing::{get, post},
+};
+use lockstep_proto::error::Reason;
+use schemars::SchemaGenerator;
+
+use crate::{
+    fields::Names,
+    http::Front,
+    openapi::{Api, Route},
+    status::Failure,
 };
 
-use crate::{fields::Names, http::Front, status::Failure};
-
+pub(crate) use error::ErrorBody;
 pub use error::response as refusal;
 
 type Answer = Result<Response, Failure>;
@@ -36,17 +42,24 @@ pub fn has(path: &str) -> bool {
 }
 
 /// Everything under `/v1`, and what belongs to it.
-pub fn routes(front: Front) -> Router {
-    Router::new()
-        .route("/v1/chat/completions", post(chat_completions))
-        .route("/v1/completions", post(completions))
-        .route("/v1/embeddings", post(embeddings))
-        .route("/v1/responses", post(responses))
-        .route("/tokenize", post(tokenize))
-        .route("/detokenize", post(detokenize))
-        .route("/v1/models", get(list_models))
-        .route("/v1/models/{*name}", get(get_model))
-        .with_state(front)
+pub fn api() -> Api {
+    let routes = vec![
+        Route::post("/v1/chat/completions", chat_completions, chat::operation()),
+        Route::post("/v1/completions", completions, completions::operation()),
+        Route::post("/v1/embeddings", embeddings, embeddings::operation()),
+        Route::post("/v1/responses", responses, responses::operation()),
+        Route::post("/tokenize", tokenize, tokens::tokenize_operation()),
+        Route::post("/detokenize", detokenize, tokens::detokenize_operation()),
+        Route::get("/v1/models", list_models, models::list_operation()),
+        Route::get("/v1/models/{*name}", get_model, models::get_operation()),
+    ];
+    Api {
+        name: "OpenAI",
+        description: "The API of OpenAI, with parameters that the ecosystem has added.",
+        error: SchemaGenerator::subschema_for::<error::ErrorBody>,
+        status: Reason::http_status,
+        routes,
+    }
 }
 
 async fn chat_completions(State(front): State<Front>, request: Request) -> Response {

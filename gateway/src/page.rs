@@ -12,13 +12,17 @@ use axum::{
     routing::get,
 };
 use http::{HeaderMap, HeaderValue, StatusCode, header};
+use lockstep_proto::error::Reason;
+use schemars::SchemaGenerator;
 
-use crate::{http::Front, openai};
+use crate::{
+    http::Front,
+    openai,
+    openapi::{Api, Route},
+};
 
-/// Paths that carry no client's work: the page asks for them again and again.
-pub const BACKGROUND: &[&str] = &[CLUSTER];
-
-const CLUSTER: &str = "/cluster";
+/// Where the state is, which the page asks for again and again.
+pub const CLUSTER: &str = "/cluster";
 
 /// Nothing comes from anywhere else, no script or style stands in a document, and no text becomes markup.
 const CONTENT_SECURITY_POLICY: HeaderValue = HeaderValue::from_static(
@@ -51,12 +55,22 @@ pub fn has(path: &str) -> bool {
     path == CLUSTER || path.starts_with("/page/")
 }
 
-/// The files, which everybody may read, and the state, which needs a key where there are keys.
-pub fn routes(front: Front) -> Router {
-    let files = FILES.into_iter().fold(Router::new(), |routes, file| {
+/// The state, which needs a key where there are keys.
+pub fn api() -> Api {
+    Api {
+        name: "Cluster",
+        description: "The state of the cluster, as the page at the root shows it.",
+        error: SchemaGenerator::subschema_for::<openai::ErrorBody>,
+        status: Reason::http_status,
+        routes: vec![Route::get(CLUSTER, cluster, cluster::operation())],
+    }
+}
+
+/// The files, which everybody may read.
+pub fn files() -> Router<Front> {
+    FILES.into_iter().fold(Router::new(), |routes, file| {
         routes.route(file.path, get(move |headers: HeaderMap| async move { file.answer(&headers) }))
-    });
-    files.route(CLUSTER, get(cluster).with_state(front))
+    })
 }
 
 async fn cluster(State(front): State<Front>, request: Request) -> Response {

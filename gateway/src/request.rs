@@ -20,8 +20,10 @@ use lockstep_proto::v1;
 pub use conversation::{
     Ending, ValidConversation, ValidDocument, ValidMessage, ValidTool, ValidToolCall, ValidToolChoice,
 };
+pub(crate) use conversation::{MAX_LISTED, MAX_MESSAGES, MAX_TOOL_NAME_BYTES};
 pub use embedding::ValidEmbed;
 pub use facts::{FactsError, ModelFacts};
+pub(crate) use output::MAX_LOGPROBS;
 pub use output::ValidOutput;
 pub use prompt::ValidPrompt;
 pub use violations::{RequestError, Violation, ViolationKind, Violations};

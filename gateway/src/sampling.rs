@@ -14,17 +14,17 @@
 //! `do_sample = false` is greedy too, as in Hugging Face's `generate`, which only warns. Greedy decoding still applies
 //! penalties and biases.
 
-mod constraint;
+pub(crate) mod constraint;
 mod gbnf;
 mod policy;
 pub(crate) mod range;
-mod read;
+pub(crate) mod read;
 
 use lockstep_proto::worker::v1::{Constraint, ResolvedSampling, constraint as constraint_kind};
 
 pub(crate) use constraint::{closed, lark_string};
 pub use policy::{ModelPolicy, Policy, PolicyError};
-pub(crate) use read::{MAX_STOP, defaults};
+pub(crate) use read::defaults;
 
 use crate::request::RequestError;
 

@@ -11,16 +11,17 @@ mod stream;
 mod token;
 
 use axum::{
-    Router,
     extract::{Request, State},
     response::{IntoResponse as _, Response},
-    routing::{get, post},
 };
 use http::StatusCode;
+use lockstep_proto::error::Reason;
+use schemars::SchemaGenerator;
 
 use self::request::Path;
 use crate::{
     http::{Front, json_response},
+    openapi::{Api, OF_MODELS, OF_PROMPTS, Operation, Route, SchemaOf},
     status::Failure,
 };
 
@@ -29,14 +30,25 @@ pub use error::response as refusal;
 type Answer = Result<Response, Failure>;
 
 /// Everything that is at the server's root.
-pub fn routes(front: Front) -> Router {
-    Router::new()
-        .route("/", post(compatible))
-        .route("/generate", post(generate))
-        .route("/generate_stream", post(generate_stream))
-        .route("/info", get(get_info))
-        .route("/health", get(health))
-        .with_state(front)
+pub fn api() -> Api {
+    let routes = vec![
+        Route::post("/", compatible, Path::Root.operation()),
+        Route::post("/generate", generate, Path::Generate.operation()),
+        Route::post("/generate_stream", generate_stream, Path::GenerateStream.operation()),
+        Route::get("/info", get_info, info::operation()),
+        Route::get(
+            "/health",
+            health,
+            Operation::open("Says by its status whether work can be taken.").fails(&[Reason::Draining]),
+        ),
+    ];
+    Api {
+        name: "Text Generation Inference",
+        description: "The API of Hugging Face's Text Generation Inference, for raw prompts.",
+        error: SchemaGenerator::subschema_for::<error::ErrorBody>,
+        status: error::status,
+        routes,
+    }
 }
 
 async fn compatible(State(front): State<Front>, request: Request) -> Response {
@@ -57,6 +69,27 @@ async fn get_info(State(front): State<Front>, request: Request) -> Response {
 
 async fn health(State(front): State<Front>) -> Response {
     if front.pipeline.readiness.is_ready() { StatusCode::OK.into_response() } else { error::unhealthy() }
+}
+
+impl Path {
+    fn operation(self) -> Operation {
+        let schema: SchemaOf = match self {
+            Self::Root => request::schema,
+            Self::Generate => request::schema_of_whole,
+            Self::GenerateStream => request::schema_of_streamed,
+        };
+        let operation = Operation::call(match self {
+            Self::Root => "Continues a raw prompt, whole or as a stream.",
+            Self::Generate => "Continues a raw prompt.",
+            Self::GenerateStream => "Continues a raw prompt, token by token.",
+        });
+        let operation = operation.takes_schema(schema).fails(OF_MODELS).fails(OF_PROMPTS);
+        match self {
+            Self::Root => operation.answers::<[answer::Generated; 1]>().streams::<stream::Piece>(None),
+            Self::Generate => operation.answers::<answer::Generated>(),
+            Self::GenerateStream => operation.streams::<stream::Piece>(None),
+        }
+    }
 }
 
 async fn answer(front: &Front, path: Path, request: Request) -> Answer {

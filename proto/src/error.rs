@@ -26,11 +26,11 @@ pub const MAX_TEXT_BYTES: usize = 1024;
 /// Declares [`Reason`] from the table below: one row says what it means, what it is called, which code it has, and which
 /// status in HTTP.
 macro_rules! reasons {
-    ($($(#[$doc:meta])+ $variant:ident, $name:literal, $code:ident, $http:ident;)+) => {
+    ($(#[doc = $meaning:literal] $variant:ident, $name:literal, $code:ident, $http:ident;)+) => {
         /// Why a call failed. The name is stable: programs compare it, and metrics are labelled with it.
         #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
         pub enum Reason {
-            $($(#[$doc])+ $variant,)+
+            $(#[doc = $meaning] $variant,)+
         }
 
         impl Reason {
@@ -41,6 +41,12 @@ macro_rules! reasons {
             #[must_use]
             pub const fn name(self) -> &'static str {
                 match self { $(Self::$variant => $name,)+ }
+            }
+
+            /// What it means, in a sentence.
+            #[must_use]
+            pub const fn meaning(self) -> &'static str {
+                match self { $(Self::$variant => $meaning.trim_ascii(),)+ }
             }
 
             /// The gRPC status code.
@@ -83,7 +89,7 @@ reasons! {
     Unauthenticated, "UNAUTHENTICATED", Unauthenticated, UNAUTHORIZED;
     /// The key is known and may not do this.
     PermissionDenied, "PERMISSION_DENIED", PermissionDenied, FORBIDDEN;
-    /// Every queue that could take the request is full; `RetryInfo` says when to come back.
+    /// Every queue that could take the request is full; the error says when to come back.
     Overloaded, "OVERLOADED", ResourceExhausted, TOO_MANY_REQUESTS;
     /// The client read its stream too slowly, and the buffer for it is full.
     SlowReader, "SLOW_READER", ResourceExhausted, TOO_MANY_REQUESTS;

@@ -3,58 +3,91 @@
 use axum::{extract::Request, response::Response};
 use http::StatusCode;
 use lockstep_proto::v1;
+use schemars::{JsonSchema, Schema};
 use serde::Serialize;
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 
 use super::{
-    Answer, Front, error,
+    Answer, Front,
+    constraint::one_constraint,
+    error,
     logprobs::ChatLogprobs,
-    messages::{Message, Template, Tool, ToolChoice, Tools, conversation},
+    messages::{Message, Template, Tool, ToolChoice, Tools, conversation, one_ending, something_to_call},
     model_name,
-    parameters::{StreamOptions, include_usage, request},
+    parameters::{StreamOptions, include_usage, options_of_streams, request},
     stream,
-    usage::{Usage, fingerprint, finish_reason, now},
+    usage::{FinishReason, Usage, fingerprint, now},
 };
 use crate::{
     generation::{Event, collect},
     http::json_response,
     json::Unsupported,
-    request::RequestError,
+    openapi::{
+        OF_CHATS, OF_MODELS, OF_PROMPTS, Operation,
+        rules::{either, never, set, unset, where_set},
+    },
+    request::{MAX_LISTED, MAX_LOGPROBS, MAX_MESSAGES, RequestError},
 };
 
 request! {
     /// What a client sends.
+    #[schemars(transform = rules)]
     struct ChatRequest {
+        /// The conversation, oldest message first.
+        #[schemars(length(min = 1, max = MAX_MESSAGES))]
         messages: Vec<Message>,
+        /// The model. Default: the only one that is served.
         model: Option<String>,
+        /// Whether the answer comes as it is made.
         stream: Option<bool>,
+        /// What comes at the end of a stream.
         stream_options: Option<StreamOptions>,
+        /// The older name of `max_completion_tokens`.
+        #[schemars(range(min = 1))]
         max_tokens: Option<u32>,
+        /// Most tokens of the answer, no more than the context has room for. Default: what the operator or the model says.
+        #[schemars(range(min = 1))]
         max_completion_tokens: Option<u32>,
+        /// Whether each token comes with its log-probability.
         logprobs: Option<bool>,
+        /// How many of the most probable tokens come with each.
+        #[schemars(range(max = MAX_LOGPROBS))]
         top_logprobs: Option<u32>,
+        /// Functions that the model may call.
+        #[schemars(length(max = MAX_LISTED))]
         tools: Option<Vec<Tool>>,
+        /// Whether it may, must or must not call them. Default: it may.
         tool_choice: Option<ToolChoice>,
+        /// Whether one answer may call several. Default: as the model does by itself.
         parallel_tool_calls: Option<bool>,
+        /// Whether control tokens are left out of the text. Default: true.
         skip_special_tokens: Option<bool>,
+        /// Whether the prompt ends with the beginning of an answer. Default: true.
         add_generation_prompt: Option<bool>,
+        /// Whether the answer goes on with the last message.
         continue_final_message: Option<bool>,
+        /// What the chat template sees besides.
         chat_template_kwargs: Option<Map<String, Value>>,
-        #[serde(rename = "user")]
         /// Whose request it is: for the client's own records.
+        #[serde(rename = "user")]
         _user: Option<String>,
+        /// The same.
         #[serde(rename = "safety_identifier")]
         _safety_identifier: Option<String>,
+        /// Taken, and changes nothing: every prefix is cached.
         #[serde(rename = "prompt_cache_key")]
-        /// Every prefix is cached.
         _prompt_cache_key: Option<String>,
+        /// Taken, and changes nothing.
         #[serde(rename = "service_tier")]
         _service_tier: Option<ServiceTier>,
+        /// Nothing is stored.
+        #[schemars(transform = never)]
         store: Option<bool>,
         #[serde(rename = "metadata")]
         _metadata: Option<Unsupported>,
         #[serde(rename = "audio")]
         _audio: Option<Unsupported>,
+        /// Text is all there is.
         #[serde(rename = "modalities")]
         _modalities: Option<Vec<Modality>>,
         #[serde(rename = "prediction")]
@@ -73,21 +106,23 @@ request! {
 }
 
 /// There is one tier.
-#[derive(Debug, Clone, Copy, serde::Deserialize)]
+#[derive(Debug, Clone, Copy, serde::Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 enum ServiceTier {
     Auto,
     Default,
 }
 
-#[derive(Debug, Clone, Copy, serde::Deserialize)]
+/// A form of answers.
+#[derive(Debug, Clone, Copy, serde::Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 enum Modality {
     Text,
 }
 
 /// An answer, or a piece of one.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
+#[schemars(rename = "{T}Completion")]
 struct Completion<'a, T> {
     id: &'a str,
     object: &'static str,
@@ -100,15 +135,18 @@ struct Completion<'a, T> {
     system_fingerprint: Option<String>,
 }
 
-#[derive(Debug, Serialize)]
+/// One of the answers.
+#[derive(Debug, Serialize, JsonSchema)]
+#[schemars(rename = "ChatChoice")]
 struct Choice {
     index: u32,
     message: AssistantMessage,
     logprobs: Option<ChatLogprobs>,
-    finish_reason: &'static str,
+    finish_reason: FinishReason,
 }
 
-#[derive(Debug, Serialize)]
+/// What the model says.
+#[derive(Debug, Serialize, JsonSchema)]
 struct AssistantMessage {
     role: &'static str,
     content: Option<String>,
@@ -117,7 +155,8 @@ struct AssistantMessage {
     tool_calls: Vec<CalledTool>,
 }
 
-#[derive(Debug, Serialize)]
+/// A call of a tool that the model makes.
+#[derive(Debug, Serialize, JsonSchema)]
 struct CalledTool {
     id: String,
     #[serde(rename = "type")]
@@ -125,21 +164,27 @@ struct CalledTool {
     function: CalledFunction,
 }
 
-#[derive(Debug, Serialize)]
+/// The function that is called.
+#[derive(Debug, Serialize, JsonSchema)]
 struct CalledFunction {
     name: String,
+    /// The text of a JSON object, unless the answer was cut.
     arguments: String,
 }
 
-#[derive(Debug, Serialize)]
+/// What is new of one of the answers.
+#[derive(Debug, Serialize, JsonSchema)]
+#[schemars(rename = "ChatPiece")]
 struct Piece {
     index: u32,
     delta: Delta,
     logprobs: Option<ChatLogprobs>,
-    finish_reason: Option<&'static str>,
+    finish_reason: Option<FinishReason>,
 }
 
-#[derive(Debug, Default, Serialize)]
+/// What is new of a message.
+#[derive(Debug, Default, Serialize, JsonSchema)]
+#[schemars(rename = "ChatDelta")]
 struct Delta {
     #[serde(skip_serializing_if = "Option::is_none")]
     role: Option<&'static str>,
@@ -149,7 +194,9 @@ struct Delta {
     tool_calls: Vec<ToolDelta>,
 }
 
-#[derive(Debug, Serialize)]
+/// What is new of a call.
+#[derive(Debug, Serialize, JsonSchema)]
+#[schemars(rename = "ChatToolDelta")]
 struct ToolDelta {
     index: u32,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -159,7 +206,9 @@ struct ToolDelta {
     function: FunctionDelta,
 }
 
-#[derive(Debug, Serialize)]
+/// What is new of the function that is called.
+#[derive(Debug, Serialize, JsonSchema)]
+#[schemars(rename = "ChatFunctionDelta")]
 struct FunctionDelta {
     #[serde(skip_serializing_if = "Option::is_none")]
     name: Option<String>,
@@ -174,6 +223,26 @@ struct Pieces {
     n: u32,
     logprobs: bool,
     include_usage: bool,
+}
+
+pub(super) fn operation() -> Operation {
+    Operation::call("Answers a conversation.")
+        .takes::<ChatRequest>()
+        .answers::<Completion<'_, Choice>>()
+        .streams::<Completion<'_, Piece>>(Some(stream::DONE))
+        .fails(OF_MODELS)
+        .fails(OF_PROMPTS)
+        .fails(OF_CHATS)
+}
+
+/// What goes with what in a request.
+fn rules(request: &mut Schema) {
+    either(request, [where_set([("top_logprobs", unset())]), set("logprobs", json!({ "const": true }))]);
+    either(request, [where_set([("max_tokens", unset())]), where_set([("max_completion_tokens", unset())])]);
+    options_of_streams(request);
+    one_constraint(request);
+    one_ending(request);
+    something_to_call(request);
 }
 
 pub(super) async fn answer(front: &Front, request: Request) -> Answer {
@@ -244,7 +313,7 @@ fn whole(answer: collect::Answer, logprobs: bool) -> Response {
             index,
             message: AssistantMessage { role: "assistant", content, refusal: None, tool_calls },
             logprobs: logprobs.then(|| ChatLogprobs::new(choice.logprobs)),
-            finish_reason: finish_reason(choice.finish.map(|finish| finish.reason()).unwrap_or_default()),
+            finish_reason: choice.finish.map(|finish| finish.reason()).unwrap_or_default().into(),
         }
     };
     let body = Completion {
@@ -298,7 +367,7 @@ impl Pieces {
 
     fn finish(&self, finish: v1::Finish) -> Vec<axum::response::sse::Event> {
         let last = |choice: &v1::ChoiceFinish| {
-            let finish_reason = Some(finish_reason(choice.reason()));
+            let finish_reason = Some(choice.reason().into());
             self.piece(Piece { index: choice.choice, delta: Delta::default(), logprobs: None, finish_reason })
         };
         let mut events: Vec<_> = finish.choices.iter().map(last).collect();

@@ -7,23 +7,27 @@ use axum::{
 use futures_util::{Stream, StreamExt as _, future::try_join_all, stream::select_all};
 use http::StatusCode;
 use lockstep_proto::v1;
+use schemars::{JsonSchema, Schema};
 use serde::Serialize;
 
 use super::{
-    Answer, Front, error,
+    Answer, Front,
+    constraint::one_constraint,
+    error,
     logprobs::CompletionLogprobs,
     model_name,
-    parameters::{StreamOptions, include_usage, request},
-    prompts::{PromptItem, prompts},
+    parameters::{StreamOptions, include_usage, options_of_streams, request},
+    prompts::{PromptItem, bound_prompts, prompts},
     stream,
-    usage::{Usage, fingerprint, finish_reason, now},
+    usage::{FinishReason, Usage, fingerprint, now},
 };
 use crate::{
     generation::{Event, collect},
     http::json_response,
     json::{OneOrMany, Unsupported},
+    openapi::{OF_MODELS, OF_PROMPTS, Operation},
     pipeline::Answering,
-    request::RequestError,
+    request::{MAX_LOGPROBS, RequestError},
     status::Failure,
 };
 
@@ -35,18 +39,32 @@ const DEFAULT_MAX_TOKENS: u32 = 16;
 
 request! {
     /// What a client sends.
+    #[schemars(transform = rules)]
     struct CompletionRequest {
+        /// Raw prompts: a text, several, the token ids of one, or lists of token ids.
+        #[schemars(transform = bound)]
         prompt: OneOrMany<PromptItem>,
+        /// The model. Default: the only one that is served.
         model: Option<String>,
+        /// Whether the answer comes as it is made.
         stream: Option<bool>,
+        /// What comes at the end of a stream.
         stream_options: Option<StreamOptions>,
+        /// Most tokens of each answer, no more than the context has room for. Default: 16.
+        #[schemars(range(min = 1))]
         max_tokens: Option<u32>,
+        /// Each token comes with its log-probability, and with those of so many of the most probable ones.
+        #[schemars(range(max = MAX_LOGPROBS))]
         logprobs: Option<u32>,
+        /// Whether the prompt comes before the answer.
         echo: Option<bool>,
+        /// Answers that the best are chosen from: as many as `n`, since nothing is chosen here.
+        #[schemars(range(min = 1, max = crate::sampling::read::MAX_N))]
         best_of: Option<u32>,
+        /// Whether control tokens are left out of the text. Default: true.
         skip_special_tokens: Option<bool>,
-        #[serde(rename = "user")]
         /// Whose request it is: for the client's own records.
+        #[serde(rename = "user")]
         _user: Option<String>,
         #[serde(rename = "suffix")]
         _suffix: Option<Unsupported>,
@@ -54,7 +72,7 @@ request! {
 }
 
 /// An answer, or a piece of one.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 struct Completion<'a> {
     id: &'a str,
     object: &'static str,
@@ -67,12 +85,14 @@ struct Completion<'a> {
     system_fingerprint: Option<String>,
 }
 
-#[derive(Debug, Serialize)]
+/// One of the answers, or what is new of it.
+#[derive(Debug, Serialize, JsonSchema)]
+#[schemars(rename = "CompletionChoice")]
 struct Choice {
     index: u32,
     text: String,
     logprobs: Option<CompletionLogprobs>,
-    finish_reason: Option<&'static str>,
+    finish_reason: Option<FinishReason>,
 }
 
 /// What of an answer a client wants to see.
@@ -96,6 +116,25 @@ struct Pieces {
     /// By choice over all prompts, the log-probabilities of the prompt that are still to be shown, and how much text
     /// came before. Unit: characters.
     choices: Vec<(Option<CompletionLogprobs>, usize)>,
+}
+
+pub(super) fn operation() -> Operation {
+    Operation::call("Continues raw prompts.")
+        .takes::<CompletionRequest>()
+        .answers::<Completion<'_>>()
+        .streams::<Completion<'_>>(Some(stream::DONE))
+        .fails(OF_MODELS)
+        .fails(OF_PROMPTS)
+}
+
+/// What goes with what in a request.
+fn rules(request: &mut Schema) {
+    options_of_streams(request);
+    one_constraint(request);
+}
+
+fn bound(prompts: &mut Schema) {
+    bound_prompts(prompts, MAX_PROMPTS);
 }
 
 pub(super) async fn answer(front: &Front, request: Request) -> Answer {
@@ -188,7 +227,7 @@ fn whole(answers: Vec<collect::Answer>, view: View) -> Response {
                 index: prompt * view.n + index,
                 text: choice.text,
                 logprobs,
-                finish_reason: choice.finish.map(|finish| finish_reason(finish.reason())),
+                finish_reason: choice.finish.map(|finish| finish.reason().into()),
             });
         }
     }
@@ -268,7 +307,7 @@ impl Pieces {
         self.usage.add(finish.usage.unwrap_or_default());
         self.open = self.open.saturating_sub(1);
         let last = |choice: &v1::ChoiceFinish| {
-            let (index, finish_reason) = (prompt * self.view.n + choice.choice, Some(finish_reason(choice.reason())));
+            let (index, finish_reason) = (prompt * self.view.n + choice.choice, Some(choice.reason().into()));
             self.piece(vec![Choice { index, text: String::new(), logprobs: None, finish_reason }])
         };
         let mut events: Vec<_> = finish.choices.iter().map(last).collect();

@@ -1,13 +1,22 @@
 //! What the text of an answer must be, in OpenAI's words (`response_format`) or vLLM's (`structured_outputs`).
 
 use lockstep_proto::v1::{ChoiceList, Constraint, constraint::Kind};
+use schemars::{JsonSchema, Schema};
 use serde::Deserialize;
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 
-use crate::{json::Unsupported, request::RequestError, sampling::closed};
+use crate::{
+    json::Unsupported,
+    openapi::rules::{either, off, unset, where_set},
+    request::RequestError,
+    sampling::{
+        closed,
+        constraint::{MAX_BYTES, MAX_CHOICES},
+    },
+};
 
-/// `response_format`.
-#[derive(Debug, Deserialize)]
+/// What an answer must be: any text, a JSON object, or JSON that a schema accepts.
+#[derive(Debug, Deserialize, JsonSchema)]
 #[serde(tag = "type", rename_all = "snake_case", deny_unknown_fields)]
 pub(super) enum ResponseFormat {
     Text {},
@@ -16,14 +25,19 @@ pub(super) enum ResponseFormat {
 }
 
 /// A schema, which is always held to: nothing is looser for `strict` being false.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct NamedSchema {
+    /// For the client's own use.
     #[serde(rename = "name")]
     _name: Option<String>,
+    /// For the client's own use.
     #[serde(rename = "description")]
     _description: Option<String>,
+    /// The JSON Schema. Default: one that accepts everything.
+    #[schemars(transform = json_schema_or_null)]
     schema: Option<Value>,
+    /// Taken, and changes nothing.
     #[serde(rename = "strict")]
     _strict: Option<bool>,
 }
@@ -37,14 +51,24 @@ impl NamedSchema {
     }
 }
 
-/// `structured_outputs`: one of these.
-#[derive(Debug, Default, Deserialize)]
+/// What an answer must be: at most one of these.
+#[derive(Debug, Default, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
+#[schemars(transform = at_most_one)]
 pub(super) struct StructuredOutputs {
+    /// JSON that this JSON Schema accepts, which may also be the text of one.
+    #[schemars(extend("type" = ["object", "boolean", "string", "null"]))]
     json: Option<Value>,
+    /// A JSON object.
     json_object: Option<bool>,
+    /// Matched as a whole by this regular expression.
+    #[schemars(length(max = MAX_BYTES), extend("format" = "regex"))]
     regex: Option<String>,
+    /// One of these texts.
+    #[schemars(length(min = 1, max = MAX_CHOICES), inner(length(min = 1)))]
     choice: Option<Vec<String>>,
+    /// Derived by this grammar, in the form of llama.cpp (GBNF) or of llguidance (Lark).
+    #[schemars(length(max = MAX_BYTES))]
     grammar: Option<String>,
     #[serde(rename = "structural_tag")]
     _structural_tag: Option<Unsupported>,
@@ -104,6 +128,30 @@ impl StructuredOutputs {
             Some(_) => Err(RequestError::invalid("structured_outputs", "it has several constraints; one can be held")),
         }
     }
+}
+
+/// The schema of a field that holds a JSON Schema.
+pub(super) fn json_schema_or_null(schema: &mut Schema) {
+    schema.insert("type".into(), json!(["object", "boolean", "null"]));
+}
+
+/// The schema of `structured_outputs`: all of its constraints but one are left out or null.
+fn at_most_one(outputs: &mut Schema) {
+    let without_others =
+        |kept| where_set(no_outputs().map(|(name, unset)| (name, if name == kept { json!({}) } else { unset })));
+    either(outputs, no_outputs().map(|(name, _)| without_others(name)));
+}
+
+/// The constraints of `structured_outputs`, and the schemas of their absence.
+fn no_outputs() -> [(&'static str, Value); 5] {
+    [("json", unset()), ("json_object", off()), ("regex", unset()), ("choice", unset()), ("grammar", unset())]
+}
+
+/// The rule that there is one constraint at most.
+pub(super) fn one_constraint(request: &mut Schema) {
+    let any_text = || where_set([("response_format", where_set([("type", json!({ "const": "text" }))]))]);
+    let no_outputs = || where_set([("structured_outputs", where_set(no_outputs()))]);
+    either(request, [any_text(), no_outputs()]);
 }
 
 #[cfg(test)]

@@ -2,6 +2,7 @@
 
 use axum::response::Response;
 use lockstep_proto::error::{Error, Reason};
+use schemars::JsonSchema;
 use serde::Serialize;
 
 use crate::{
@@ -10,17 +11,22 @@ use crate::{
 };
 
 /// An error as clients read it.
-#[derive(Debug, Serialize)]
-pub(super) struct ErrorBody {
+#[derive(Debug, Serialize, JsonSchema)]
+#[schemars(rename = "OpenAiError")]
+pub(crate) struct ErrorBody {
     error: ErrorObject,
 }
 
-#[derive(Debug, Serialize)]
+/// What went wrong.
+#[derive(Debug, Serialize, JsonSchema)]
 struct ErrorObject {
     message: String,
+    /// Whose fault it is, by the status.
     #[serde(rename = "type")]
     kind: &'static str,
+    /// The field at fault, if it is one.
     param: Option<String>,
+    /// The reason, by which programs may tell errors apart.
     code: &'static str,
 }
 

@@ -1,24 +1,31 @@
 //! Log-probabilities in the two forms that OpenAI has: a list of entries for chats, parallel lists for completions.
 
+use std::collections::BTreeMap;
+
 use lockstep_proto::v1::{LogprobEntry, TokenLogprob};
+use schemars::JsonSchema;
 use serde::Serialize;
 use serde_json::{Map, Number, Value};
 
 /// Those of a chat's choice.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, JsonSchema)]
 pub(super) struct ChatLogprobs {
     content: Vec<ChatEntry>,
     refusal: Option<()>,
 }
 
-#[derive(Debug, Clone, PartialEq, Serialize)]
+/// A token of the answer, and the most probable ones in its place.
+#[derive(Debug, Clone, PartialEq, Serialize, JsonSchema)]
+#[schemars(rename = "ChatLogprob")]
 struct ChatEntry {
     #[serde(flatten)]
     token: Entry,
     top_logprobs: Vec<Entry>,
 }
 
-#[derive(Debug, Clone, PartialEq, Serialize)]
+/// A token, its log-probability and its bytes, which need not be whole characters.
+#[derive(Debug, Clone, PartialEq, Serialize, JsonSchema)]
+#[schemars(rename = "TokenLogprob")]
 struct Entry {
     token: String,
     logprob: f32,
@@ -26,10 +33,11 @@ struct Entry {
 }
 
 /// Those of a completion's choice.
-#[derive(Debug, Clone, Default, PartialEq, Serialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, JsonSchema)]
 pub(super) struct CompletionLogprobs {
     tokens: Vec<String>,
     token_logprobs: Vec<Option<f32>>,
+    #[schemars(with = "Vec<Option<BTreeMap<String, Option<f32>>>>")]
     top_logprobs: Vec<Option<Map<String, Value>>>,
     text_offset: Vec<usize>,
 }

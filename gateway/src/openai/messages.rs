@@ -1,22 +1,31 @@
 //! The messages and tools of a chat, as OpenAI's clients write them, and how they become a conversation.
 
 use lockstep_proto::v1;
-use serde::Deserialize;
-use serde_json::{Map, Value};
+use schemars::{JsonSchema, Schema};
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value, json};
 
 use crate::{
     json::{OneOrMany, Unsupported},
-    request::RequestError,
+    openapi::rules::{either, off, set, where_set},
+    request::{MAX_LISTED, MAX_TOOL_NAME_BYTES, RequestError},
 };
 
 /// One turn. Clients send answers back as they got them, so that what an answer may have is taken here.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
+#[schemars(rename = "ChatMessage", transform = fit_role)]
 pub(super) struct Message {
+    /// Whose turn it is.
     role: Role,
+    /// What is said: a text, or texts that are joined.
     content: Option<OneOrMany<Part>>,
+    /// The speaker's name, for templates that show it.
     name: Option<String>,
+    /// Tools that the assistant calls.
+    #[schemars(length(max = MAX_LISTED))]
     tool_calls: Option<Vec<ToolCall>>,
+    /// The call that a tool answers.
     tool_call_id: Option<String>,
     #[serde(rename = "refusal")]
     _refusal: Option<Unsupported>,
@@ -29,71 +38,99 @@ pub(super) struct Message {
     _annotations: Option<Vec<Value>>,
 }
 
-#[derive(Debug, Clone, Copy, Deserialize)]
+/// Whose turn it is. Developers speak as the system.
+#[derive(Debug, Clone, Copy, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
+#[schemars(rename = "ChatRole")]
 enum Role {
-    #[serde(alias = "developer")]
     System,
+    Developer,
     User,
     Assistant,
     Tool,
 }
 
-#[derive(Debug, Deserialize)]
+/// A part of a message.
+#[derive(Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
+#[schemars(rename = "ChatPart")]
 pub(super) struct Part {
+    /// Texts are the only parts there are.
     #[serde(rename = "type")]
     _kind: PartKind,
+    /// The text.
     text: String,
 }
 
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
+#[schemars(inline)]
 enum PartKind {
     Text,
 }
 
-#[derive(Debug, Deserialize)]
+/// A call of a tool.
+#[derive(Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
+#[schemars(rename = "ChatToolCall")]
 struct ToolCall {
+    /// Names the call.
     #[serde(default)]
     id: String,
+    /// Functions are the only tools there are.
     #[serde(rename = "type")]
     _kind: Option<FunctionKind>,
     /// Where a client has kept the pieces of a stream.
     #[serde(rename = "index")]
     _index: Option<u32>,
+    /// What is called.
     function: CalledFunction,
 }
 
-#[derive(Debug, Clone, Copy, Deserialize)]
+#[derive(Debug, Clone, Copy, Deserialize, Serialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
+#[schemars(inline)]
 pub(super) enum FunctionKind {
     Function,
 }
 
-#[derive(Debug, Deserialize)]
+/// The function that is called.
+#[derive(Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
+#[schemars(rename = "ChatCalledFunction")]
 struct CalledFunction {
+    /// Its name.
+    #[schemars(length(min = 1, max = MAX_TOOL_NAME_BYTES))]
     name: String,
+    /// The text of a JSON object with its arguments.
     #[serde(default)]
+    #[schemars(transform = text_of_object)]
     arguments: String,
 }
 
 /// A function that the model may call.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
+#[schemars(rename = "ChatTool")]
 pub(super) struct Tool {
+    /// Functions are the only tools there are.
     #[serde(rename = "type")]
     _kind: FunctionKind,
+    /// The function.
     function: Function,
 }
 
-#[derive(Debug, Deserialize)]
+/// What the model is told of a function.
+#[derive(Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
+#[schemars(rename = "ChatFunction")]
 struct Function {
+    /// Its name, which no other has.
+    #[schemars(length(min = 1, max = MAX_TOOL_NAME_BYTES))]
     name: String,
+    /// What it does.
     description: Option<String>,
+    /// The JSON Schema of its arguments. Default: it has none.
     parameters: Option<Map<String, Value>>,
     /// Calls that are constrained follow their schema anyway.
     #[serde(rename = "strict")]
@@ -101,33 +138,71 @@ struct Function {
 }
 
 /// Whether the model may, must or must not call a tool.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, JsonSchema)]
 #[serde(untagged, expecting = "`none`, `auto`, `required`, or a function by name")]
+#[schemars(rename = "ChatToolChoice")]
 pub(super) enum ToolChoice {
     Mode(ToolMode),
     Named(NamedTool),
 }
 
-#[derive(Debug, Clone, Copy, Deserialize)]
+#[derive(Debug, Clone, Copy, Deserialize, Serialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
+#[schemars(inline)]
 pub(super) enum ToolMode {
     None,
     Auto,
     Required,
 }
 
-#[derive(Debug, Deserialize)]
+/// The tool that must be called.
+#[derive(Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
+#[schemars(rename = "ChatNamedTool")]
 pub(super) struct NamedTool {
+    /// Functions are the only tools there are.
     #[serde(rename = "type")]
     _kind: FunctionKind,
+    /// The function.
     function: FunctionName,
 }
 
-#[derive(Debug, Deserialize)]
+/// A function by its name.
+#[derive(Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 struct FunctionName {
+    /// The name of one of `tools`.
     name: String,
+}
+
+/// The schema of a text that is a JSON object, or empty.
+pub(super) fn text_of_object(text: &mut Schema) {
+    text.insert("contentMediaType".into(), "application/json".into());
+    text.insert("contentSchema".into(), json!({ "type": "object" }));
+}
+
+/// The rule that assistants alone call tools, and tools alone answer calls.
+fn fit_role(message: &mut Schema) {
+    let no_calls = || ("tool_calls", json!({ "type": ["array", "null"], "maxItems": 0 }));
+    let no_id = || ("tool_call_id", json!({ "enum": ["", null] }));
+    let role = |roles: Value| ("role", json!({ "enum": roles }));
+    let forms = [
+        where_set([role(json!(["system", "developer", "user"])), no_calls(), no_id()]),
+        where_set([role(json!(["assistant"])), no_id()]),
+        where_set([role(json!(["tool"])), no_calls()]),
+    ];
+    either(message, forms);
+}
+
+/// The rule that a conversation does not begin an answer where its last message is left open.
+pub(super) fn one_ending(request: &mut Schema) {
+    either(request, [where_set([("continue_final_message", off())]), where_set([("add_generation_prompt", off())])]);
+}
+
+/// The rule that tools that must be called are there.
+pub(super) fn something_to_call(request: &mut Schema) {
+    let optional = where_set([("tool_choice", json!({ "enum": ["none", "auto", null] }))]);
+    either(request, [optional, set("tools", json!({ "type": "array", "minItems": 1 }))]);
 }
 
 // === impl Message ===
@@ -135,7 +210,7 @@ struct FunctionName {
 impl From<Message> for v1::Message {
     fn from(message: Message) -> Self {
         let role = match message.role {
-            Role::System => v1::Role::System,
+            Role::System | Role::Developer => v1::Role::System,
             Role::User => v1::Role::User,
             Role::Assistant => v1::Role::Assistant,
             Role::Tool => v1::Role::Tool,

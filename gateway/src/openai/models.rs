@@ -3,31 +3,39 @@
 use axum::{extract::Request, response::Response};
 use http::StatusCode;
 use lockstep_proto::v1;
+use schemars::JsonSchema;
 use serde::Serialize;
 
 use super::{Answer, Front};
-use crate::http::json_response;
+use crate::{
+    http::json_response,
+    openapi::{OF_MODELS, Operation},
+};
 
-#[derive(Debug, Serialize)]
+/// All models.
+#[derive(Debug, Serialize, JsonSchema)]
+#[schemars(rename = "ModelList")]
 struct List {
     object: &'static str,
     data: Vec<Model>,
 }
 
-#[derive(Debug, Serialize)]
+/// A model that is served.
+#[derive(Debug, Serialize, JsonSchema)]
 struct Model {
     id: String,
     object: &'static str,
     /// When the model was made, which its files do not say.
     created: u64,
     owned_by: &'static str,
+    /// What its context holds, prompt and answer together. Unit: tokens.
     max_model_len: u32,
     /// What a chat or a completion that sets nothing is sampled with.
     sampling_defaults: Option<SamplingDefaults>,
 }
 
 /// Parameters by the names that requests have for them.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 struct SamplingDefaults {
     temperature: Option<f32>,
     top_p: Option<f32>,
@@ -39,6 +47,17 @@ struct SamplingDefaults {
     frequency_penalty: Option<f32>,
     /// Of a chat; null: what the context leaves.
     max_tokens: Option<u32>,
+}
+
+pub(super) fn list_operation() -> Operation {
+    Operation::call("Lists the models that are served.").answers::<List>()
+}
+
+pub(super) fn get_operation() -> Operation {
+    Operation::call("Describes a model that is served.")
+        .of("name", "The model's name.")
+        .answers::<Model>()
+        .fails(OF_MODELS)
 }
 
 pub(super) async fn list(front: &Front, request: Request) -> Answer {

@@ -1,17 +1,29 @@
 //! Raw prompts, in the four forms that the protocol has: a text, texts, the ids of one prompt, lists of ids.
 
 use lockstep_proto::v1::{self, raw_prompt::Prompt};
+use schemars::{JsonSchema, Schema};
 use serde::Deserialize;
+use serde_json::json;
 
 use crate::{json::OneOrMany, request::RequestError};
 
 /// One of several prompts, or one token of the only one.
-#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Deserialize, JsonSchema)]
 #[serde(untagged, expecting = "a string, a token id, or a list of token ids")]
+#[schemars(inline)]
 pub(super) enum PromptItem {
     Text(String),
     Token(u32),
     Tokens(Vec<u32>),
+}
+
+/// The schema of such prompts, at most so many.
+pub(super) fn bound_prompts(prompts: &mut Schema, most: usize) {
+    let id = json!({ "type": "integer", "format": "uint32", "minimum": 0, "maximum": u32::MAX });
+    let ids = json!({ "type": "array", "items": id, "minItems": 1 });
+    let several = json!({ "anyOf": [{ "type": "string" }, ids] });
+    let list = json!({ "type": "array", "items": several, "minItems": 1, "maxItems": most });
+    prompts.insert("anyOf".into(), json!([{ "type": "string" }, ids, list]));
 }
 
 /// A list is either of prompts, or of the ids of one.

@@ -1,55 +1,81 @@
 //! `/v1/responses`: the same conversations under other names. Nothing is stored, so that a request has all of its own.
 
 mod input;
+mod output;
 mod pieces;
 
 use axum::extract::Request;
 use http::StatusCode;
 use lockstep_proto::v1;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value, json};
+use serde_json::{Map, Value};
 
 use super::{
     Answer, Front,
-    constraint::{NamedSchema, ResponseFormat, read},
+    constraint::{NamedSchema, ResponseFormat, json_schema_or_null, read},
     error,
-    messages::{FunctionKind, Template, ToolMode},
+    messages::{FunctionKind, Template, ToolMode, something_to_call},
     parameters::Sampling,
     stream,
-    usage::{fingerprint, now},
 };
 use crate::{
-    generation::collect::AnswerChoice,
     http::json_response,
     json::{OneOrMany, Unsupported},
-    request::RequestError,
+    openapi::{OF_CHATS, OF_MODELS, OF_PROMPTS, Operation, rules::never},
+    request::{MAX_LISTED, MAX_TOOL_NAME_BYTES, RequestError},
+    sampling::range::{TEMPERATURE, TOP_P},
 };
 use input::Item;
-use pieces::Pieces;
+use output::{Echo, EchoedText, EchoedTool, Response};
+use pieces::{Piece, Pieces};
 
 /// What a client sends.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
+#[schemars(transform = something_to_call)]
 struct ResponseRequest {
+    /// What the user says, or a conversation, oldest item first.
     input: OneOrMany<Item>,
+    /// The model. Default: the only one that is served.
     model: Option<String>,
+    /// What the system says first.
     instructions: Option<String>,
+    /// Most tokens of the answer, no more than the context has room for. Default: what the operator or the model says.
+    #[schemars(range(min = 1))]
     max_output_tokens: Option<u32>,
+    /// Flattens the distribution that tokens are drawn from; 0 always takes the most probable one. Default: 1.
+    #[schemars(transform = TEMPERATURE.in_schema())]
     temperature: Option<f32>,
+    /// Tokens are drawn from the most probable ones that together have this much probability.
+    #[schemars(transform = TOP_P.in_schema())]
     top_p: Option<f32>,
+    /// Whether the answer comes as it is made.
     stream: Option<bool>,
+    /// Functions that the model may call.
+    #[schemars(length(max = MAX_LISTED))]
     tools: Option<Vec<Tool>>,
+    /// Whether it may, must or must not call them. Default: it may.
     tool_choice: Option<ToolChoice>,
+    /// Whether one answer may call several. Default: as the model does by itself.
     parallel_tool_calls: Option<bool>,
+    /// What the text must be.
     text: Option<Text>,
+    /// Nothing is stored.
+    #[schemars(transform = never)]
     store: Option<bool>,
+    /// What happens to a prompt that is too long: it is refused, and never cut.
     #[serde(rename = "truncation")]
     _truncation: Option<Truncation>,
+    /// Comes back with the response.
     metadata: Option<Map<String, Value>>,
+    /// Whose request it is: for the client's own records.
     #[serde(rename = "user")]
     _user: Option<String>,
+    /// The same.
     #[serde(rename = "safety_identifier")]
     _safety_identifier: Option<String>,
+    /// Taken, and changes nothing: every prefix is cached.
     #[serde(rename = "prompt_cache_key")]
     _prompt_cache_key: Option<String>,
     #[serde(rename = "background")]
@@ -75,89 +101,89 @@ struct ResponseRequest {
 }
 
 /// A prompt that is too long is refused, and never cut.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 enum Truncation {
     Disabled,
 }
 
 /// What the text must be.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
+#[schemars(rename = "ResponseText")]
 struct Text {
+    /// Any text, a JSON object, or JSON that a schema accepts.
     format: Option<TextFormat>,
     #[serde(rename = "verbosity")]
     _verbosity: Option<Unsupported>,
 }
 
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Clone, Deserialize, Serialize, JsonSchema)]
 #[serde(tag = "type", rename_all = "snake_case", deny_unknown_fields)]
+#[schemars(inline)]
 enum TextFormat {
     Text {},
     JsonObject {},
-    JsonSchema { name: Option<String>, description: Option<String>, schema: Option<Value>, strict: Option<bool> },
+    JsonSchema {
+        /// For the client's own use.
+        name: Option<String>,
+        /// For the client's own use.
+        description: Option<String>,
+        /// The JSON Schema. Default: one that accepts everything.
+        #[schemars(transform = json_schema_or_null)]
+        schema: Option<Value>,
+        /// Taken, and changes nothing: a schema is always held to.
+        strict: Option<bool>,
+    },
 }
 
 /// A function that the model may call.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
+#[schemars(rename = "ResponseTool")]
 struct Tool {
+    /// Functions are the only tools there are.
     #[serde(rename = "type")]
     _kind: FunctionKind,
+    /// Its name, which no other has.
+    #[schemars(length(min = 1, max = MAX_TOOL_NAME_BYTES))]
     name: String,
+    /// What it does.
     description: Option<String>,
+    /// The JSON Schema of its arguments. Default: it has none.
     parameters: Option<Map<String, Value>>,
+    /// Calls that are constrained follow their schema anyway.
     #[serde(rename = "strict")]
     _strict: Option<bool>,
 }
 
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Clone, Deserialize, Serialize, JsonSchema)]
 #[serde(untagged, expecting = "`none`, `auto`, `required`, or a function by name")]
+#[schemars(inline)]
 enum ToolChoice {
     Mode(ToolMode),
     Named(NamedTool),
 }
 
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Clone, Deserialize, Serialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
+#[schemars(inline)]
 struct NamedTool {
+    /// Functions are the only tools there are.
     #[serde(rename = "type")]
-    _kind: FunctionKind,
+    kind: FunctionKind,
+    /// The name of one of `tools`.
     name: String,
 }
 
-/// A response, as far as it has come.
-#[derive(Debug, Clone, Serialize)]
-struct Response {
-    id: String,
-    object: &'static str,
-    created_at: i64,
-    status: &'static str,
-    error: Option<Value>,
-    incomplete_details: Option<Value>,
-    model: String,
-    output: Vec<Value>,
-    usage: Option<Value>,
-    system_fingerprint: Option<String>,
-    #[serde(flatten)]
-    echo: Echo,
-}
-
-/// What a response says about its own request.
-#[derive(Debug, Clone, Serialize)]
-struct Echo {
-    instructions: Option<String>,
-    max_output_tokens: Option<u32>,
-    metadata: Map<String, Value>,
-    parallel_tool_calls: bool,
-    previous_response_id: Option<()>,
-    store: bool,
-    temperature: Option<f32>,
-    text: Value,
-    tool_choice: Value,
-    tools: Vec<Value>,
-    top_p: Option<f32>,
-    truncation: &'static str,
+pub(super) fn operation() -> Operation {
+    Operation::call("Answers a conversation whose state the client keeps.")
+        .takes::<ResponseRequest>()
+        .answers::<Response>()
+        .streams::<Piece<'_>>(None)
+        .fails(OF_MODELS)
+        .fails(OF_PROMPTS)
+        .fails(OF_CHATS)
 }
 
 pub(super) async fn answer(front: &Front, request: Request) -> Answer {
@@ -174,55 +200,23 @@ pub(super) async fn answer(front: &Front, request: Request) -> Answer {
     let answer = answering.collect().await?;
     let mut response = Response::begun(&answer.start, echo);
     let choice = answer.choices.into_iter().next().unwrap_or_default();
-    response.output = output(&response.id, &choice);
+    response.fill(&choice);
     response.end(&answer.finish, choice.finish.map(|finish| finish.reason()).unwrap_or_default());
     Ok(json_response(StatusCode::OK, &response))
-}
-
-/// The items of a whole answer: its text, then its calls.
-fn output(id: &str, choice: &AnswerChoice) -> Vec<Value> {
-    let mut items = Vec::new();
-    if !choice.text.is_empty() || choice.tool_calls.is_empty() {
-        items.push(message_item(id, "completed", vec![text_part(&choice.text)]));
-    }
-    items.extend(choice.tool_calls.iter().map(|call| call_item(call, "completed")));
-    items
-}
-
-fn message_item(response_id: &str, status: &str, content: Vec<Value>) -> Value {
-    let id = response_id.replacen("resp_", "msg_", 1);
-    json!({ "type": "message", "id": id, "status": status, "role": "assistant", "content": content })
-}
-
-fn text_part(text: &str) -> Value {
-    json!({ "type": "output_text", "text": text, "annotations": [], "logprobs": [] })
-}
-
-fn call_item(call: &v1::ToolCall, status: &str) -> Value {
-    let v1::ToolCall { id, name, arguments_json } = call;
-    json!({
-        "type": "function_call", "id": format!("fc_{id}"), "call_id": id, "name": name,
-        "arguments": arguments_json, "status": status,
-    })
 }
 
 // === impl ResponseRequest ===
 
 impl ResponseRequest {
     fn echo(&self) -> Echo {
-        let choice = match &self.tool_choice {
-            None | Some(ToolChoice::Mode(ToolMode::Auto)) => json!("auto"),
-            Some(ToolChoice::Mode(ToolMode::None)) => json!("none"),
-            Some(ToolChoice::Mode(ToolMode::Required)) => json!("required"),
-            Some(ToolChoice::Named(named)) => json!({ "type": "function", "name": named.name }),
+        let tool = |tool: &Tool| EchoedTool {
+            kind: "function",
+            name: tool.name.clone(),
+            description: tool.description.clone(),
+            parameters: tool.parameters.clone(),
+            strict: true,
         };
-        let tool = |tool: &Tool| {
-            json!({
-                "type": "function", "name": tool.name, "description": tool.description,
-                "parameters": tool.parameters, "strict": true,
-            })
-        };
-        let format = self.text.as_ref().and_then(|text| text.format.as_ref()).map(TextFormat::echo);
+        let format = self.text.as_ref().and_then(|text| text.format.clone());
         Echo {
             instructions: self.instructions.clone(),
             max_output_tokens: self.max_output_tokens,
@@ -231,8 +225,8 @@ impl ResponseRequest {
             previous_response_id: None,
             store: false,
             temperature: self.temperature,
-            text: json!({ "format": format.unwrap_or_else(|| json!({ "type": "text" })) }),
-            tool_choice: choice,
+            text: EchoedText { format: format.unwrap_or(TextFormat::Text {}) },
+            tool_choice: self.tool_choice.clone().unwrap_or(ToolChoice::Mode(ToolMode::Auto)),
             tools: self.tools.iter().flatten().map(tool).collect(),
             top_p: self.top_p,
             truncation: "disabled",
@@ -293,18 +287,6 @@ impl From<Tool> for v1::Tool {
 
 // === impl TextFormat ===
 
-impl TextFormat {
-    fn echo(&self) -> Value {
-        match self {
-            Self::Text {} => json!({ "type": "text" }),
-            Self::JsonObject {} => json!({ "type": "json_object" }),
-            Self::JsonSchema { name, description, schema, strict } => json!({
-                "type": "json_schema", "name": name, "description": description, "schema": schema, "strict": strict,
-            }),
-        }
-    }
-}
-
 impl From<TextFormat> for ResponseFormat {
     fn from(format: TextFormat) -> Self {
         match format {
@@ -312,40 +294,5 @@ impl From<TextFormat> for ResponseFormat {
             TextFormat::JsonObject {} => Self::JsonObject {},
             TextFormat::JsonSchema { schema, .. } => Self::JsonSchema { json_schema: NamedSchema::of(schema) },
         }
-    }
-}
-
-// === impl Response ===
-
-impl Response {
-    fn begun(start: &v1::Start, echo: Echo) -> Self {
-        Self {
-            id: format!("resp_{}", start.request_id),
-            object: "response",
-            created_at: now(),
-            status: "in_progress",
-            error: None,
-            incomplete_details: None,
-            model: start.model.clone(),
-            output: Vec::new(),
-            usage: None,
-            system_fingerprint: None,
-            echo,
-        }
-    }
-
-    fn end(&mut self, finish: &v1::Finish, reason: v1::FinishReason) {
-        let whole = matches!(reason, v1::FinishReason::Stop | v1::FinishReason::ToolCalls);
-        self.status = if whole { "completed" } else { "incomplete" };
-        self.incomplete_details = (!whole).then(|| json!({ "reason": "max_output_tokens" }));
-        let v1::Usage { prompt_tokens, cached_tokens, completion_tokens } = finish.usage.unwrap_or_default();
-        self.usage = Some(json!({
-            "input_tokens": prompt_tokens,
-            "input_tokens_details": { "cached_tokens": cached_tokens },
-            "output_tokens": completion_tokens,
-            "output_tokens_details": { "reasoning_tokens": 0 },
-            "total_tokens": prompt_tokens.saturating_add(completion_tokens),
-        }));
-        self.system_fingerprint = fingerprint(finish.repro.as_ref());
     }
 }

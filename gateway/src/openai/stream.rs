@@ -9,6 +9,9 @@ pub(super) use crate::http::sse::data;
 use super::error::ErrorBody;
 use crate::{fields::Names, http::sse, status::Failure};
 
+/// The data of the event that ends a whole answer.
+pub(super) const DONE: &str = "[DONE]";
+
 /// Streams what `pieces` makes of each event; if the answer is cut, what went wrong.
 pub(super) fn response<E: Send + 'static>(
     names: &'static Names,
@@ -23,5 +26,5 @@ pub(super) fn response<E: Send + 'static>(
 
 /// The end of a whole answer.
 pub(super) fn done() -> Sse {
-    Sse::default().data("[DONE]")
+    Sse::default().data(DONE)
 }

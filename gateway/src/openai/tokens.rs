@@ -3,25 +3,44 @@
 use axum::extract::Request;
 use http::StatusCode;
 use lockstep_proto::v1::{self, count_tokens_request::Input, raw_prompt::Prompt};
+use schemars::{JsonSchema, Schema};
 use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 
 use super::{
     Answer, Front,
-    messages::{Message, Template, Tool, Tools, conversation},
+    messages::{Message, Template, Tool, Tools, conversation, one_ending},
 };
-use crate::{http::json_response, pipeline::Tokenized, request::RequestError};
+use crate::{
+    http::json_response,
+    openapi::{
+        OF_CHATS, OF_MODELS, OF_PROMPTS, Operation,
+        rules::{either, off, unset, where_set},
+    },
+    pipeline::Tokenized,
+    request::{MAX_LISTED, MAX_MESSAGES, RequestError},
+};
 
 /// A raw prompt or a conversation.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
+#[schemars(transform = either_prompt_or_messages)]
 struct TokenizeRequest {
+    /// Whose tokens. Default: those of the only model that is served.
     model: Option<String>,
+    /// A raw prompt.
     prompt: Option<String>,
+    /// A conversation.
+    #[schemars(length(min = 1, max = MAX_MESSAGES))]
     messages: Option<Vec<Message>>,
+    /// Functions that the conversation's model may call.
+    #[schemars(length(max = MAX_LISTED))]
     tools: Option<Vec<Tool>>,
+    /// Whether the conversation ends with the beginning of an answer. Default: true.
     add_generation_prompt: Option<bool>,
+    /// Whether the last message is left open.
     continue_final_message: Option<bool>,
+    /// What the chat template sees besides.
     chat_template_kwargs: Option<Map<String, Value>>,
     /// What comes before a raw prompt. A template writes its own.
     add_special_tokens: Option<bool>,
@@ -29,9 +48,11 @@ struct TokenizeRequest {
     return_token_strs: Option<bool>,
 }
 
-#[derive(Debug, Serialize)]
+/// The tokens of a prompt.
+#[derive(Debug, Serialize, JsonSchema)]
 struct TokenizeResponse {
     count: usize,
+    /// What the model's context holds. Unit: tokens.
     max_model_len: u32,
     tokens: Vec<u32>,
     /// Each token's text by itself, in which bytes that are no whole character appear as U+FFFD.
@@ -39,16 +60,56 @@ struct TokenizeResponse {
     token_strs: Option<Vec<String>>,
 }
 
-#[derive(Debug, Deserialize)]
+/// Tokens whose text is asked for.
+#[derive(Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 struct DetokenizeRequest {
+    /// Whose tokens. Default: those of the only model that is served.
     model: Option<String>,
+    /// Their ids, no more than the model's context holds.
+    #[schemars(length(min = 1))]
     tokens: Vec<u32>,
 }
 
-#[derive(Debug, Serialize)]
+/// The text of tokens.
+#[derive(Debug, Serialize, JsonSchema)]
 struct DetokenizeResponse {
     prompt: String,
+}
+
+pub(super) fn tokenize_operation() -> Operation {
+    Operation::call("Shows the tokens that a raw prompt or a conversation becomes.")
+        .takes::<TokenizeRequest>()
+        .answers::<TokenizeResponse>()
+        .fails(OF_MODELS)
+        .fails(OF_PROMPTS)
+        .fails(OF_CHATS)
+}
+
+/// The rule that there is a raw prompt or a conversation, and what goes with each.
+fn either_prompt_or_messages(request: &mut Schema) {
+    let mut raw = where_set([
+        ("messages", unset()),
+        ("tools", unset()),
+        ("add_generation_prompt", unset()),
+        ("continue_final_message", unset()),
+        ("chat_template_kwargs", unset()),
+        ("add_special_tokens", json!({ "enum": [true, null] })),
+    ]);
+    raw["required"] = json!(["prompt"]);
+    raw["properties"]["prompt"] = json!({ "type": "string" });
+    let mut conversation = where_set([("prompt", unset()), ("add_special_tokens", off())]);
+    conversation["required"] = json!(["messages"]);
+    conversation["properties"]["messages"] = json!({ "type": "array" });
+    either(request, [raw, conversation]);
+    one_ending(request);
+}
+
+pub(super) fn detokenize_operation() -> Operation {
+    Operation::call("Shows the text of tokens, control tokens included.")
+        .takes::<DetokenizeRequest>()
+        .answers::<DetokenizeResponse>()
+        .fails(OF_MODELS)
 }
 
 pub(super) async fn tokenize(front: &Front, request: Request) -> Answer {

@@ -2,10 +2,11 @@
 
 use chrono::Utc;
 use lockstep_proto::v1;
+use schemars::JsonSchema;
 use serde::Serialize;
 
 /// Tokens of a request.
-#[derive(Debug, Clone, Copy, Default, Serialize)]
+#[derive(Debug, Clone, Copy, Default, Serialize, JsonSchema)]
 pub(super) struct Usage {
     prompt_tokens: u32,
     completion_tokens: u32,
@@ -13,9 +14,19 @@ pub(super) struct Usage {
     prompt_tokens_details: PromptDetails,
 }
 
-#[derive(Debug, Clone, Copy, Default, Serialize)]
+/// Tokens of the prompt that had been computed before.
+#[derive(Debug, Clone, Copy, Default, Serialize, JsonSchema)]
 struct PromptDetails {
     cached_tokens: u32,
+}
+
+/// Why a choice ended. A deadline is a bound on length in the only words that the protocol has.
+#[derive(Debug, Clone, Copy, Serialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub(super) enum FinishReason {
+    Stop,
+    ToolCalls,
+    Length,
 }
 
 // === impl Usage ===
@@ -44,12 +55,13 @@ pub(super) fn now() -> i64 {
     Utc::now().timestamp()
 }
 
-/// Why a choice ended. A deadline is a bound on length in the only words that the protocol has.
-pub(super) fn finish_reason(reason: v1::FinishReason) -> &'static str {
-    match reason {
-        v1::FinishReason::Stop | v1::FinishReason::Unspecified => "stop",
-        v1::FinishReason::ToolCalls => "tool_calls",
-        v1::FinishReason::Length | v1::FinishReason::Deadline => "length",
+impl From<v1::FinishReason> for FinishReason {
+    fn from(reason: v1::FinishReason) -> Self {
+        match reason {
+            v1::FinishReason::Stop | v1::FinishReason::Unspecified => Self::Stop,
+            v1::FinishReason::ToolCalls => Self::ToolCalls,
+            v1::FinishReason::Length | v1::FinishReason::Deadline => Self::Length,
+        }
     }
 }
 

@@ -3,17 +3,19 @@
 use axum::{extract::Request, response::Response};
 use http::StatusCode;
 use lockstep_proto::worker::v1;
+use schemars::JsonSchema;
 use serde::Serialize;
 
 use crate::{
     groups::Snapshot,
     http::{Front, json_response},
+    openapi::Operation,
     router::GroupState,
     status::Failure,
 };
 
 /// The cluster.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 struct Cluster {
     /// The gateway's version.
     version: &'static str,
@@ -22,7 +24,7 @@ struct Cluster {
 }
 
 /// The ranks of one replica.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 struct Group {
     /// Of its leader.
     address: String,
@@ -38,7 +40,7 @@ struct Group {
 }
 
 /// What a group says of itself.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 struct Report {
     /// The model's name.
     model: String,
@@ -70,7 +72,7 @@ struct Report {
 }
 
 /// The blocks of a KV cache. Those that are neither free nor cached are in use.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 struct KvBlocks {
     /// All of them.
     total: u32,
@@ -83,7 +85,7 @@ struct KvBlocks {
 }
 
 /// One rank of a group.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 struct Rank {
     /// Its number.
     rank: u32,
@@ -91,6 +93,10 @@ struct Rank {
     state: &'static str,
     /// Since the leader last heard of it. Unit: whole seconds. Null: it never has.
     silent_s: Option<u32>,
+}
+
+pub(super) fn operation() -> Operation {
+    Operation::call("Every group of the cluster, as this gateway sees it.").answers::<Cluster>()
 }
 
 /// The state, for a caller whom the gate knows.

@@ -9,11 +9,11 @@ use super::{ModelFacts, Violations, prompt::MAX_TEXT_BYTES};
 use crate::{template::is_reserved_name, tools};
 
 /// Most turns, as the contract states it.
-const MAX_MESSAGES: usize = 4_096;
+pub(crate) const MAX_MESSAGES: usize = 4_096;
 /// Most tools, documents, and tool calls of one turn, as the contract states it.
-const MAX_LISTED: usize = 128;
+pub(crate) const MAX_LISTED: usize = 128;
 /// Longest name of a tool. Unit: bytes.
-const MAX_TOOL_NAME_BYTES: usize = 256;
+pub(crate) const MAX_TOOL_NAME_BYTES: usize = 256;
 /// Largest JSON object of template variables. Unit: bytes.
 const MAX_VARIABLES_BYTES: usize = 64 * 1024;
 

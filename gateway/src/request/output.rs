@@ -5,7 +5,7 @@ use lockstep_proto::v1::OutputOptions;
 use super::{Rules, Violations};
 
 /// Most alternatives that come with a log-probability, as the contract states it.
-const MAX_LOGPROBS: u32 = 20;
+pub(crate) const MAX_LOGPROBS: u32 = 20;
 
 /// What comes back beside the text.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -15,9 +15,9 @@ use super::gbnf;
 use crate::request::Violations;
 
 /// Longest constraint, as the contract states it. Unit: bytes.
-const MAX_BYTES: usize = 65_536;
+pub(crate) const MAX_BYTES: usize = 65_536;
 /// Most texts to choose from, as the contract states it.
-const MAX_CHOICES: usize = 1_024;
+pub(crate) const MAX_CHOICES: usize = 1_024;
 
 /// The field that holds the constraint, as violations name it.
 pub(super) fn path(wire: &Constraint) -> &'static str {

@@ -1,5 +1,7 @@
 //! A range is the set of values that the contract allows for a parameter.
 
+use schemars::Schema;
+
 /// Values between two ends. The upper end belongs to every range, the lower one to closed ranges alone.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Range {
@@ -36,6 +38,15 @@ impl Range {
         }
         let bracket = if self.low_is_allowed { '[' } else { '(' };
         Some(format!("{value} is not in {bracket}{}, {}]", self.low, self.high))
+    }
+
+    /// States the range in the schema of a parameter.
+    pub(crate) fn in_schema(self) -> impl Fn(&mut Schema) {
+        let low = if self.low_is_allowed { "minimum" } else { "exclusiveMinimum" };
+        move |schema| {
+            schema.insert(low.to_owned(), self.low.into());
+            schema.insert("maximum".to_owned(), self.high.into());
+        }
     }
 }
 

@@ -11,13 +11,13 @@ use super::{
 use crate::request::{ModelFacts, Rules, Violations};
 
 /// Most choices for one prompt, as the contract states it.
-const MAX_N: u32 = 128;
+pub(crate) const MAX_N: u32 = 128;
 /// Most stop strings, and their longest. Unit of the second: bytes.
 pub(crate) const MAX_STOP: usize = 16;
-const MAX_STOP_BYTES: usize = 1_024;
+pub(crate) const MAX_STOP_BYTES: usize = 1_024;
 /// Most stop token ids and biases, as the contract states them.
-const MAX_STOP_TOKEN_IDS: usize = 64;
-const MAX_LOGIT_BIAS: usize = 300;
+pub(crate) const MAX_STOP_TOKEN_IDS: usize = 64;
+pub(crate) const MAX_LOGIT_BIAS: usize = 300;
 
 impl ValidSampling {
     /// Reads the parameters, noting what is wrong with them under `sampling`.

@@ -1,6 +1,7 @@
 //! Whole answers.
 
 use lockstep_proto::v1;
+use schemars::JsonSchema;
 use serde::Serialize;
 
 use super::{
@@ -10,14 +11,16 @@ use super::{
 use crate::{generation::collect, tokenizer::Facts};
 
 /// What a client gets.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 pub(super) struct Generated {
     generated_text: String,
     #[serde(skip_serializing_if = "Option::is_none")]
     details: Option<Details>,
 }
 
-#[derive(Debug, Serialize)]
+/// How an answer came about, token by token.
+#[derive(Debug, Serialize, JsonSchema)]
+#[schemars(rename = "GenerationDetails")]
 struct Details {
     finish_reason: FinishReason,
     generated_tokens: u32,
@@ -29,7 +32,7 @@ struct Details {
 }
 
 /// One token of a prompt. Nothing predicts the first.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 struct PromptToken {
     id: u32,
     text: String,

@@ -3,6 +3,7 @@
 use axum::response::Response;
 use http::StatusCode;
 use lockstep_proto::error::{Error, Reason};
+use schemars::JsonSchema;
 use serde::Serialize;
 
 use crate::{
@@ -11,9 +12,12 @@ use crate::{
 };
 
 /// An error as clients read it.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
+#[schemars(rename = "TextGenerationError")]
 pub(super) struct ErrorBody {
+    /// What is wrong, and where.
     error: String,
+    /// The kind of fault, by which programs may tell errors apart.
     error_type: &'static str,
 }
 
@@ -31,8 +35,7 @@ const NAMES: &Names = &[
 
 /// The whole response.
 pub fn response(error: &Error) -> Response {
-    let (status, _) = kind(error.reason());
-    failure_response(status, error, &ErrorBody::from(error))
+    failure_response(status(error.reason()), error, &ErrorBody::from(error))
 }
 
 /// What `/health` says when no work can be taken.
@@ -47,6 +50,11 @@ impl From<&Error> for ErrorBody {
         let named = fields::rename(error, |path| fields::name(NAMES, path));
         Self { error: named.message().to_owned(), error_type }
     }
+}
+
+/// The status of a reason.
+pub(super) fn status(reason: Reason) -> StatusCode {
+    kind(reason).0
 }
 
 /// The status and the type that the API's clients know; where it has none, the table's status.

@@ -2,15 +2,18 @@
 
 use axum::extract::Request;
 use http::StatusCode;
+use schemars::JsonSchema;
 use serde::Serialize;
 
 use super::Answer;
 use crate::{
     http::{Front, json_response},
-    sampling::MAX_STOP,
+    openapi::{OF_MODELS, Operation},
+    sampling::read::MAX_STOP,
 };
 
-#[derive(Debug, Serialize)]
+/// The model that is served, and the limits.
+#[derive(Debug, Serialize, JsonSchema)]
 struct Info {
     model_id: String,
     /// The digest of its files and settings.
@@ -23,6 +26,10 @@ struct Info {
     max_total_tokens: u32,
     router: &'static str,
     version: &'static str,
+}
+
+pub(super) fn operation() -> Operation {
+    Operation::call("Describes the model that is served, and the limits.").answers::<Info>().fails(OF_MODELS)
 }
 
 pub(super) async fn get(front: &Front, request: Request) -> Answer {

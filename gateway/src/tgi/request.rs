@@ -3,13 +3,20 @@
 use lockstep_proto::v1::{
     self, Constraint, GenerateRequest, OutputOptions, RawPrompt, SamplingParams, constraint::Kind,
 };
+use schemars::{JsonSchema, Schema, SchemaGenerator};
 use serde::Deserialize;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::{
     json::Unsupported,
-    request::{RequestError, Violations},
-    sampling::closed,
+    openapi::rules::{either, never, off, where_set},
+    request::{MAX_LOGPROBS, RequestError, Violations},
+    sampling::{
+        closed,
+        constraint::MAX_BYTES,
+        range::{FREQUENCY_PENALTY, REPETITION_PENALTY, TEMPERATURE, TOP_P, TYPICAL_P},
+        read::{MAX_STOP, MAX_STOP_BYTES},
+    },
 };
 
 /// Where a request came.
@@ -24,34 +31,70 @@ pub(super) enum Path {
 }
 
 /// What a client sends.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
+#[schemars(rename = "GenerateRequest")]
 pub(super) struct Body {
+    /// The prompt.
+    #[schemars(length(min = 1))]
     inputs: String,
+    /// How tokens are chosen, and what comes beside the text.
     parameters: Option<Parameters>,
+    /// Whether the answer comes as it is made.
     stream: Option<bool>,
+    /// Whether the prompt is encoded as the model was trained, which it always is.
+    #[schemars(extend("enum" = [true, null]))]
     add_special_tokens: Option<bool>,
 }
 
-#[derive(Debug, Default, Deserialize)]
+/// How tokens are chosen, and what comes beside the text.
+#[derive(Debug, Default, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
+#[schemars(rename = "GenerateParameters")]
 struct Parameters {
+    /// Answers that the best is chosen from: one, since nothing is chosen here.
+    #[schemars(range(min = 1, max = 1))]
     best_of: Option<u32>,
+    /// Whether the tokens of the prompt come with the answer. Streams have no place for them.
     decoder_input_details: Option<bool>,
+    /// Whether the tokens of the answer come with it.
     details: Option<bool>,
+    /// Whether tokens are drawn, rather than the most probable ones taken. Default: false, unless there are no parameters.
     do_sample: Option<bool>,
+    /// Subtracted from the logits of tokens, once for each time that the answer has them.
+    #[schemars(transform = FREQUENCY_PENALTY.in_schema())]
     frequency_penalty: Option<f32>,
+    /// What the answer must be.
     grammar: Option<Grammar>,
+    /// Most tokens of the answer, no more than the context has room for. Default: what the operator or the model says.
+    #[schemars(range(min = 1))]
     max_new_tokens: Option<u32>,
+    /// Divides the chances of tokens that occurred, in the prompt or since. 1: off.
+    #[schemars(transform = REPETITION_PENALTY.in_schema())]
     repetition_penalty: Option<f32>,
+    /// Whether the text begins with the prompt. Default: at `/` alone.
     return_full_text: Option<bool>,
+    /// What random numbers are made from: the same seed gives the same answer. Default: a random one.
     seed: Option<u64>,
+    /// Strings that end the answer, of at most 1024 bytes.
+    #[schemars(length(max = MAX_STOP), inner(length(min = 1, max = MAX_STOP_BYTES)))]
     stop: Option<Vec<String>>,
+    /// Flattens the distribution that tokens are drawn from; 0 always takes the most probable one.
+    #[schemars(transform = TEMPERATURE.in_schema())]
     temperature: Option<f32>,
+    /// Tokens are drawn from this many of the most probable ones, no more than the vocabulary has; 0: from all.
     top_k: Option<u32>,
+    /// How many of the most probable tokens come with each.
+    #[schemars(range(max = MAX_LOGPROBS))]
     top_n_tokens: Option<u32>,
+    /// Tokens are drawn from the most probable ones that together have this much probability.
+    #[schemars(transform = TOP_P.in_schema())]
     top_p: Option<f32>,
+    /// Tokens are drawn from the most typical ones that together have this much probability.
+    #[schemars(transform = TYPICAL_P.in_schema())]
     typical_p: Option<f32>,
+    /// Answers have no watermark.
+    #[schemars(transform = never)]
     watermark: Option<bool>,
     #[serde(rename = "adapter_id")]
     _adapter_id: Option<Unsupported>,
@@ -59,20 +102,25 @@ struct Parameters {
     _truncate: Option<Unsupported>,
 }
 
-/// What the text must be.
-#[derive(Debug, Deserialize)]
+/// What the text must be: JSON that a JSON Schema accepts, or matched as a whole by a regular expression.
+#[derive(Debug, Deserialize, JsonSchema)]
 #[serde(tag = "type", content = "value", rename_all = "snake_case", deny_unknown_fields)]
 enum Grammar {
-    Json(Value),
+    Json(#[schemars(extend("type" = ["object", "boolean"]))] Value),
     JsonSchema(NamedSchema),
-    Regex(String),
+    Regex(#[schemars(length(max = MAX_BYTES), extend("format" = "regex"))] String),
 }
 
-#[derive(Debug, Deserialize)]
+/// A JSON Schema with a name.
+#[derive(Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
+#[schemars(rename = "GrammarSchema")]
 struct NamedSchema {
+    /// For the client's own use.
     #[serde(rename = "name")]
     _name: Option<String>,
+    /// The JSON Schema.
+    #[schemars(extend("type" = ["object", "boolean"]))]
     schema: Value,
 }
 
@@ -96,6 +144,32 @@ pub(super) struct View {
     pub(super) details: bool,
     /// The alternatives to each token.
     pub(super) top_tokens: bool,
+}
+
+/// The schema of a body at `/`.
+pub(super) fn schema(generator: &mut SchemaGenerator) -> Schema {
+    let mut schema = generator.subschema_for::<Body>();
+    either(&mut schema, [where_set([("stream", off())]), without_prefill()]);
+    schema
+}
+
+/// The schema of a body at `/generate`.
+pub(super) fn schema_of_whole(generator: &mut SchemaGenerator) -> Schema {
+    let mut schema = generator.subschema_for::<Body>();
+    either(&mut schema, [where_set([("stream", off())])]);
+    schema
+}
+
+/// The schema of a body at `/generate_stream`.
+pub(super) fn schema_of_streamed(generator: &mut SchemaGenerator) -> Schema {
+    let mut schema = generator.subschema_for::<Body>();
+    either(&mut schema, [where_set([("stream", json!({ "enum": [true, null] }))])]);
+    either(&mut schema, [without_prefill()]);
+    schema
+}
+
+fn without_prefill() -> Value {
+    where_set([("parameters", where_set([("decoder_input_details", off())]))])
 }
 
 // === impl Path ===

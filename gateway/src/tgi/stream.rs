@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use axum::response::{Response, sse::Event as Sse};
 use lockstep_proto::v1;
+use schemars::JsonSchema;
 use serde::Serialize;
 
 use super::{
@@ -18,8 +19,10 @@ use crate::{
     tokenizer::Facts,
 };
 
-#[derive(Debug, Serialize)]
-struct Piece {
+/// A token. The last one comes with the whole text.
+#[derive(Debug, Serialize, JsonSchema)]
+#[schemars(rename = "GenerationPiece")]
+pub(super) struct Piece {
     index: u32,
     token: Token,
     #[serde(skip_serializing_if = "Vec::is_empty")]
@@ -28,7 +31,9 @@ struct Piece {
     details: Option<Details>,
 }
 
-#[derive(Debug, Serialize)]
+/// How an answer came about.
+#[derive(Debug, Serialize, JsonSchema)]
+#[schemars(rename = "GenerationSummary")]
 struct Details {
     finish_reason: FinishReason,
     generated_tokens: u32,

@@ -1,12 +1,14 @@
 //! Tokens, as the API shows them, and why they end.
 
 use lockstep_proto::v1::{self, choice_finish::MatchedStop};
+use schemars::JsonSchema;
 use serde::Serialize;
 
 use crate::tokenizer::Facts;
 
 /// One token of an answer.
-#[derive(Debug, Clone, Default, PartialEq, Serialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, JsonSchema)]
+#[schemars(rename = "GeneratedToken")]
 pub(super) struct Token {
     pub(super) id: u32,
     pub(super) text: String,
@@ -16,8 +18,9 @@ pub(super) struct Token {
 }
 
 /// Why an answer ended. A deadline is a bound on length in the only words that the API has.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
+#[schemars(rename = "GenerationEnd")]
 pub(super) enum FinishReason {
     Length,
     EosToken,

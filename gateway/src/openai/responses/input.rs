@@ -1,104 +1,143 @@
 //! The items of `input`, and the conversation that they are.
 
 use lockstep_proto::v1::{self, content_part::Part};
+use schemars::JsonSchema;
 use serde::Deserialize;
 use serde_json::Value;
 
-use crate::json::OneOrMany;
+use crate::{json::OneOrMany, openai::messages::text_of_object, request::MAX_TOOL_NAME_BYTES};
 
 /// One item. Clients send an answer's items back as they got them.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, JsonSchema)]
 #[serde(untagged, expecting = "a message, a function_call or a function_call_output")]
+#[schemars(rename = "ResponseInputItem")]
 pub(super) enum Item {
     Call(Call),
     Output(Output),
     Message(Message),
 }
 
-#[derive(Debug, Deserialize)]
+/// What somebody says.
+#[derive(Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
+#[schemars(rename = "ResponseInputMessage")]
 pub(super) struct Message {
+    /// May be left out.
     #[serde(rename = "type")]
     _kind: Option<MessageKind>,
+    /// Whose turn it is.
     role: Role,
+    /// A text, or texts that are joined.
     content: OneOrMany<Content>,
+    /// As it came with an answer.
     #[serde(rename = "id")]
     _id: Option<String>,
+    /// As it came with an answer.
     #[serde(rename = "status")]
     _status: Option<String>,
+    /// As it came with an answer.
     #[serde(rename = "phase")]
     _phase: Option<String>,
 }
 
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
+#[schemars(inline)]
 enum MessageKind {
     Message,
 }
 
-#[derive(Debug, Clone, Copy, Deserialize)]
+/// Whose turn it is. Developers speak as the system.
+#[derive(Debug, Clone, Copy, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
+#[schemars(rename = "ResponseRole")]
 enum Role {
-    #[serde(alias = "developer")]
     System,
+    Developer,
     User,
     Assistant,
 }
 
-#[derive(Debug, Deserialize)]
+/// A part of a message.
+#[derive(Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
+#[schemars(rename = "ResponseInputContent")]
 struct Content {
+    /// Whether a user or the model said it.
     #[serde(rename = "type")]
     _kind: ContentKind,
+    /// The text.
     text: String,
+    /// As it came with an answer.
     #[serde(rename = "annotations")]
     _annotations: Option<Vec<Value>>,
+    /// As it came with an answer.
     #[serde(rename = "logprobs")]
     _logprobs: Option<Vec<Value>>,
 }
 
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
+#[schemars(inline)]
 enum ContentKind {
     InputText,
     OutputText,
 }
 
-#[derive(Debug, Deserialize)]
+/// A call of a tool that the model made.
+#[derive(Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
+#[schemars(rename = "ResponseInputCall")]
 pub(super) struct Call {
+    /// Says that it is a call.
     #[serde(rename = "type")]
     _kind: CallKind,
+    /// Names the call.
     call_id: String,
+    /// The name of the tool.
+    #[schemars(length(min = 1, max = MAX_TOOL_NAME_BYTES))]
     name: String,
+    /// The text of a JSON object with its arguments.
+    #[schemars(transform = text_of_object)]
     arguments: String,
+    /// As it came with an answer.
     #[serde(rename = "id")]
     _id: Option<String>,
+    /// As it came with an answer.
     #[serde(rename = "status")]
     _status: Option<String>,
 }
 
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
+#[schemars(inline)]
 enum CallKind {
     FunctionCall,
 }
 
-#[derive(Debug, Deserialize)]
+/// What a tool answers.
+#[derive(Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
+#[schemars(rename = "ResponseInputOutput")]
 pub(super) struct Output {
+    /// Says that it is an answer.
     #[serde(rename = "type")]
     _kind: OutputKind,
+    /// The call that is answered.
     call_id: String,
+    /// A text, or texts that are joined.
     output: OneOrMany<Content>,
+    /// As it came with an answer.
     #[serde(rename = "id")]
     _id: Option<String>,
+    /// As it came with an answer.
     #[serde(rename = "status")]
     _status: Option<String>,
 }
 
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
+#[schemars(inline)]
 enum OutputKind {
     FunctionCallOutput,
 }
@@ -150,7 +189,7 @@ fn message(role: v1::Role, texts: Vec<String>) -> v1::Message {
 impl From<Role> for v1::Role {
     fn from(role: Role) -> Self {
         match role {
-            Role::System => Self::System,
+            Role::System | Role::Developer => Self::System,
             Role::User => Self::User,
             Role::Assistant => Self::Assistant,
         }

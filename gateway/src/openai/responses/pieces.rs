@@ -2,18 +2,81 @@
 
 use axum::response::sse;
 use lockstep_proto::v1;
-use serde_json::{Value, json};
+use schemars::JsonSchema;
+use serde::Serialize;
 
-use super::{Echo, Response, call_item, message_item, text_part};
-use crate::generation::Event;
+use super::output::{Content, Echo, Item, Response, Status, call_id, message_id};
+use crate::{generation::Event, openai::stream::data};
+
+/// An event.
+#[derive(Debug, Serialize, JsonSchema)]
+#[schemars(rename = "ResponsePiece")]
+pub(super) struct Piece<'a> {
+    #[serde(rename = "type")]
+    kind: &'static str,
+    sequence_number: u64,
+    #[serde(flatten)]
+    body: Body<'a>,
+}
+
+/// What an event is about.
+#[derive(Debug, Serialize, JsonSchema)]
+#[serde(untagged)]
+enum Body<'a> {
+    Response {
+        response: &'a Response,
+    },
+    Item {
+        output_index: usize,
+        item: &'a Item,
+    },
+    Part {
+        #[serde(flatten)]
+        place: Place,
+        content_index: usize,
+        part: Content,
+    },
+    TextDelta {
+        #[serde(flatten)]
+        place: Place,
+        content_index: usize,
+        delta: &'a str,
+        logprobs: [(); 0],
+    },
+    Text {
+        #[serde(flatten)]
+        place: Place,
+        content_index: usize,
+        text: &'a str,
+        logprobs: [(); 0],
+    },
+    ArgumentsDelta {
+        #[serde(flatten)]
+        place: Place,
+        delta: &'a str,
+    },
+    Arguments {
+        #[serde(flatten)]
+        place: Place,
+        name: &'a str,
+        arguments: &'a str,
+    },
+}
+
+/// An item that an event is about.
+#[derive(Debug, Serialize, JsonSchema)]
+#[schemars(inline)]
+struct Place {
+    item_id: String,
+    output_index: usize,
+}
 
 /// What makes the events.
 pub(super) struct Pieces {
     echo: Option<Echo>,
     response: Option<Response>,
-    sequence_number: u64,
     open: Option<Open>,
-    sent: Vec<sse::Event>,
+    said: Said,
 }
 
 /// The item that is being written.
@@ -22,11 +85,18 @@ enum Open {
     Call(v1::ToolCall),
 }
 
+/// Events that are to be sent, and the number of the next one.
+#[derive(Default)]
+struct Said {
+    events: Vec<sse::Event>,
+    sequence_number: u64,
+}
+
 // === impl Pieces ===
 
 impl Pieces {
     pub(super) fn new(echo: Echo) -> Self {
-        Self { echo: Some(echo), response: None, sequence_number: 0, open: None, sent: Vec::new() }
+        Self { echo: Some(echo), response: None, open: None, said: Said::default() }
     }
 
     pub(super) fn of(&mut self, event: Event) -> Vec<sse::Event> {
@@ -46,20 +116,23 @@ impl Pieces {
             }
             Event::Finish(finish) => self.finish(&finish),
         }
-        std::mem::take(&mut self.sent)
+        std::mem::take(&mut self.said.events)
     }
 
     fn text(&mut self, delta: &str) {
         if !matches!(self.open, Some(Open::Text(_))) {
             self.close();
             self.open = Some(Open::Text(String::new()));
-            self.say_item("response.output_item.added", message_item(&self.id(), "in_progress", Vec::new()));
-            self.say_part("response.content_part.added", json!({ "part": text_part("") }));
+            self.say_item("response.output_item.added", &Item::message(&self.id(), Status::InProgress, Vec::new()));
+            let (place, part) = (self.message(), Content::text(""));
+            self.said.say("response.content_part.added", Body::Part { place, content_index: 0, part });
         }
         if let Some(Open::Text(text)) = &mut self.open {
             text.push_str(delta);
         }
-        self.say_part("response.output_text.delta", json!({ "delta": delta, "logprobs": [] }));
+        let place = self.message();
+        let body = Body::TextDelta { place, content_index: 0, delta, logprobs: [] };
+        self.said.say("response.output_text.delta", body);
     }
 
     fn call(&mut self, delta: v1::ToolCallDelta) {
@@ -67,16 +140,16 @@ impl Pieces {
         if !name.is_empty() {
             self.close();
             let call = v1::ToolCall { id, name, arguments_json: String::new() };
-            self.say_item("response.output_item.added", call_item(&call, "in_progress"));
+            self.say_item("response.output_item.added", &Item::call(&call, Status::InProgress));
             self.open = Some(Open::Call(call));
         }
+        let output_index = self.index();
         let Some(Open::Call(call)) = &mut self.open else { return };
         call.arguments_json.push_str(&arguments_json);
-        let item_id = format!("fc_{}", call.id);
         if !arguments_json.is_empty() {
-            let index = self.index();
-            let fields = json!({ "item_id": item_id, "output_index": index, "delta": arguments_json });
-            self.say("response.function_call_arguments.delta", fields);
+            let place = Place { item_id: call_id(&call.id), output_index };
+            let body = Body::ArgumentsDelta { place, delta: &arguments_json };
+            self.said.say("response.function_call_arguments.delta", body);
         }
     }
 
@@ -85,21 +158,22 @@ impl Pieces {
         let item = match self.open.take() {
             None => return,
             Some(Open::Text(text)) => {
-                self.say_part("response.output_text.done", json!({ "text": text, "logprobs": [] }));
-                self.say_part("response.content_part.done", json!({ "part": text_part(&text) }));
-                message_item(&self.id(), "completed", vec![text_part(&text)])
+                let (place, content_index) = (self.message(), 0);
+                let body = Body::Text { place, content_index, text: &text, logprobs: [] };
+                self.said.say("response.output_text.done", body);
+                let (place, part) = (self.message(), Content::text(&text));
+                self.said.say("response.content_part.done", Body::Part { place, content_index, part });
+                Item::message(&self.id(), Status::Completed, vec![Content::text(&text)])
             }
             Some(Open::Call(call)) => {
-                let (index, item_id) = (self.index(), format!("fc_{}", call.id));
-                let v1::ToolCall { name, arguments_json, .. } = &call;
-                let fields = json!({
-                    "item_id": item_id, "output_index": index, "name": name, "arguments": arguments_json,
-                });
-                self.say("response.function_call_arguments.done", fields);
-                call_item(&call, "completed")
+                let place = Place { item_id: call_id(&call.id), output_index: self.index() };
+                let v1::ToolCall { name, arguments_json: arguments, .. } = &call;
+                let body = Body::Arguments { place, name, arguments };
+                self.said.say("response.function_call_arguments.done", body);
+                Item::call(&call, Status::Completed)
             }
         };
-        self.say_item("response.output_item.done", item.clone());
+        self.say_item("response.output_item.done", &item);
         if let Some(response) = &mut self.response {
             response.output.push(item);
         }
@@ -115,8 +189,8 @@ impl Pieces {
         let reason = finish.choices.first().map(v1::ChoiceFinish::reason).unwrap_or_default();
         let Some(response) = &mut self.response else { return };
         response.end(finish, reason);
-        let kind = if response.status == "completed" { "response.completed" } else { "response.incomplete" };
-        self.say_response(kind);
+        let whole = response.status == Status::Completed;
+        self.say_response(if whole { "response.completed" } else { "response.incomplete" });
     }
 
     fn id(&self) -> String {
@@ -128,32 +202,29 @@ impl Pieces {
         self.response.as_ref().map_or(0, |response| response.output.len())
     }
 
+    /// The message that is open.
+    fn message(&self) -> Place {
+        Place { item_id: message_id(&self.id()), output_index: self.index() }
+    }
+
     fn say_response(&mut self, kind: &'static str) {
-        let response = json!({ "response": self.response });
-        self.say(kind, response);
-    }
-
-    fn say_item(&mut self, kind: &'static str, item: Value) {
-        let fields = json!({ "output_index": self.index(), "item": item });
-        self.say(kind, fields);
-    }
-
-    /// About the only part of the message that is open.
-    fn say_part(&mut self, kind: &'static str, mut fields: Value) {
-        if let Value::Object(fields) = &mut fields {
-            fields.insert("item_id".into(), self.id().replacen("resp_", "msg_", 1).into());
-            fields.insert("output_index".into(), self.index().into());
-            fields.insert("content_index".into(), 0.into());
+        if let Some(response) = &self.response {
+            self.said.say(kind, Body::Response { response });
         }
-        self.say(kind, fields);
     }
 
-    fn say(&mut self, kind: &'static str, mut fields: Value) {
-        if let Value::Object(fields) = &mut fields {
-            fields.insert("type".into(), kind.into());
-            fields.insert("sequence_number".into(), self.sequence_number.into());
-        }
+    fn say_item(&mut self, kind: &'static str, item: &Item) {
+        let output_index = self.index();
+        self.said.say(kind, Body::Item { output_index, item });
+    }
+}
+
+// === impl Said ===
+
+impl Said {
+    fn say(&mut self, kind: &'static str, body: Body<'_>) {
+        let piece = Piece { kind, sequence_number: self.sequence_number, body };
         self.sequence_number += 1;
-        self.sent.push(sse::Event::default().event(kind).data(fields.to_string()));
+        self.events.push(data(&piece).event(kind));
     }
 }
