@@ -18,7 +18,7 @@ mod tokens;
 mod usage;
 
 use axum::{
-    extract::{Path, Request, State},
+    extract::{Path, Request, State, rejection::PathRejection},
     response::Response,
 };
 use lockstep_proto::error::Reason;
@@ -83,14 +83,20 @@ async fn tokenize(State(front): State<Front>, request: Request) -> Response {
 }
 
 async fn detokenize(State(front): State<Front>, request: Request) -> Response {
-    say(tokens::detokenize(&front, request).await)
+    say_of(error::TOKENS, tokens::detokenize(&front, request).await)
 }
 
 async fn list_models(State(front): State<Front>, request: Request) -> Response {
     say(models::list(&front, request).await)
 }
 
-async fn get_model(State(front): State<Front>, Path(name): Path<String>, request: Request) -> Response {
+async fn get_model(
+    State(front): State<Front>,
+    name: Result<Path<String>, PathRejection>,
+    request: Request,
+) -> Response {
+    // What is no UTF-8 is no model's name.
+    let name = name.map_or_else(|_| char::REPLACEMENT_CHARACTER.to_string(), |Path(name)| name);
     say(models::get(&front, &name, request).await)
 }
 

@@ -119,8 +119,7 @@ fn read_calls(
         return None;
     }
     if sampling.constraint_path().is_some() {
-        violations
-            .invalid("conversation.tools", "the answer's constraint (sampling.constraint) allows no calls of tools");
+        violations.invalid("conversation.tools", "the answer's constraint allows no calls of tools");
     }
     let convention = facts.convention().clone();
     if choice.required {

@@ -1,5 +1,6 @@
 """Where the cluster under test answers. `tests/tests/clients.rs` starts it and runs these files; by hand:
 LOCKSTEP_HTTP=http://127.0.0.1:8080 LOCKSTEP_GRPC=127.0.0.1:50051 LOCKSTEP_MODEL=NAME pytest tests/clients/test_openai.py
+(`test_openapi.py` also needs LOCKSTEP_KEY, and a gateway with that key and the policy beside this file.)
 """
 
 import os

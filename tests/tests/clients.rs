@@ -7,6 +7,9 @@ use anyhow::{Context, Result, ensure};
 use lockstep_tests::cluster::{Cluster, Process, repository};
 use tokio::process::Command;
 
+/// What a client must show where the gateway asks for a key.
+const KEY: &str = "sesame";
+
 /// A program of those that `make fetch` installs, to be run in `tests/clients`.
 fn client(cluster: &Cluster, program: &str, args: &[&str]) -> Result<Command> {
     let path: PathBuf = repository().join(".venv").join(program);
@@ -18,6 +21,7 @@ fn client(cluster: &Cluster, program: &str, args: &[&str]) -> Result<Command> {
         .env("LOCKSTEP_HTTP", format!("http://{}", cluster.gateway.http().context("the gateway answers HTTP")?))
         .env("LOCKSTEP_GRPC", cluster.gateway.grpc())
         .env("LOCKSTEP_MODEL", "demo")
+        .env("LOCKSTEP_KEY", KEY)
         .env("PYTHONDONTWRITEBYTECODE", "1")
         .kill_on_drop(true);
     Ok(command)
@@ -45,6 +49,17 @@ async fn pytest(file: &str) -> Result<()> {
 #[tokio::test]
 async fn openai() -> Result<()> {
     pytest("test_openai.py").await
+}
+
+#[tokio::test]
+async fn openapi() -> Result<()> {
+    let policy = repository().join("tests/clients/policy.toml");
+    let cluster = Cluster::builder()
+        .gateway_arg(format!("--policy-file={}", policy.display()))
+        .gateway_arg(format!("--api-keys={KEY}"));
+    let cluster = cluster.start().await?;
+    run(&cluster, "clients/bin/python", &["-m", "pytest", "-q", "test_openapi.py"]).await?;
+    cluster.stop().await
 }
 
 #[tokio::test]

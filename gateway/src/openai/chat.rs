@@ -9,10 +9,12 @@ use serde_json::{Map, Value, json};
 
 use super::{
     Answer, Front,
-    constraint::one_constraint,
+    constraint::{any_text, no_outputs, one_constraint},
     error,
     logprobs::ChatLogprobs,
-    messages::{Message, Template, Tool, ToolChoice, Tools, conversation, one_ending, something_to_call},
+    messages::{
+        Message, Template, Tool, ToolChoice, Tools, conversation, one_ending, something_to_call, tools_or_constraint,
+    },
     model_name,
     parameters::{StreamOptions, include_usage, options_of_streams, request},
     stream,
@@ -42,7 +44,7 @@ request! {
         stream: Option<bool>,
         /// What comes at the end of a stream.
         stream_options: Option<StreamOptions>,
-        /// The older name of `max_completion_tokens`.
+        /// The older name of `max_completion_tokens`, with which it must agree.
         #[schemars(range(min = 1))]
         max_tokens: Option<u32>,
         /// Most tokens of the answer, no more than the context has room for. Default: what the operator or the model says.
@@ -238,11 +240,14 @@ pub(super) fn operation() -> Operation {
 /// What goes with what in a request.
 fn rules(request: &mut Schema) {
     either(request, [where_set([("top_logprobs", unset())]), set("logprobs", json!({ "const": true }))]);
-    either(request, [where_set([("max_tokens", unset())]), where_set([("max_completion_tokens", unset())])]);
     options_of_streams(request);
     one_constraint(request);
-    one_ending(request);
     something_to_call(request);
+    tools_or_constraint(
+        request,
+        where_set([("response_format", any_text()), ("structured_outputs", where_set(no_outputs()))]),
+    );
+    one_ending(request);
 }
 
 pub(super) async fn answer(front: &Front, request: Request) -> Answer {

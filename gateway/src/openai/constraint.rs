@@ -62,7 +62,7 @@ pub(super) struct StructuredOutputs {
     /// A JSON object.
     json_object: Option<bool>,
     /// Matched as a whole by this regular expression.
-    #[schemars(length(max = MAX_BYTES), extend("format" = "regex"))]
+    #[schemars(length(min = 1, max = MAX_BYTES), extend("format" = "regex"))]
     regex: Option<String>,
     /// One of these texts.
     #[schemars(length(min = 1, max = MAX_CHOICES), inner(length(min = 1)))]
@@ -143,15 +143,19 @@ fn at_most_one(outputs: &mut Schema) {
 }
 
 /// The constraints of `structured_outputs`, and the schemas of their absence.
-fn no_outputs() -> [(&'static str, Value); 5] {
+pub(super) fn no_outputs() -> [(&'static str, Value); 5] {
     [("json", unset()), ("json_object", off()), ("regex", unset()), ("choice", unset()), ("grammar", unset())]
 }
 
 /// The rule that there is one constraint at most.
 pub(super) fn one_constraint(request: &mut Schema) {
-    let any_text = || where_set([("response_format", where_set([("type", json!({ "const": "text" }))]))]);
-    let no_outputs = || where_set([("structured_outputs", where_set(no_outputs()))]);
-    either(request, [any_text(), no_outputs()]);
+    let no_outputs = ("structured_outputs", where_set(no_outputs()));
+    either(request, [where_set([("response_format", any_text())]), where_set([no_outputs])]);
+}
+
+/// The schema of a format that is no constraint.
+pub(super) fn any_text() -> Value {
+    where_set([("type", json!({ "const": "text" }))])
 }
 
 #[cfg(test)]

@@ -85,6 +85,9 @@ pub(super) const RESPONSES: &Names = &[
     ("conversation.messages", "input"),
 ];
 
+/// The same of tokens whose text is asked for.
+pub(super) const TOKENS: &Names = &[("prompt.token_ids.ids", "tokens"), ("prompt.token_ids", "tokens")];
+
 /// The same of chats, and of whatever has no name of its own.
 pub(super) const CHATS: &Names = &[
     ("sampling.max_new_tokens", "max_completion_tokens"),
@@ -132,6 +135,7 @@ mod tests {
         }
         assert_eq!(param_name(COMPLETIONS, "sampling.max_new_tokens"), "max_tokens");
         assert_eq!(param_name(COMPLETIONS, "sampling.top_p"), "top_p");
+        assert_eq!(param_name(TOKENS, "prompt.token_ids.ids[7]"), "tokens[7]");
         assert_eq!(param_name(RESPONSES, "conversation.messages[1].role"), "input[1].role");
     }
 

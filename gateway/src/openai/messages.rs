@@ -205,6 +205,12 @@ pub(super) fn something_to_call(request: &mut Schema) {
     either(request, [optional, set("tools", json!({ "type": "array", "minItems": 1 }))]);
 }
 
+/// The rule that there are no tools to call where the text is constrained, unless it is as this schema says.
+pub(super) fn tools_or_constraint(request: &mut Schema, unconstrained: Value) {
+    let no_tools = where_set([("tools", json!({ "type": ["array", "null"], "maxItems": 0 }))]);
+    either(request, [unconstrained, no_tools, set("tool_choice", json!({ "const": "none" }))]);
+}
+
 // === impl Message ===
 
 impl From<Message> for v1::Message {

@@ -7,22 +7,25 @@ mod pieces;
 use axum::extract::Request;
 use http::StatusCode;
 use lockstep_proto::v1;
-use schemars::JsonSchema;
+use schemars::{JsonSchema, Schema};
 use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 
 use super::{
     Answer, Front,
-    constraint::{NamedSchema, ResponseFormat, json_schema_or_null, read},
+    constraint::{NamedSchema, ResponseFormat, any_text, json_schema_or_null, read},
     error,
-    messages::{FunctionKind, Template, ToolMode, something_to_call},
+    messages::{FunctionKind, Template, ToolMode, something_to_call, tools_or_constraint},
     parameters::Sampling,
     stream,
 };
 use crate::{
     http::json_response,
     json::{OneOrMany, Unsupported},
-    openapi::{OF_CHATS, OF_MODELS, OF_PROMPTS, Operation, rules::never},
+    openapi::{
+        OF_CHATS, OF_MODELS, OF_PROMPTS, Operation,
+        rules::{either, never, set, where_set},
+    },
     request::{MAX_LISTED, MAX_TOOL_NAME_BYTES, RequestError},
     sampling::range::{TEMPERATURE, TOP_P},
 };
@@ -33,7 +36,7 @@ use pieces::{Piece, Pieces};
 /// What a client sends.
 #[derive(Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
-#[schemars(transform = something_to_call)]
+#[schemars(transform = rules)]
 struct ResponseRequest {
     /// What the user says, or a conversation, oldest item first.
     input: OneOrMany<Item>,
@@ -184,6 +187,14 @@ pub(super) fn operation() -> Operation {
         .fails(OF_MODELS)
         .fails(OF_PROMPTS)
         .fails(OF_CHATS)
+}
+
+/// What goes with what in a request.
+fn rules(request: &mut Schema) {
+    let has_items = where_set([("input", json!({ "minItems": 1 }))]);
+    either(request, [set("instructions", json!({ "type": "string" })), has_items]);
+    something_to_call(request);
+    tools_or_constraint(request, where_set([("text", where_set([("format", any_text())]))]));
 }
 
 pub(super) async fn answer(front: &Front, request: Request) -> Answer {

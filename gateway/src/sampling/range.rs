@@ -2,7 +2,8 @@
 
 use schemars::Schema;
 
-/// Values between two ends. The upper end belongs to every range, the lower one to closed ranges alone.
+/// Values between two ends. The upper end belongs to every range, the lower one to closed ranges alone. Subnormal numbers
+/// are not above 0: to workers they are none.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Range {
     low: f32,
@@ -32,7 +33,7 @@ impl Range {
 
     /// Says why a value is not in the range; none if it is. NaN is in no range.
     pub(crate) fn refuse(&self, value: f32) -> Option<String> {
-        let above_low = if self.low_is_allowed { value >= self.low } else { value > self.low };
+        let above_low = if self.low_is_allowed { value >= self.low } else { value >= self.low + f32::MIN_POSITIVE };
         if above_low && value <= self.high {
             return None;
         }
@@ -58,6 +59,8 @@ mod tests {
     fn ends_belong_to_a_range_as_the_contract_says() {
         assert_eq!(TOP_P.refuse(1.0), None);
         assert_eq!(TOP_P.refuse(0.0).as_deref(), Some("0 is not in (0, 1]"));
+        assert_eq!(TOP_P.refuse(f32::MIN_POSITIVE), None);
+        assert!(TOP_P.refuse(f32::from_bits(1)).is_some_and(|message| message.ends_with("1 is not in (0, 1]")));
         assert_eq!(MIN_P.refuse(0.0), None);
         assert_eq!(TEMPERATURE.refuse(-0.5).as_deref(), Some("-0.5 is not in [0, 100]"));
     }

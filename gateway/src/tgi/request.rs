@@ -106,9 +106,17 @@ struct Parameters {
 #[derive(Debug, Deserialize, JsonSchema)]
 #[serde(tag = "type", content = "value", rename_all = "snake_case", deny_unknown_fields)]
 enum Grammar {
-    Json(#[schemars(extend("type" = ["object", "boolean"]))] Value),
+    Json(
+        /// The JSON Schema.
+        #[schemars(extend("type" = ["object", "boolean"]))]
+        Value,
+    ),
     JsonSchema(NamedSchema),
-    Regex(#[schemars(length(max = MAX_BYTES), extend("format" = "regex"))] String),
+    Regex(
+        /// The regular expression.
+        #[schemars(length(min = 1, max = MAX_BYTES), extend("format" = "regex"))]
+        String,
+    ),
 }
 
 /// A JSON Schema with a name.

@@ -23,13 +23,19 @@ async fn send(address: SocketAddr, line: &str, body: &str) -> TcpStream {
     stream
 }
 
-/// Asks and reads to the end: the status, and the body.
-async fn ask(address: SocketAddr, line: &str, body: &str) -> (u16, String) {
+/// Asks and reads to the end: the head, and the body.
+async fn ask_all(address: SocketAddr, line: &str, body: &str) -> (String, String) {
     let mut stream = send(address, line, body).await;
     let mut text = String::new();
     in_time(stream.read_to_string(&mut text)).await.unwrap();
     let (head, body) = text.split_once("\r\n\r\n").unwrap();
-    (head.split(' ').nth(1).unwrap().parse().unwrap(), body.to_owned())
+    (head.to_owned(), body.to_owned())
+}
+
+/// The same: the status, and the body.
+async fn ask(address: SocketAddr, line: &str, body: &str) -> (u16, String) {
+    let (head, body) = ask_all(address, line, body).await;
+    (head.split(' ').nth(1).unwrap().parse().unwrap(), body)
 }
 
 const GENERATE: &str = r#"{"inputs": "x", "parameters": {"max_new_tokens": 9}}"#;
@@ -40,6 +46,7 @@ async fn what_is_not_there_is_refused_in_the_language_of_its_path() {
     for (line, status, beginning) in [
         ("GET /v1/nothing", 404, r#"{"error":{"message":"there is no /v1/nothing here""#),
         ("GET /v1/completions", 405, r#"{"error":{"message":"there is no GET /v1/completions here""#),
+        ("GET /v1/models/%ff", 404, "{\"error\":{\"message\":\"no model `\u{fffd}` is served\""),
         ("GET /nothing", 404, r#"{"error":"there is no /nothing here","error_type":"request"}"#),
         ("GET /generate", 405, r#"{"error":"there is no GET /generate here","error_type":"request"}"#),
     ] {
@@ -70,6 +77,23 @@ async fn health_follows_the_groups_and_a_drain_refuses_in_the_language_of_the_pa
     session.text(0, "a").await;
     session.finish(0, WorkerReason::Length, None).await;
     assert_eq!(running.await.unwrap().0, 200, "what runs may end");
+}
+
+#[tokio::test]
+async fn the_document_needs_no_key_and_says_where_one_is_needed() {
+    let settings = |settings: &mut lockstep_gateway::config::GatewaySettings| {
+        settings.api_keys = vec![ApiKey::new("sesame").unwrap()];
+    };
+    for (setup, keyed) in [(Setup::default(), false), (Setup { settings, ..Setup::default() }, true)] {
+        let cluster = Cluster::with(setup).await;
+        let (head, body) = ask_all(cluster.http_address, "GET /openapi.json", "").await;
+        assert!(head.starts_with("HTTP/1.1 200") && head.contains("content-type: application/json"), "{head}");
+        assert!(body.starts_with(r#"{"openapi":"3.1.0""#) && body.contains(r#""bearer""#) == keyed, "{body}");
+        let (head, _) = ask_all(cluster.http_address, "POST /openapi.json", "").await;
+        assert!(head.starts_with("HTTP/1.1 405") && head.contains("allow: GET,HEAD"), "{head}");
+        let (head, _) = ask_all(cluster.http_address, "GET /v1/models", "").await;
+        assert_eq!(head.contains("www-authenticate: Bearer"), keyed, "{head}");
+    }
 }
 
 #[tokio::test]
