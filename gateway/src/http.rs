@@ -15,7 +15,7 @@ use lockstep_proto::{
 use serde::{Serialize, de::DeserializeOwned};
 
 use crate::{
-    json::parse,
+    json::{Object, parse},
     pipeline::{Arrival, Call, Pipeline},
     request::RequestError,
     status::Failure,
@@ -68,7 +68,7 @@ impl Front {
             n_bytes: inbound.body.len(),
             timeout: None,
         })?;
-        let message = call.note(parse(&inbound.body))?;
+        let Object(message) = call.note(parse(&inbound.body))?;
         Ok((call, message))
     }
 

@@ -4,8 +4,11 @@ use std::{borrow::Cow, fmt, marker::PhantomData};
 
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{
-    Deserialize, Deserializer,
-    de::{self, DeserializeOwned, IgnoredAny, SeqAccess, Visitor, value::SeqAccessDeserializer},
+    Deserialize, Deserializer, Serialize,
+    de::{
+        self, DeserializeOwned, IgnoredAny, MapAccess, SeqAccess, Visitor,
+        value::{MapAccessDeserializer, SeqAccessDeserializer},
+    },
 };
 
 use crate::request::RequestError;
@@ -56,6 +59,47 @@ impl JsonSchema for Unsupported {
 
     fn json_schema(_: &mut SchemaGenerator) -> Schema {
         json_schema!({ "type": "null", "description": "Not supported: only null is taken for it." })
+    }
+}
+
+/// An object. For a struct by itself serde also takes a list of its fields' values, in their order.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+#[serde(transparent)]
+pub struct Object<T>(pub T);
+
+impl<'de, T: Deserialize<'de>> Deserialize<'de> for Object<T> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Members<T>(PhantomData<T>);
+        impl<'de, T: Deserialize<'de>> Visitor<'de> for Members<T> {
+            type Value = Object<T>;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an object")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, members: A) -> Result<Self::Value, A::Error> {
+                T::deserialize(MapAccessDeserializer::new(members)).map(Object)
+            }
+        }
+        deserializer.deserialize_map(Members(PhantomData))
+    }
+}
+
+impl<T: JsonSchema> JsonSchema for Object<T> {
+    fn inline_schema() -> bool {
+        T::inline_schema()
+    }
+
+    fn schema_name() -> Cow<'static, str> {
+        T::schema_name()
+    }
+
+    fn schema_id() -> Cow<'static, str> {
+        T::schema_id()
+    }
+
+    fn json_schema(generator: &mut SchemaGenerator) -> Schema {
+        T::json_schema(generator)
     }
 }
 
@@ -131,6 +175,17 @@ mod tests {
         check("", "body: EOF while parsing");
         check(&format!(r#"{{"stop": {}1{}}}"#, "[".repeat(500), "]".repeat(500)), "stop");
         assert!(parse::<Request>(b"{\"stop\": \"\xff\"}").is_err());
+    }
+
+    #[test]
+    fn a_list_is_no_object() {
+        assert!(parse::<Request>(br#"["a", null]"#).is_ok());
+        let read = |text: &str| parse::<Object<Request>>(text.as_bytes()).map(|Object(request)| request.stop);
+        assert_eq!(read(r#"{"stop": "a"}"#), Ok(OneOrMany::One("a".into())));
+        let error = read(r#"["a", null]"#).unwrap_err().to_string();
+        assert!(error.starts_with("body: invalid type: sequence, expected an object"), "{error}");
+        let error = read(r#"{"stop": ["a", 1]}"#).unwrap_err().to_string();
+        assert!(error.starts_with("stop[1]: invalid type"), "{error}");
     }
 
     #[test]

@@ -23,7 +23,7 @@ use super::{
 use crate::{
     generation::{Event, collect},
     http::json_response,
-    json::Unsupported,
+    json::{Object, Unsupported},
     openapi::{
         OF_CHATS, OF_MODELS, OF_PROMPTS, Operation,
         rules::{either, never, set, unset, where_set},
@@ -37,13 +37,13 @@ request! {
     struct ChatRequest {
         /// The conversation, oldest message first.
         #[schemars(length(min = 1, max = MAX_MESSAGES))]
-        messages: Vec<Message>,
+        messages: Vec<Object<Message>>,
         /// The model. Default: the only one that is served.
         model: Option<String>,
         /// Whether the answer comes as it is made.
         stream: Option<bool>,
         /// What comes at the end of a stream.
-        stream_options: Option<StreamOptions>,
+        stream_options: Option<Object<StreamOptions>>,
         /// The older name of `max_completion_tokens`, with which it must agree.
         #[schemars(range(min = 1))]
         max_tokens: Option<u32>,
@@ -57,7 +57,7 @@ request! {
         top_logprobs: Option<u32>,
         /// Functions that the model may call.
         #[schemars(length(max = MAX_LISTED))]
-        tools: Option<Vec<Tool>>,
+        tools: Option<Vec<Object<Tool>>>,
         /// Whether it may, must or must not call them. Default: it may.
         tool_choice: Option<ToolChoice>,
         /// Whether one answer may call several. Default: as the model does by itself.

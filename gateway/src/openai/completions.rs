@@ -24,7 +24,7 @@ use super::{
 use crate::{
     generation::{Event, collect},
     http::json_response,
-    json::{OneOrMany, Unsupported},
+    json::{Object, OneOrMany, Unsupported},
     openapi::{OF_MODELS, OF_PROMPTS, Operation},
     pipeline::Answering,
     request::{MAX_LOGPROBS, RequestError},
@@ -49,7 +49,7 @@ request! {
         /// Whether the answer comes as it is made.
         stream: Option<bool>,
         /// What comes at the end of a stream.
-        stream_options: Option<StreamOptions>,
+        stream_options: Option<Object<StreamOptions>>,
         /// Most tokens of each answer, no more than the context has room for. Default: 16.
         #[schemars(range(min = 1))]
         max_tokens: Option<u32>,

@@ -6,7 +6,7 @@ use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
 use crate::{
-    json::Unsupported,
+    json::{Object, Unsupported},
     openapi::rules::{either, off, unset, where_set},
     request::RequestError,
     sampling::{
@@ -21,7 +21,7 @@ use crate::{
 pub(super) enum ResponseFormat {
     Text {},
     JsonObject {},
-    JsonSchema { json_schema: NamedSchema },
+    JsonSchema { json_schema: Object<NamedSchema> },
 }
 
 /// A schema, which is always held to: nothing is looser for `strict` being false.
@@ -85,7 +85,7 @@ pub(super) fn read(
     let format = match format {
         None | Some(ResponseFormat::Text {}) => None,
         Some(ResponseFormat::JsonObject {}) => Some(any_object()),
-        Some(ResponseFormat::JsonSchema { json_schema }) => Some(schema(json_schema.schema)),
+        Some(ResponseFormat::JsonSchema { json_schema: Object(named) }) => Some(schema(named.schema)),
     };
     let kind = match (format, outputs.map(StructuredOutputs::into_kind).transpose()?.flatten()) {
         (Some(_), Some(_)) => {

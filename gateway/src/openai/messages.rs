@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use crate::{
-    json::{OneOrMany, Unsupported},
+    json::{Object, OneOrMany, Unsupported},
     openapi::rules::{either, off, set, where_set},
     request::{MAX_LISTED, MAX_TOOL_NAME_BYTES, RequestError},
 };
@@ -19,12 +19,12 @@ pub(super) struct Message {
     /// Whose turn it is.
     role: Role,
     /// What is said: a text, or texts that are joined.
-    content: Option<OneOrMany<Part>>,
+    content: Option<OneOrMany<Object<Part>>>,
     /// The speaker's name, for templates that show it.
     name: Option<String>,
     /// Tools that the assistant calls.
     #[schemars(length(max = MAX_LISTED))]
-    tool_calls: Option<Vec<ToolCall>>,
+    tool_calls: Option<Vec<Object<ToolCall>>>,
     /// The call that a tool answers.
     tool_call_id: Option<String>,
     #[serde(rename = "refusal")]
@@ -84,7 +84,7 @@ struct ToolCall {
     #[serde(rename = "index")]
     _index: Option<u32>,
     /// What is called.
-    function: CalledFunction,
+    function: Object<CalledFunction>,
 }
 
 #[derive(Debug, Clone, Copy, Deserialize, Serialize, JsonSchema)]
@@ -117,7 +117,7 @@ pub(super) struct Tool {
     #[serde(rename = "type")]
     _kind: FunctionKind,
     /// The function.
-    function: Function,
+    function: Object<Function>,
 }
 
 /// What the model is told of a function.
@@ -143,7 +143,7 @@ struct Function {
 #[schemars(rename = "ChatToolChoice")]
 pub(super) enum ToolChoice {
     Mode(ToolMode),
-    Named(NamedTool),
+    Named(Object<NamedTool>),
 }
 
 #[derive(Debug, Clone, Copy, Deserialize, Serialize, JsonSchema)]
@@ -164,7 +164,7 @@ pub(super) struct NamedTool {
     #[serde(rename = "type")]
     _kind: FunctionKind,
     /// The function.
-    function: FunctionName,
+    function: Object<FunctionName>,
 }
 
 /// A function by its name.
@@ -224,13 +224,12 @@ impl From<Message> for v1::Message {
         let texts = match message.content {
             None => Vec::new(),
             Some(OneOrMany::One(text)) => vec![text],
-            Some(OneOrMany::Many(parts)) => parts.into_iter().map(|part| part.text).collect(),
+            Some(OneOrMany::Many(parts)) => parts.into_iter().map(|Object(part)| part.text).collect(),
         };
         let part = |text| v1::ContentPart { part: Some(v1::content_part::Part::Text(text)) };
-        let call = |call: ToolCall| v1::ToolCall {
-            id: call.id,
-            name: call.function.name,
-            arguments_json: call.function.arguments,
+        let call = |Object(call): Object<ToolCall>| {
+            let Object(CalledFunction { name, arguments }) = call.function;
+            v1::ToolCall { id: call.id, name, arguments_json: arguments }
         };
         Self {
             role: role.into(),
@@ -246,7 +245,7 @@ impl From<Message> for v1::Message {
 
 impl From<Tool> for v1::Tool {
     fn from(tool: Tool) -> Self {
-        let Function { name, description, parameters, .. } = tool.function;
+        let Object(Function { name, description, parameters, .. }) = tool.function;
         let parameters_json = parameters.map(|parameters| Value::Object(parameters).to_string()).unwrap_or_default();
         Self { name, description: description.unwrap_or_default(), parameters_json }
     }
@@ -260,7 +259,7 @@ impl ToolChoice {
             ToolChoice::Mode(ToolMode::None) => (v1::ToolChoiceMode::None, String::new()),
             ToolChoice::Mode(ToolMode::Auto) => (v1::ToolChoiceMode::Auto, String::new()),
             ToolChoice::Mode(ToolMode::Required) => (v1::ToolChoiceMode::Required, String::new()),
-            ToolChoice::Named(named) => (v1::ToolChoiceMode::Named, named.function.name),
+            ToolChoice::Named(Object(named)) => (v1::ToolChoiceMode::Named, named.function.0.name),
         };
         v1::ToolChoice { mode: mode.into(), name, parallel }
     }
@@ -277,14 +276,14 @@ pub(super) struct Template {
 /// Tools, and how they may be called.
 #[derive(Debug, Default)]
 pub(super) struct Tools {
-    pub(super) tools: Option<Vec<Tool>>,
+    pub(super) tools: Option<Vec<Object<Tool>>>,
     pub(super) choice: Option<ToolChoice>,
     pub(super) parallel: Option<bool>,
 }
 
 /// A conversation of all that a request says about it.
 pub(super) fn conversation(
-    messages: Vec<Message>,
+    messages: Vec<Object<Message>>,
     tools: Tools,
     template: Template,
 ) -> Result<v1::Conversation, RequestError> {
@@ -294,9 +293,9 @@ pub(super) fn conversation(
     }
     let choice = choice.unwrap_or(ToolChoice::Mode(ToolMode::Auto));
     Ok(v1::Conversation {
-        tools: tools.unwrap_or_default().into_iter().map(v1::Tool::from).collect(),
+        tools: tools.unwrap_or_default().into_iter().map(|Object(tool)| tool.into()).collect(),
         tool_choice: Some(choice.into_wire(parallel)),
-        ..template.conversation(messages.into_iter().map(v1::Message::from).collect())
+        ..template.conversation(messages.into_iter().map(|Object(message)| message.into()).collect())
     })
 }
 

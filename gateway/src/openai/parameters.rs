@@ -1,6 +1,6 @@
 //! Parameters that chats and completions share, under OpenAI's names and those that the ecosystem has added.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 
 use lockstep_proto::v1::{Constraint, SamplingParams};
 use schemars::{JsonSchema, Schema, json_schema};
@@ -8,9 +8,9 @@ use serde::Deserialize;
 use serde_json::json;
 
 use crate::{
-    json::OneOrMany,
+    json::{Object, OneOrMany},
     openapi::rules::{either, set, unset, where_set},
-    request::RequestError,
+    request::{RequestError, Violations},
     sampling::{
         range::LOGIT_BIAS,
         read::{MAX_LOGIT_BIAS, MAX_STOP, MAX_STOP_BYTES},
@@ -67,7 +67,7 @@ macro_rules! request {
             frequency_penalty: Option<f32>,
             /// Added to the logits of tokens, by their ids.
             #[schemars(transform = super::parameters::bound_biases)]
-            logit_bias: Option<std::collections::BTreeMap<u32, f32>>,
+            logit_bias: Option<std::collections::BTreeMap<String, f32>>,
             /// Strings that end the answer, of at most 1024 bytes; it does not have them.
             #[schemars(transform = super::parameters::bound_stops)]
             stop: Option<crate::json::OneOrMany<String>>,
@@ -84,9 +84,9 @@ macro_rules! request {
             #[schemars(range(min = 1, max = crate::sampling::read::MAX_N))]
             n: Option<u32>,
             /// What the answer must be, in OpenAI's words.
-            response_format: Option<super::constraint::ResponseFormat>,
+            response_format: Option<crate::json::Object<super::constraint::ResponseFormat>>,
             /// What the answer must be, in vLLM's words.
-            structured_outputs: Option<super::constraint::StructuredOutputs>,
+            structured_outputs: Option<crate::json::Object<super::constraint::StructuredOutputs>>,
         }
 
         impl $name {
@@ -111,7 +111,10 @@ macro_rules! request {
                     min_tokens: self.min_tokens,
                     seed: self.seed,
                     n: self.n,
-                    constraint: super::constraint::read(self.response_format.take(), self.structured_outputs.take())?,
+                    constraint: super::constraint::read(
+                        self.response_format.take().map(|format| format.0),
+                        self.structured_outputs.take().map(|outputs| outputs.0),
+                    )?,
                 }
                 .params(max_new_tokens)
             }
@@ -131,7 +134,7 @@ pub(super) struct Sampling {
     pub(super) repetition_penalty: Option<f32>,
     pub(super) presence_penalty: Option<f32>,
     pub(super) frequency_penalty: Option<f32>,
-    pub(super) logit_bias: Option<BTreeMap<u32, f32>>,
+    pub(super) logit_bias: Option<BTreeMap<String, f32>>,
     pub(super) stop: Option<OneOrMany<String>>,
     pub(super) stop_token_ids: Option<Vec<u32>>,
     pub(super) ignore_eos: Option<bool>,
@@ -147,16 +150,26 @@ impl Sampling {
     /// The same for the pipeline.
     ///
     /// # Errors
-    /// A `top_k` below -1.
+    /// A bias for what is no token id, or a `top_k` below -1.
     pub(super) fn params(self, max_new_tokens: Option<u32>) -> Result<SamplingParams, RequestError> {
-        let top_k = match self.top_k {
+        let mut violations = Violations::default();
+        let top_k = self.top_k.map(|top_k| match top_k {
             // vLLM's word for "off".
-            Some(-1) => Some(0),
-            top_k => top_k.map(u32::try_from).transpose().map_err(|_| {
-                let top_k = top_k.unwrap_or_default();
-                RequestError::invalid("top_k", format!("{top_k} is not in [-1, {}]", u32::MAX))
-            })?,
-        };
+            -1 => 0,
+            top_k => u32::try_from(top_k).unwrap_or_else(|_| {
+                violations.invalid("top_k", format!("{top_k} is not in [-1, {}]", u32::MAX));
+                0
+            }),
+        });
+        let mut logit_bias = HashMap::new();
+        for (name, bias) in self.logit_bias.unwrap_or_default() {
+            // `07` and `+7` are other names of a token that has one.
+            match name.parse().ok().filter(|id: &u32| id.to_string() == name) {
+                Some(id) => drop(logit_bias.insert(id, bias)),
+                None => violations.invalid(format_args!("logit_bias.{name}"), "the name is no token id"),
+            }
+        }
+        violations.into_result()?;
         let stop = match self.stop {
             None => Vec::new(),
             Some(OneOrMany::One(stop)) => vec![stop],
@@ -175,7 +188,7 @@ impl Sampling {
             repetition_penalty: self.repetition_penalty,
             presence_penalty: self.presence_penalty,
             frequency_penalty: self.frequency_penalty,
-            logit_bias: self.logit_bias.unwrap_or_default().into_iter().collect(),
+            logit_bias,
             stop,
             stop_token_ids: self.stop_token_ids.unwrap_or_default(),
             ignore_eos: self.ignore_eos,
@@ -191,8 +204,8 @@ impl Sampling {
 ///
 /// # Errors
 /// Options without a stream, or one that is not supported.
-pub(super) fn include_usage(stream: bool, options: Option<StreamOptions>) -> Result<bool, RequestError> {
-    let Some(options) = options else { return Ok(false) };
+pub(super) fn include_usage(stream: bool, options: Option<Object<StreamOptions>>) -> Result<bool, RequestError> {
+    let Some(Object(options)) = options else { return Ok(false) };
     if !stream {
         return Err(RequestError::invalid("stream_options", "it is for streams: set `stream` to true"));
     }
@@ -213,6 +226,7 @@ pub(super) fn bound_biases(biases: &mut Schema) {
     let mut bias = json_schema!({ "type": "number", "format": "float" });
     LOGIT_BIAS.in_schema()(&mut bias);
     biases.insert("patternProperties".into(), json!({ "^(0|[1-9][0-9]{0,9})$": bias }));
+    biases.insert("additionalProperties".into(), false.into());
 }
 
 /// The schema of `stop`, with its limits.
@@ -236,16 +250,16 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_count_is_named() {
-        for top_k in [-2, i64::MAX] {
-            let error = Sampling { top_k: Some(top_k), ..Sampling::default() }.params(None).unwrap_err().to_string();
-            assert_eq!(error, format!("top_k: {top_k} is not in [-1, 4294967295]"));
-        }
+    fn what_is_no_id_or_count_is_named() {
+        let logit_bias = Some(["7", "07", "x"].map(|id| (id.to_owned(), 1.0)).into());
+        let error = Sampling { top_k: Some(-2), logit_bias, ..Sampling::default() }.params(None).unwrap_err();
+        let paths: Vec<_> = error.violations().iter().map(|violation| violation.path.as_str()).collect();
+        assert_eq!(paths, ["top_k", "logit_bias.07", "logit_bias.x"]);
     }
 
     #[test]
     fn options_need_a_stream() {
-        let options = Some(StreamOptions { include_usage: Some(true), ..StreamOptions::default() });
+        let options = Some(Object(StreamOptions { include_usage: Some(true), ..StreamOptions::default() }));
         assert_eq!(include_usage(true, options), Ok(true));
         assert_eq!(include_usage(true, None), Ok(false));
         assert!(include_usage(false, options).is_err());

@@ -21,7 +21,7 @@ use super::{
 };
 use crate::{
     http::json_response,
-    json::{OneOrMany, Unsupported},
+    json::{Object, OneOrMany, Unsupported},
     openapi::{
         OF_CHATS, OF_MODELS, OF_PROMPTS, Operation,
         rules::{either, never, set, where_set},
@@ -57,13 +57,13 @@ struct ResponseRequest {
     stream: Option<bool>,
     /// Functions that the model may call.
     #[schemars(length(max = MAX_LISTED))]
-    tools: Option<Vec<Tool>>,
+    tools: Option<Vec<Object<Tool>>>,
     /// Whether it may, must or must not call them. Default: it may.
     tool_choice: Option<ToolChoice>,
     /// Whether one answer may call several. Default: as the model does by itself.
     parallel_tool_calls: Option<bool>,
     /// What the text must be.
-    text: Option<Text>,
+    text: Option<Object<Text>>,
     /// Nothing is stored.
     #[schemars(transform = never)]
     store: Option<bool>,
@@ -116,7 +116,7 @@ enum Truncation {
 #[schemars(rename = "ResponseText")]
 struct Text {
     /// Any text, a JSON object, or JSON that a schema accepts.
-    format: Option<TextFormat>,
+    format: Option<Object<TextFormat>>,
     #[serde(rename = "verbosity")]
     _verbosity: Option<Unsupported>,
 }
@@ -165,7 +165,7 @@ struct Tool {
 #[schemars(inline)]
 enum ToolChoice {
     Mode(ToolMode),
-    Named(NamedTool),
+    Named(Object<NamedTool>),
 }
 
 #[derive(Debug, Clone, Deserialize, Serialize, JsonSchema)]
@@ -220,14 +220,14 @@ pub(super) async fn answer(front: &Front, request: Request) -> Answer {
 
 impl ResponseRequest {
     fn echo(&self) -> Echo {
-        let tool = |tool: &Tool| EchoedTool {
+        let tool = |Object(tool): &Object<Tool>| EchoedTool {
             kind: "function",
             name: tool.name.clone(),
             description: tool.description.clone(),
             parameters: tool.parameters.clone(),
             strict: true,
         };
-        let format = self.text.as_ref().and_then(|text| text.format.clone());
+        let format = self.text.as_ref().and_then(|Object(text)| text.format.clone());
         Echo {
             instructions: self.instructions.clone(),
             max_output_tokens: self.max_output_tokens,
@@ -236,7 +236,7 @@ impl ResponseRequest {
             previous_response_id: None,
             store: false,
             temperature: self.temperature,
-            text: EchoedText { format: format.unwrap_or(TextFormat::Text {}) },
+            text: EchoedText { format: format.map_or(TextFormat::Text {}, |Object(format)| format) },
             tool_choice: self.tool_choice.clone().unwrap_or(ToolChoice::Mode(ToolMode::Auto)),
             tools: self.tools.iter().flatten().map(tool).collect(),
             top_p: self.top_p,
@@ -248,14 +248,14 @@ impl ResponseRequest {
         if self.store == Some(true) {
             return Err(RequestError::invalid("store", "nothing is stored here"));
         }
-        let format = self.text.and_then(|text| text.format).map(ResponseFormat::from);
+        let format = self.text.and_then(|Object(text)| text.format).map(|Object(format)| format.into());
         let sampling = Sampling {
             temperature: self.temperature,
             top_p: self.top_p,
             constraint: read(format, None)?,
             ..Sampling::default()
         };
-        let tools: Vec<v1::Tool> = self.tools.unwrap_or_default().into_iter().map(v1::Tool::from).collect();
+        let tools: Vec<v1::Tool> = self.tools.unwrap_or_default().into_iter().map(|Object(tool)| tool.into()).collect();
         let mut conversation = Template::default().conversation(input::messages(self.instructions, self.input));
         conversation.tool_choice = tool_choice(self.tool_choice, self.parallel_tool_calls, tools.is_empty())?;
         conversation.tools = tools;
@@ -280,7 +280,7 @@ fn tool_choice(
             return Err(RequestError::invalid("tool_choice", "there are no tools to choose from"));
         }
         Some(ToolChoice::Mode(ToolMode::Required)) => (v1::ToolChoiceMode::Required, String::new()),
-        Some(ToolChoice::Named(named)) => (v1::ToolChoiceMode::Named, named.name),
+        Some(ToolChoice::Named(Object(named))) => (v1::ToolChoiceMode::Named, named.name),
     };
     Ok(Some(v1::ToolChoice { mode: mode.into(), name, parallel }))
 }
@@ -303,7 +303,7 @@ impl From<TextFormat> for ResponseFormat {
         match format {
             TextFormat::Text {} => Self::Text {},
             TextFormat::JsonObject {} => Self::JsonObject {},
-            TextFormat::JsonSchema { schema, .. } => Self::JsonSchema { json_schema: NamedSchema::of(schema) },
+            TextFormat::JsonSchema { schema, .. } => Self::JsonSchema { json_schema: Object(NamedSchema::of(schema)) },
         }
     }
 }

@@ -13,6 +13,7 @@ use super::{
 };
 use crate::{
     http::json_response,
+    json::Object,
     openapi::{
         OF_CHATS, OF_MODELS, OF_PROMPTS, Operation,
         rules::{either, off, unset, where_set},
@@ -32,10 +33,10 @@ struct TokenizeRequest {
     prompt: Option<String>,
     /// A conversation.
     #[schemars(length(min = 1, max = MAX_MESSAGES))]
-    messages: Option<Vec<Message>>,
+    messages: Option<Vec<Object<Message>>>,
     /// Functions that the conversation's model may call.
     #[schemars(length(max = MAX_LISTED))]
-    tools: Option<Vec<Tool>>,
+    tools: Option<Vec<Object<Tool>>>,
     /// Whether the conversation ends with the beginning of an answer. Default: true.
     add_generation_prompt: Option<bool>,
     /// Whether the last message is left open.

@@ -8,7 +8,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use crate::{
-    json::Unsupported,
+    json::{Object, Unsupported},
     openapi::rules::{either, never, off, where_set},
     request::{MAX_LOGPROBS, RequestError, Violations},
     sampling::{
@@ -39,7 +39,7 @@ pub(super) struct Body {
     #[schemars(length(min = 1))]
     inputs: String,
     /// How tokens are chosen, and what comes beside the text.
-    parameters: Option<Parameters>,
+    parameters: Option<Object<Parameters>>,
     /// Whether the answer comes as it is made.
     stream: Option<bool>,
     /// Whether the prompt is encoded as the model was trained, which it always is.
@@ -65,7 +65,7 @@ struct Parameters {
     #[schemars(transform = FREQUENCY_PENALTY.in_schema())]
     frequency_penalty: Option<f32>,
     /// What the answer must be.
-    grammar: Option<Grammar>,
+    grammar: Option<Object<Grammar>>,
     /// Most tokens of the answer, no more than the context has room for. Default: what the operator or the model says.
     #[schemars(range(min = 1))]
     max_new_tokens: Option<u32>,
@@ -111,7 +111,7 @@ enum Grammar {
         #[schemars(extend("type" = ["object", "boolean"]))]
         Value,
     ),
-    JsonSchema(NamedSchema),
+    JsonSchema(Object<NamedSchema>),
     Regex(
         /// The regular expression.
         #[schemars(length(min = 1, max = MAX_BYTES), extend("format" = "regex"))]
@@ -216,7 +216,7 @@ impl Body {
         let stream = path.streams(stream)?;
         // The API samples where nothing at all is said, and is greedy where something is and not that.
         let sampled_by_default = parameters.is_none();
-        let parameters = parameters.unwrap_or_default();
+        let parameters = parameters.map(|Object(parameters)| parameters).unwrap_or_default();
         let mut violations = Violations::default();
         if inputs.is_empty() {
             violations.invalid("inputs", "there is no text");
@@ -261,6 +261,9 @@ impl Parameters {
             violations
                 .invalid("parameters.best_of", format!("{best_of} is not 1: the best of more is not chosen here"));
         }
+        if let Some(n) = self.top_n_tokens.filter(|&n| n > MAX_LOGPROBS) {
+            violations.invalid("parameters.top_n_tokens", format!("{n} is over {MAX_LOGPROBS}"));
+        }
         if self.watermark == Some(true) {
             violations.invalid("parameters.watermark", "true is not supported");
         }
@@ -283,7 +286,7 @@ impl Parameters {
             frequency_penalty: self.frequency_penalty,
             stop: self.stop.unwrap_or_default(),
             seed: self.seed,
-            constraint: self.grammar.map(Constraint::from),
+            constraint: self.grammar.map(|Object(grammar)| grammar.into()),
             ..SamplingParams::default()
         }
     }
@@ -292,7 +295,7 @@ impl Parameters {
 impl From<Grammar> for Constraint {
     fn from(grammar: Grammar) -> Self {
         let kind = match grammar {
-            Grammar::Json(schema) | Grammar::JsonSchema(NamedSchema { schema, .. }) => {
+            Grammar::Json(schema) | Grammar::JsonSchema(Object(NamedSchema { schema, .. })) => {
                 Kind::JsonSchema(closed(schema).to_string())
             }
             Grammar::Regex(regex) => Kind::Regex(regex),
@@ -378,6 +381,7 @@ mod tests {
         }
         for (parameters, expected) in [
             (r#"{"best_of": 2}"#, "parameters.best_of: 2 is not 1"),
+            (r#"{"top_n_tokens": 21}"#, "parameters.top_n_tokens: 21 is over 20"),
             (r#"{"watermark": true}"#, "parameters.watermark: true is not supported"),
             (r#"{"grammar": {"type": "yaml", "value": "a"}}"#, "parameters.grammar"),
             (r#"{"grammar": {"type": "regex", "value": 1}}"#, "parameters.grammar"),

@@ -52,11 +52,12 @@ async fn what_is_wrong_with_a_request_is_said_by_name() {
         ("{".into(), ""),
         ("[]".into(), ""),
         ("\u{0}".into(), ""),
-        (deep, "messages[0][0]"),
+        (deep, "messages[0]"),
         ("{}".into(), ""),
         (r#"{"messages": "hello"}"#.into(), "messages"),
         (r#"{"messages": []}"#.into(), "messages"),
         (r#"{"messages": [{}]}"#.into(), "messages[0]"),
+        (r#"{"messages": [["user", "x"]]}"#.into(), "messages[0]"),
         (r#"{"messages": [{"role": "oracle", "content": "x"}]}"#.into(), "messages[0].role"),
         (r#"{"messages": [{"role": "user", "content": 7}]}"#.into(), "messages[0].content"),
         (

@@ -5,16 +5,20 @@ use schemars::JsonSchema;
 use serde::Deserialize;
 use serde_json::Value;
 
-use crate::{json::OneOrMany, openai::messages::text_of_object, request::MAX_TOOL_NAME_BYTES};
+use crate::{
+    json::{Object, OneOrMany},
+    openai::messages::text_of_object,
+    request::MAX_TOOL_NAME_BYTES,
+};
 
 /// One item. Clients send an answer's items back as they got them.
 #[derive(Debug, Deserialize, JsonSchema)]
 #[serde(untagged, expecting = "a message, a function_call or a function_call_output")]
 #[schemars(rename = "ResponseInputItem")]
 pub(super) enum Item {
-    Call(Call),
-    Output(Output),
-    Message(Message),
+    Call(Object<Call>),
+    Output(Object<Output>),
+    Message(Object<Message>),
 }
 
 /// What somebody says.
@@ -28,7 +32,7 @@ pub(super) struct Message {
     /// Whose turn it is.
     role: Role,
     /// A text, or texts that are joined.
-    content: OneOrMany<Content>,
+    content: OneOrMany<Object<Content>>,
     /// As it came with an answer.
     #[serde(rename = "id")]
     _id: Option<String>,
@@ -126,7 +130,7 @@ pub(super) struct Output {
     /// The call that is answered.
     call_id: String,
     /// A text, or texts that are joined.
-    output: OneOrMany<Content>,
+    output: OneOrMany<Object<Content>>,
     /// As it came with an answer.
     #[serde(rename = "id")]
     _id: Option<String>,
@@ -155,8 +159,8 @@ pub(super) fn messages(instructions: Option<String>, input: OneOrMany<Item>) -> 
     };
     for item in items {
         match item {
-            Item::Message(Message { role, content, .. }) => messages.push(message(role.into(), texts(content))),
-            Item::Call(Call { call_id, name, arguments, .. }) => {
+            Item::Message(Object(Message { role, content, .. })) => messages.push(message(role.into(), texts(content))),
+            Item::Call(Object(Call { call_id, name, arguments, .. })) => {
                 if messages.last().is_none_or(|last| last.role() != v1::Role::Assistant) {
                     messages.push(message(v1::Role::Assistant, Vec::new()));
                 }
@@ -165,7 +169,7 @@ pub(super) fn messages(instructions: Option<String>, input: OneOrMany<Item>) -> 
                     last.tool_calls.push(call);
                 }
             }
-            Item::Output(Output { call_id, output, .. }) => {
+            Item::Output(Object(Output { call_id, output, .. })) => {
                 let tool_call_id = call_id;
                 messages.push(v1::Message { tool_call_id, ..message(v1::Role::Tool, texts(output)) });
             }
@@ -174,10 +178,10 @@ pub(super) fn messages(instructions: Option<String>, input: OneOrMany<Item>) -> 
     messages
 }
 
-fn texts(content: OneOrMany<Content>) -> Vec<String> {
+fn texts(content: OneOrMany<Object<Content>>) -> Vec<String> {
     match content {
         OneOrMany::One(text) => vec![text],
-        OneOrMany::Many(parts) => parts.into_iter().map(|part| part.text).collect(),
+        OneOrMany::Many(parts) => parts.into_iter().map(|Object(part)| part.text).collect(),
     }
 }
 
