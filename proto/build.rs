@@ -2,13 +2,14 @@
 
 use std::{env, error::Error, path::PathBuf};
 
-const FILES: [&str; 6] = [
+const FILES: [&str; 7] = [
     "lockstep/v1/inference_service.proto",
     "lockstep/v1/model_service.proto",
     "lockstep/tokenizer/v1/tokenizer_service.proto",
     "lockstep/worker/v1/worker_service.proto",
     "lockstep/worker/v1/group_service.proto",
     "inference/grpc_service.proto",
+    "vllm/grpc/engine/vllm_engine.proto",
 ];
 
 fn main() -> Result<(), Box<dyn Error>> {
@@ -19,7 +20,8 @@ fn main() -> Result<(), Box<dyn Error>> {
     std::fs::write(&descriptor_path, prost::Message::encode_to_vec(&descriptors))?;
     let services = tonic_prost_build::configure().build_transport(false).codec_path("crate::codec::Codec");
     services.compile_fds(descriptors)?;
-    println!("cargo:rerun-if-changed=lockstep");
-    println!("cargo:rerun-if-changed=inference");
+    for folder in ["lockstep", "inference", "smg", "vllm"] {
+        println!("cargo:rerun-if-changed={folder}");
+    }
     Ok(())
 }

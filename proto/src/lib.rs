@@ -12,7 +12,7 @@
 //! # Layout
 //!
 //! * [`v1`]: what clients call; [`inference`]: the same for clients of KServe and Triton; [`tokenizer`] and [`worker`]:
-//!   what the services say to one another.
+//!   what the services say to one another; [`vllm`] and [`smg`]: what other gateways say to workers.
 //! * [`codec`]: how messages become bytes; [`announcement`]: how a service says where it listens; [`error`]: how a refusal
 //!   crosses the wire; [`trace`]: how a call is known on its way.
 //! * `client` (feature `client`): channels with limits, and deadlines.
@@ -61,6 +61,30 @@ pub mod worker {
     #[allow(missing_docs, clippy::too_many_lines, reason = "generated from documented .proto files")]
     pub mod v1 {
         tonic::include_proto!("lockstep.worker.v1");
+    }
+}
+
+/// What gateways call that speak to vLLM: `VllmEngine`.
+pub mod vllm {
+    /// Their packages.
+    pub mod grpc {
+        /// The interface to an engine.
+        #[allow(missing_docs, clippy::doc_markdown, clippy::too_many_lines, reason = "generated from documented .proto files")]
+        pub mod engine {
+            tonic::include_proto!("vllm.grpc.engine");
+        }
+    }
+}
+
+/// What the Shepherd Model Gateway's interfaces have in common.
+pub mod smg {
+    /// Their packages.
+    pub mod grpc {
+        /// The tokenizer's files, and events of the prefix cache.
+        #[allow(missing_docs, clippy::doc_markdown, clippy::too_many_lines, reason = "generated from documented .proto files")]
+        pub mod common {
+            tonic::include_proto!("smg.grpc.common");
+        }
     }
 }
 
