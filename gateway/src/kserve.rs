@@ -15,6 +15,7 @@ use http::HeaderMap;
 use lockstep_proto::{
     client::deadline_of,
     error::Error,
+    fields::{self, Names},
     inference::{
         ModelInferRequest, ModelInferResponse, ModelMetadataRequest, ModelMetadataResponse, ModelReadyRequest,
         ModelReadyResponse, ModelStreamInferResponse, ServerLiveRequest, ServerLiveResponse, ServerMetadataRequest,
@@ -33,7 +34,6 @@ use self::{
     response::{Responses, marked},
 };
 use crate::{
-    fields::{self, Names},
     pipeline::{Answering, Arrival, Pipeline},
     request::RequestError,
     status::Failure,

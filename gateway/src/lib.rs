@@ -5,7 +5,8 @@
 //! In the order in which a request meets them:
 //!
 //! * [`service`] and [`kserve`] (gRPC), [`openai`] and [`tgi`] (HTTP): the fronts, which translate; [`http`] is what those for HTTP
-//!   share, [`json`] reads what clients write, [`fields`] names what is wrong with it, [`openapi`] describes it all.
+//!   share, [`json`] reads what clients write, `lockstep_proto::fields` names what is wrong with it, [`openapi`] describes it
+//!   all.
 //! * [`page`]: the page at `/`, a client of OpenAI's API in the browser, and the state of the cluster that it shows.
 //! * [`pipeline`]: what happens to a request, whatever front it came by.
 //! * [`admission`]: who may call, and how much may be under way.
@@ -30,7 +31,6 @@ pub mod backends;
 mod backoff;
 pub mod config;
 pub mod embedding;
-pub mod fields;
 pub mod generation;
 pub mod groups;
 pub mod http;

@@ -21,11 +21,10 @@ use axum::{
     extract::{Path, Request, State, rejection::PathRejection},
     response::Response,
 };
-use lockstep_proto::error::Reason;
+use lockstep_proto::{error::Reason, fields::Names};
 use schemars::SchemaGenerator;
 
 use crate::{
-    fields::Names,
     http::Front,
     openapi::{Api, Route},
     status::Failure,

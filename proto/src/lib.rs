@@ -14,7 +14,8 @@
 //! * [`v1`]: what clients call; [`inference`]: the same for clients of KServe and Triton; [`tokenizer`] and [`worker`]:
 //!   what the services say to one another; [`vllm`] and [`smg`]: what other gateways say to workers.
 //! * [`codec`]: how messages become bytes; [`announcement`]: how a service says where it listens; [`error`]: how a refusal
-//!   crosses the wire; [`trace`]: how a call is known on its way.
+//!   crosses the wire; [`fields`]: how it names what is wrong to clients of other protocols; [`trace`]: how a call is known
+//!   on its way.
 //! * `client` (feature `client`): channels with limits, and deadlines.
 //! * `config`, `server`, `telemetry` (feature `server`): settings, everything around the RPCs, logs and metrics.
 #![forbid(unsafe_code)]
@@ -22,6 +23,7 @@
 pub mod announcement;
 pub mod codec;
 pub mod error;
+pub mod fields;
 pub mod trace;
 
 #[cfg(feature = "client")]
@@ -69,7 +71,13 @@ pub mod vllm {
     /// Their packages.
     pub mod grpc {
         /// The interface to an engine.
-        #[allow(missing_docs, clippy::doc_markdown, clippy::too_many_lines, reason = "generated from documented .proto files")]
+        #[allow(
+            missing_docs,
+            clippy::doc_markdown,
+            clippy::large_enum_variant,
+            clippy::too_many_lines,
+            reason = "generated from documented .proto files"
+        )]
         pub mod engine {
             tonic::include_proto!("vllm.grpc.engine");
         }
@@ -81,7 +89,12 @@ pub mod smg {
     /// Their packages.
     pub mod grpc {
         /// The tokenizer's files, and events of the prefix cache.
-        #[allow(missing_docs, clippy::doc_markdown, clippy::too_many_lines, reason = "generated from documented .proto files")]
+        #[allow(
+            missing_docs,
+            clippy::doc_markdown,
+            clippy::too_many_lines,
+            reason = "generated from documented .proto files"
+        )]
         pub mod common {
             tonic::include_proto!("smg.grpc.common");
         }

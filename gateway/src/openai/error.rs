@@ -1,14 +1,14 @@
 //! Errors in OpenAI's shape: `{"error": {"message", "type", "param", "code"}}`.
 
 use axum::response::Response;
-use lockstep_proto::error::{Error, Reason};
+use lockstep_proto::{
+    error::{Error, Reason},
+    fields::{self, Names},
+};
 use schemars::JsonSchema;
 use serde::Serialize;
 
-use crate::{
-    fields::{self, Names},
-    http::failure_response,
-};
+use crate::http::failure_response;
 
 /// An error as clients read it.
 #[derive(Debug, Serialize, JsonSchema)]

@@ -3,11 +3,12 @@
 
 use axum::response::{Response, sse::Event as Sse};
 use futures_util::Stream;
+use lockstep_proto::fields::Names;
 
 pub(super) use crate::http::sse::data;
 
 use super::error::ErrorBody;
-use crate::{fields::Names, http::sse, status::Failure};
+use crate::{http::sse, status::Failure};
 
 /// The data of the event that ends a whole answer.
 pub(super) const DONE: &str = "[DONE]";

@@ -2,14 +2,14 @@
 
 use axum::response::Response;
 use http::StatusCode;
-use lockstep_proto::error::{Error, Reason};
+use lockstep_proto::{
+    error::{Error, Reason},
+    fields::{self, Names},
+};
 use schemars::JsonSchema;
 use serde::Serialize;
 
-use crate::{
-    fields::{self, Names},
-    http::{failure_response, json_response},
-};
+use crate::http::{failure_response, json_response};
 
 /// An error as clients read it.
 #[derive(Debug, Serialize, JsonSchema)]

@@ -1,9 +1,9 @@
-//! The fields of `lockstep.v1` under the names that a front's own protocol has for them, so that an error names what its
+//! The fields of our own contract under the names that another protocol has for them, so that an error names what its
 //! client wrote.
 
-use lockstep_proto::error::{Error, FieldViolation};
+use crate::error::{Error, FieldViolation};
 
-/// Names of `lockstep.v1`, by their beginnings, and what the protocol has there instead. The first that fits counts.
+/// Names of our own, by their beginnings, and what the protocol has there instead. The first that fits counts.
 pub type Names = [(&'static str, &'static str)];
 
 /// A field's name, with what follows it, in the protocol.
@@ -36,7 +36,7 @@ fn violation_text(violation: &FieldViolation) -> String {
 mod tests {
     use std::time::Duration;
 
-    use lockstep_proto::error::Reason;
+    use crate::error::Reason;
 
     use super::*;
 
