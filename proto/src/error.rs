@@ -79,6 +79,8 @@ reasons! {
     AttestationMismatch, "ATTESTATION_MISMATCH", FailedPrecondition, BAD_REQUEST;
     /// A message is larger than `limits.max_message_bytes`.
     MessageTooLarge, "MESSAGE_TOO_LARGE", OutOfRange, PAYLOAD_TOO_LARGE;
+    /// A stream cannot go on where an earlier one ended: what was sent is not kept. Begin anew.
+    NoHistory, "NO_HISTORY", OutOfRange, BAD_REQUEST;
     /// No model of that name is served.
     ModelNotFound, "MODEL_NOT_FOUND", NotFound, NOT_FOUND;
     /// Something else that the request names does not exist.

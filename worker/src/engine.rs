@@ -11,6 +11,7 @@
 //! ```
 
 mod average;
+pub mod cache_watchers;
 pub mod draft_model;
 mod embeddings;
 pub mod follower;
@@ -161,6 +162,12 @@ pub enum EngineError {
     /// The constraint could not be held to the end.
     #[error(transparent)]
     Constraint(#[from] ConstraintError),
+    /// Too many watch the prefix cache.
+    #[error("{limit} watch the prefix cache already, which is the limit")]
+    TooManyWatchers {
+        /// How many may.
+        limit: usize,
+    },
     /// The deadline passed before the job started, or before all of an embedding was computed.
     #[error("the deadline passed before there was anything to answer")]
     Expired,

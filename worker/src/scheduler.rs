@@ -349,8 +349,8 @@ impl Scheduler {
         self.in_flight = self.ahead.take();
         for (id, chunk) in &in_flight {
             let sequence = self.running.get_mut(id).expect("what is in flight runs");
-            for (key, block) in sequence.advance(chunk) {
-                self.kv.insert(key, block);
+            for (content, block) in sequence.advance(chunk) {
+                self.kv.insert(content, block);
             }
         }
         let mut ended = self.take_embedded(&in_flight);
@@ -372,7 +372,7 @@ impl Scheduler {
         let mut ended: Vec<_> = self.waiting.keys().chain(self.running.keys()).copied().collect();
         ended.sort_unstable();
         *self = Self {
-            kv: PrefixCache::new(self.config.n_blocks),
+            kv: self.kv.cleared(),
             config: self.config.clone(),
             waiting: BTreeMap::new(),
             running: BTreeMap::new(),
@@ -532,8 +532,8 @@ impl Scheduler {
         let (_, accepted) = sampled.tokens.split_last().expect("a token is missing");
         assert!(drafts.starts_with(accepted), "{:?} accepted {accepted:?} of the drafts {drafts:?}", sampled.id);
         sampled.tokens.iter().for_each(|token| sequence.push(*token));
-        for (key, block) in sequence.accept(accepted.len()) {
-            self.kv.insert(key, block);
+        for (content, block) in sequence.accept(accepted.len()) {
+            self.kv.insert(content, block);
         }
         let reason = if sampled.stop {
             Ended::Stop

@@ -2,7 +2,10 @@
 
 use std::time::Duration;
 
-use lockstep_proto::error::{Error, FieldViolation, Reason};
+use lockstep_proto::{
+    error::{Error, FieldViolation, Reason},
+    fields,
+};
 use tonic::Status;
 
 use crate::{constraint::ConstraintError, engine::EngineError, scheduler::Refusal};
@@ -32,6 +35,21 @@ pub fn constraint(error: &ConstraintError) -> Status {
     error.into()
 }
 
+/// The same status to a client of another protocol, which has names of its own for the fields.
+pub fn renamed(status: &Status, name: impl Fn(&str) -> String) -> Status {
+    fields::rename(&Error::from_status(status), name).into()
+}
+
+/// The status of a stream that cannot go on where another one ended.
+pub fn no_history(message: &str) -> Status {
+    Error::new(Reason::NoHistory, message).into()
+}
+
+/// The status of a bug of ours.
+pub fn internal(message: &str) -> Status {
+    Error::new(Reason::Internal, message).into()
+}
+
 /// The status of a request for what this worker does not do.
 pub fn unimplemented(message: &str) -> Status {
     Error::new(Reason::Unimplemented, message).into()
@@ -43,7 +61,9 @@ pub fn engine(error: &EngineError) -> Status {
     let error = match error {
         EngineError::Refused(refusal) => return refused(refusal, message),
         EngineError::Constraint(error) => return constraint(error),
-        EngineError::QueueFull => Error::new(Reason::Overloaded, message).retry_after(RETRY_WHEN_FULL),
+        EngineError::QueueFull | EngineError::TooManyWatchers { .. } => {
+            Error::new(Reason::Overloaded, message).retry_after(RETRY_WHEN_FULL)
+        }
         EngineError::SlowReader => Error::new(Reason::SlowReader, message),
         EngineError::Draining => Error::new(Reason::Draining, message),
         EngineError::NotReady(_) | EngineError::GroupLost(_) => {

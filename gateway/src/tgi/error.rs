@@ -78,6 +78,7 @@ fn kind(reason: Reason) -> (StatusCode, &'static str) {
         Reason::Draining => (reason.http_status(), "overloaded"),
         Reason::ModelNotFound
         | Reason::NotFound
+        | Reason::NoHistory
         | Reason::Unauthenticated
         | Reason::PermissionDenied
         | Reason::AttestationMismatch => (reason.http_status(), "request"),

@@ -14,7 +14,8 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio_stream::Stream;
 
 use super::{
-    COMMAND_QUEUE, EVENT_QUEUE, EmbeddingJob, EngineError, Event, EventSender, GenerationId, Job, embeddings::Answer,
+    COMMAND_QUEUE, EVENT_QUEUE, EmbeddingJob, EngineError, Event, EventSender, GenerationId, Job,
+    cache_watchers::CacheWatch, embeddings::Answer,
 };
 use crate::scheduler::Stats;
 
@@ -27,6 +28,8 @@ pub(super) enum Command {
     Embed(EmbeddingJob, Answer),
     /// End one choice of a job, if it is there.
     EndChoice { generation: GenerationId, choice: u32 },
+    /// Say what the prefix cache holds, and what changes in it.
+    WatchCache(oneshot::Sender<Result<CacheWatch, EngineError>>),
     /// Take no further jobs, and answer when none is left.
     Drain(oneshot::Sender<()>),
     /// End the step loop; what runs is lost.
@@ -131,6 +134,16 @@ impl EngineHandle {
         self.send(Command::EndChoice { generation, choice })
     }
 
+    /// What the prefix cache holds, and what changes in it. Dropping the result ends it.
+    ///
+    /// # Errors
+    /// Why the engine does not say.
+    pub async fn watch_cache(&self) -> Result<CacheWatch, EngineError> {
+        let (answer, watch) = oneshot::channel();
+        self.send(Command::WatchCache(answer))?;
+        watch.await.unwrap_or_else(|_| Err(stopped()))
+    }
+
     /// The engine's state, and its changes.
     pub fn status(&self) -> watch::Receiver<EngineStatus> {
         self.status.clone()
@@ -159,7 +172,7 @@ impl EngineHandle {
     }
 }
 
-fn stopped() -> EngineError {
+pub(super) fn stopped() -> EngineError {
     EngineError::NotReady("the engine has stopped".into())
 }
 

@@ -14,6 +14,7 @@ use tracing::{debug, info, warn};
 use super::{
     EmbeddingJob, EngineError, EngineFailure,
     average::Average,
+    cache_watchers::CacheWatchers,
     draft_model::DraftModel,
     embeddings::{Answer, LiveEmbeddings},
     handle::{Command, EnginePort, EngineStatus, Submission},
@@ -53,6 +54,7 @@ pub struct Leader {
     port: EnginePort,
     live: LiveJobs,
     embeddings: LiveEmbeddings,
+    cache_watchers: CacheWatchers,
     drained: Vec<oneshot::Sender<()>>,
     epoch: u64,
     ready: bool,
@@ -96,6 +98,7 @@ impl Leader {
             port,
             live: LiveJobs::default(),
             embeddings: LiveEmbeddings::default(),
+            cache_watchers: CacheWatchers::default(),
             drained: Vec::new(),
             epoch: 0,
             ready: false,
@@ -360,6 +363,10 @@ impl Leader {
             Command::Submit(submission) => self.submit(submission),
             Command::Embed(job, answer) => self.embed(job, answer),
             Command::EndChoice { generation, choice } => self.live.end_choice(&mut self.scheduler, generation, choice),
+            Command::WatchCache(answer) => {
+                // A caller that is gone by now is found closed at the next turn.
+                let _ = answer.send(self.cache_watchers.add(&mut self.scheduler));
+            }
             Command::Drain(done) => {
                 self.draining = true;
                 self.drained.push(done);
@@ -440,6 +447,7 @@ impl Leader {
     }
 
     fn publish(&mut self) {
+        self.cache_watchers.tell(&mut self.scheduler);
         let stats = self.scheduler.stats();
         self.metrics.observe_stats(&stats);
         self.port.status.send_replace(EngineStatus {

@@ -6,8 +6,13 @@
 //!
 //! A block that no sequence refers to stays indexed until its place is needed; the one unused for longest goes first. A
 //! sequence gives its blocks back from the last to the first, so that the end of a prefix goes before its beginning.
+//!
+//! While the index is *watched*, what changes in it is noted, for whoever keeps a copy of it elsewhere.
 
-use std::collections::{BTreeMap, HashMap};
+use std::{
+    collections::{BTreeMap, HashMap},
+    sync::Arc,
+};
 
 use sha2::{Digest, Sha256};
 
@@ -31,6 +36,37 @@ impl BlockKey {
         }
         Self(digest.finalize().into())
     }
+
+    /// Its first bytes: enough to tell the blocks of one cache apart, and not enough to share one by.
+    pub fn prefix(&self) -> [u8; 8] {
+        let mut prefix = [0; 8];
+        prefix.copy_from_slice(&self.0[..8]);
+        prefix
+    }
+}
+
+/// What a full block holds.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Content {
+    /// Names it.
+    pub key: BlockKey,
+    /// Names what is in the block before it in a sequence; none for the first.
+    pub parent: Option<BlockKey>,
+    /// Blocks before it in a sequence.
+    pub block_idx: usize,
+    /// Its tokens.
+    pub token_ids: Arc<[u32]>,
+}
+
+/// What has happened to the index.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Change {
+    /// A block came.
+    Stored(Content),
+    /// A block went.
+    Removed(BlockKey),
+    /// All blocks went.
+    Cleared,
 }
 
 /// How many blocks are in which state.
@@ -46,6 +82,15 @@ pub struct BlockCounts {
     pub total: usize,
 }
 
+// === impl BlockCounts ===
+
+impl BlockCounts {
+    /// The part of all blocks that sequences use. The others can be had at once.
+    pub fn usage(&self) -> f64 {
+        if self.total == 0 { 0.0 } else { self.referenced as f64 / self.total as f64 }
+    }
+}
+
 /// All blocks, and what the full ones hold.
 #[derive(Clone, Debug)]
 pub struct PrefixCache {
@@ -54,13 +99,15 @@ pub struct PrefixCache {
     /// the first is indexed.
     index: HashMap<BlockKey, BlockId>,
     /// The inverse of `index`, by block.
-    contents: Vec<Option<BlockKey>>,
+    contents: Vec<Option<Content>>,
     /// Indexed blocks without a reference, by the time of their last use.
     idle: BTreeMap<u64, BlockId>,
     /// Where a block stands in `idle`, by block; meaningless while it is referenced.
     idle_since: Vec<u64>,
     /// Counts the times that a block fell idle.
     clock: u64,
+    /// What has changed since somebody asked; none while nobody watches.
+    changes: Option<Vec<Change>>,
 }
 
 impl PrefixCache {
@@ -73,7 +120,15 @@ impl PrefixCache {
             idle: BTreeMap::new(),
             idle_since: vec![0; n_blocks as usize],
             clock: 0,
+            changes: None,
         }
+    }
+
+    /// As many free blocks, watched if these are.
+    #[must_use]
+    pub fn cleared(&self) -> Self {
+        let changes = self.changes.clone().map(|changes| [changes, vec![Change::Cleared]].concat());
+        Self { changes, ..Self::new(self.contents.len() as u32) }
     }
 
     /// How many blocks [`allocate`](Self::allocate) can hand out before it fails.
@@ -108,14 +163,35 @@ impl PrefixCache {
         blocks
     }
 
-    /// Says that a referenced block is full, computed, and holds `key`. Does nothing if another block is known to.
-    pub fn insert(&mut self, key: BlockKey, block: BlockId) {
+    /// Says that a referenced block is full, computed, and holds `content`. Does nothing if another block is known to.
+    pub fn insert(&mut self, content: Content, block: BlockId) {
         debug_assert!(self.pool.ref_count(block) > 0, "{block:?} belongs to nobody");
-        if self.index.contains_key(&key) {
+        if self.index.contains_key(&content.key) {
             return;
         }
-        self.index.insert(key, block);
-        self.contents[block.0 as usize] = Some(key);
+        if let Some(changes) = &mut self.changes {
+            changes.push(Change::Stored(content.clone()));
+        }
+        self.index.insert(content.key, block);
+        self.contents[block.0 as usize] = Some(content);
+    }
+
+    /// Notes changes from now on. Returns what is indexed, every block behind those before it.
+    pub fn watch(&mut self) -> Vec<Content> {
+        self.changes.get_or_insert_default();
+        let mut contents: Vec<Content> = self.contents.iter().flatten().cloned().collect();
+        contents.sort_by_key(|content| content.block_idx);
+        contents
+    }
+
+    /// What has changed since this was asked last, in order. None if nobody watches.
+    pub fn take_changes(&mut self) -> Vec<Change> {
+        self.changes.as_mut().map(std::mem::take).unwrap_or_default()
+    }
+
+    /// Notes no more changes.
+    pub fn unwatch(&mut self) {
+        self.changes = None;
     }
 
     /// Drops a sequence's reference to each block of its table: indexed ones fall idle, the others are free.
@@ -172,13 +248,16 @@ impl PrefixCache {
         }
         assert_eq!(self.index.len(), self.contents.iter().flatten().count());
         for (key, &block) in &self.index {
-            assert_eq!(self.contents[block.0 as usize].as_ref(), Some(key), "{block:?}");
+            assert_eq!(self.contents[block.0 as usize].as_ref().map(|content| content.key), Some(*key), "{block:?}");
         }
     }
 
     fn forget(&mut self, block: BlockId) {
-        if let Some(key) = self.contents[block.0 as usize].take() {
-            self.index.remove(&key);
+        if let Some(content) = self.contents[block.0 as usize].take() {
+            self.index.remove(&content.key);
+            if let Some(changes) = &mut self.changes {
+                changes.push(Change::Removed(content.key));
+            }
         }
     }
 }
@@ -187,22 +266,28 @@ impl PrefixCache {
 mod tests {
     use super::*;
 
-    /// The keys of blocks that hold one token each.
-    fn keys(token_ids: &[u32]) -> Vec<BlockKey> {
-        let mut keys: Vec<BlockKey> = Vec::new();
-        for token_id in token_ids {
-            keys.push(BlockKey::new(keys.last(), &[*token_id]));
+    /// Blocks that hold one token each.
+    fn contents(token_ids: &[u32]) -> Vec<Content> {
+        let mut contents: Vec<Content> = Vec::new();
+        for (block_idx, token_id) in token_ids.iter().enumerate() {
+            let parent = contents.last().map(|content| content.key);
+            let key = BlockKey::new(parent.as_ref(), &[*token_id]);
+            contents.push(Content { key, parent, block_idx, token_ids: [*token_id].into() });
         }
-        keys
+        contents
+    }
+
+    fn keys(token_ids: &[u32]) -> Vec<BlockKey> {
+        contents(token_ids).into_iter().map(|content| content.key).collect()
     }
 
     /// A sequence's table over blocks of one token each: what is cached is shared, the rest is computed.
     fn run(cache: &mut PrefixCache, token_ids: &[u32]) -> Vec<BlockId> {
         let keys = keys(token_ids);
         let mut table = cache.acquire(&keys);
-        for key in &keys[table.len()..] {
+        for content in contents(token_ids).split_off(table.len()) {
             let block = cache.allocate().unwrap();
-            cache.insert(*key, block);
+            cache.insert(content, block);
             table.push(block);
         }
         cache.check_integrity();
@@ -277,11 +362,36 @@ mod tests {
     fn of_two_blocks_with_one_content_the_first_is_found() {
         let mut cache = PrefixCache::new(2);
         let (a, b) = (cache.allocate().unwrap(), cache.allocate().unwrap());
-        let key = keys(&[7])[0];
-        cache.insert(key, a);
-        cache.insert(key, b);
+        let content = contents(&[7]).remove(0);
+        cache.insert(content.clone(), a);
+        cache.insert(content.clone(), b);
         cache.release(&[b]);
         check(&cache, 1, 0, 1);
-        assert_eq!(cache.acquire(&[key]), [a]);
+        assert_eq!(cache.acquire(&[content.key]), [a]);
+    }
+
+    #[test]
+    fn whoever_watches_learns_what_is_there_and_what_changes() {
+        let mut cache = PrefixCache::new(3);
+        let first = run(&mut cache, &[1, 2]);
+        cache.release(&first);
+        assert_eq!(cache.take_changes(), [], "nobody watches");
+        let [one, two] = contents(&[1, 2]).try_into().unwrap();
+        assert_eq!(cache.watch(), [one, two.clone()]);
+        assert_eq!(cache.take_changes(), []);
+
+        let second = run(&mut cache, &[1, 3, 4]);
+        let [_, three, four] = contents(&[1, 3, 4]).try_into().unwrap();
+        let expected = [Change::Stored(three), Change::Removed(two.key), Change::Stored(four)];
+        assert_eq!(cache.take_changes(), expected);
+        cache.release(&second);
+
+        let mut cleared = cache.cleared();
+        check(&cleared, 3, 0, 0);
+        assert_eq!(cleared.take_changes(), [Change::Cleared]);
+        cleared.unwatch();
+        run(&mut cleared, &[5]);
+        assert_eq!(cleared.take_changes(), []);
+        assert_eq!(cache.cleared().cleared().take_changes(), [Change::Cleared, Change::Cleared]);
     }
 }

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use super::Scheduler;
 use super::plan::{BlockId, RowResults};
-use crate::kv::prefix_cache::BlockCounts;
+use crate::kv::prefix_cache::{BlockCounts, Change, Content};
 
 /// A scheduler's load.
 #[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
@@ -29,6 +29,21 @@ impl Scheduler {
             outstanding_tokens: sequences.map(|sequence| sequence.n_outstanding() as u64).sum(),
             blocks: self.kv.counts(),
         }
+    }
+
+    /// Has changes of the prefix cache noted from now on. Returns what it holds, every block behind those before it.
+    pub fn watch_cache(&mut self) -> Vec<Content> {
+        self.kv.watch()
+    }
+
+    /// What has changed in the prefix cache since this was asked last, in order. None if nobody watches it.
+    pub fn cache_changes(&mut self) -> Vec<Change> {
+        self.kv.take_changes()
+    }
+
+    /// Has no more changes noted.
+    pub fn unwatch_cache(&mut self) {
+        self.kv.unwatch();
     }
 
     /// Asserts everything that must be true between two calls. Costs a look at every block: for tests and debugging.

@@ -17,7 +17,7 @@ use super::Pooling;
 use super::allowance::Allowance;
 use super::drafter::Drafter;
 use super::plan::{BlockId, RowResults, SeqId};
-use crate::kv::prefix_cache::BlockKey;
+use crate::kv::prefix_cache::{BlockKey, Content};
 
 /// See the module's documentation.
 #[derive(Clone, Debug)]
@@ -309,8 +309,8 @@ impl Sequence {
         new
     }
 
-    /// The chunk's known tokens have been computed. Returns the blocks that they filled, each with its key.
-    pub(super) fn advance(&mut self, chunk: &Chunk) -> impl Iterator<Item = (BlockKey, BlockId)> {
+    /// The chunk's known tokens have been computed. Returns the blocks that they filled, each with its content.
+    pub(super) fn advance(&mut self, chunk: &Chunk) -> impl Iterator<Item = (Content, BlockId)> {
         if matches!(chunk.results, RowResults::AllLogits | RowResults::AllHidden) {
             self.n_prompt_rows_delivered = self.n_computed + chunk.n_rows;
         }
@@ -318,16 +318,23 @@ impl Sequence {
     }
 
     /// The first `n_accepted` drafts of the chunk have been computed and sampled. Returns the blocks that they filled,
-    /// each with its key.
-    pub(super) fn accept(&mut self, n_accepted: usize) -> impl Iterator<Item = (BlockKey, BlockId)> {
+    /// each with its content.
+    pub(super) fn accept(&mut self, n_accepted: usize) -> impl Iterator<Item = (Content, BlockId)> {
         self.allowance.earn(n_accepted);
         self.count_computed(n_accepted)
     }
 
-    fn count_computed(&mut self, n_rows: usize) -> impl Iterator<Item = (BlockKey, BlockId)> {
+    fn count_computed(&mut self, n_rows: usize) -> impl Iterator<Item = (Content, BlockId)> {
         let n_full_before = self.n_computed / self.block_size;
         self.n_computed += n_rows;
         let filled = n_full_before..self.n_computed / self.block_size;
-        self.keys[filled.clone()].iter().copied().zip(self.blocks[filled].iter().copied())
+        filled.map(|block_idx| (self.content(block_idx), self.blocks[block_idx]))
+    }
+
+    /// What its `block_idx`-th block holds, once it is full.
+    fn content(&self, block_idx: usize) -> Content {
+        let parent = block_idx.checked_sub(1).map(|before| self.keys[before]);
+        let token_ids = self.token_ids[block_idx * self.block_size..][..self.block_size].into();
+        Content { key: self.keys[block_idx], parent, block_idx, token_ids }
     }
 }

@@ -4,9 +4,9 @@
 //! Beside the scheduler runs a follower that knows nothing but the plans. It keeps block tables and a KV storage in which
 //! each slot remembers the tokens that its keys and values stand for. Every row that a plan computes must find, in every
 //! slot before it, exactly the tokens of its own sequence: a block that was leaked, shared wrongly, overwritten or
-//! evicted too early shows at once.
+//! evicted too early shows at once. And somebody watches the prefix cache, whose copy of it must stay right.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::time::{Duration, Instant};
 
 use rand::seq::IndexedRandom;
@@ -17,6 +17,7 @@ use super::ahead::PENDING;
 use super::plan::{BlockId, RowResults, SeqId, SequenceStep, StepPlan};
 use super::speculation::{Draftable, Drafts, MAX_ROWS, Speculation};
 use super::{Ended, NewSequence, Pooling, Refusal, Sampled, Scheduled, Scheduler, SchedulerConfig};
+use crate::kv::prefix_cache::{BlockKey, Change, Content};
 use crate::test_seed::seed;
 
 /// Steps in which something was computed.
@@ -215,6 +216,8 @@ struct World {
     config: SchedulerConfig,
     scheduler: Scheduler,
     follower: Follower,
+    /// What the prefix cache holds, by its changes.
+    cached: HashMap<BlockKey, Content>,
     clients: BTreeMap<SeqId, Client>,
     /// Plans that are not committed, with the tokens that the device has chosen in them.
     under_way: VecDeque<(StepPlan, BTreeMap<SeqId, u32>)>,
@@ -254,9 +257,12 @@ impl World {
             context_length: rng.random_range(2..50),
             speculation: *[Speculation::Off, Speculation::Ngram, Speculation::Ngram].choose(rng).unwrap(),
         };
+        let mut scheduler = Scheduler::new(config.clone()).unwrap();
+        assert!(scheduler.watch_cache().is_empty());
         Self {
-            scheduler: Scheduler::new(config.clone()).unwrap(),
+            scheduler,
             follower: Follower::default(),
+            cached: HashMap::new(),
             clients: BTreeMap::new(),
             under_way: VecDeque::new(),
             p_ahead: *[0.0, 0.5, 1.0].choose(rng).unwrap(),
@@ -616,6 +622,20 @@ impl World {
         }
         assert_eq!(self.scheduler.commit(&sampled), expected);
         self.scheduler.check_integrity();
+        self.watch_cache();
+    }
+
+    fn watch_cache(&mut self) {
+        for change in self.scheduler.cache_changes() {
+            match change {
+                Change::Stored(content) => assert_eq!(self.cached.insert(content.key, content), None),
+                Change::Removed(key) => assert!(self.cached.remove(&key).is_some(), "{key:?} was not there"),
+                Change::Cleared => self.cached.clear(),
+            }
+        }
+        let held = self.scheduler.watch_cache();
+        assert!(held.is_sorted_by_key(|content| content.block_idx));
+        assert_eq!(held.into_iter().map(|content| (content.key, content)).collect::<HashMap<_, _>>(), self.cached);
     }
 
     /// Delivers the results of prompts. Returns the embeddings that are through.

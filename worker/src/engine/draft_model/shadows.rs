@@ -15,7 +15,7 @@
 use std::collections::HashMap;
 
 use crate::{
-    kv::prefix_cache::{BlockKey, PrefixCache},
+    kv::prefix_cache::{BlockKey, Content, PrefixCache},
     scheduler::plan::{BlockId, RowResults, SeqId, SequenceStep, StepPlan},
 };
 
@@ -89,8 +89,10 @@ impl Shadows {
         let n_right = shadow.held.iter().zip(before).take_while(|(held, known)| held == known).count();
         shadow.held.truncate(n_right);
         for block_idx in shadow.keys.len()..n_right / *block_size {
-            let key = BlockKey::new(shadow.keys.last(), &known[block_idx * *block_size..][..*block_size]);
-            kv.insert(key, shadow.blocks[block_idx]);
+            let token_ids = &known[block_idx * *block_size..][..*block_size];
+            let parent = shadow.keys.last().copied();
+            let key = BlockKey::new(parent.as_ref(), token_ids);
+            kv.insert(Content { key, parent, block_idx, token_ids: token_ids.into() }, shadow.blocks[block_idx]);
             shadow.keys.push(key);
         }
         let n_missing = (known.len() + n_drafts).div_ceil(*block_size).saturating_sub(shadow.blocks.len());
