@@ -5,7 +5,11 @@
 
 use std::{fmt, io::IsTerminal as _};
 
-use prometheus_client::{encoding::text::encode, metrics::info::Info, registry::Registry};
+use prometheus_client::{
+    encoding::text::encode,
+    metrics::{family::Family, gauge::ConstGauge},
+    registry::Registry,
+};
 use serde::{Deserialize, Serialize};
 use tracing_subscriber::{EnvFilter, Layer as _, layer::SubscriberExt as _, util::SubscriberInitExt as _};
 
@@ -93,12 +97,15 @@ pub fn init(settings: &LogSettings) -> Result<(), ConfigError> {
 }
 
 /// A registry for the metrics of a service; every name starts with `lockstep_`. It holds
-/// `lockstep_build_info{service, version}`.
+/// `lockstep_build_info{service, version}`, which is a gauge: programs that read Prometheus' older text format, such as the
+/// Gateway API Inference Extension, give all of `/metrics` up if there is an OpenMetrics info.
 #[must_use]
 pub fn registry(service: &str) -> Registry {
     let mut registry = Registry::with_prefix("lockstep");
     let labels = vec![("service", service.to_owned()), ("version", env!("CARGO_PKG_VERSION").to_owned())];
-    registry.register("build", "What runs here", Info::new(labels));
+    let build = Family::<_, ConstGauge>::new_with_constructor(|| ConstGauge::new(1));
+    drop(build.get_or_create(&labels));
+    registry.register("build_info", "What runs here", build);
     registry
 }
 
@@ -125,6 +132,13 @@ mod tests {
     fn build_info_names_service_and_version() {
         let text = metrics_text(&registry("gateway")).unwrap();
         assert!(text.contains("lockstep_build_info{service=\"gateway\",version=\""), "{text}");
+    }
+
+    #[test]
+    fn readers_of_the_older_format_find_no_type_that_they_do_not_know() {
+        let text = metrics_text(&registry("worker")).unwrap();
+        let types: Vec<_> = text.lines().filter(|line| line.starts_with("# TYPE")).collect();
+        assert_eq!(types, ["# TYPE lockstep_build_info gauge"]);
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use std::{
     collections::VecDeque,
-    sync::atomic::AtomicU64,
+    sync::atomic::{AtomicI64, AtomicU64},
     time::{Duration, Instant},
 };
 
@@ -45,10 +45,13 @@ pub struct Metrics {
     pub epochs: Counter,
     waiting: Gauge,
     running: Gauge,
-    outstanding_tokens: Gauge<i64, std::sync::atomic::AtomicI64>,
+    outstanding_tokens: Gauge<i64, AtomicI64>,
     free_blocks: Gauge,
     used_blocks: Gauge,
     cached_blocks: Gauge,
+    block_size: Gauge,
+    total_blocks: Gauge,
+    cache_usage: Gauge<f64, AtomicU64>,
 }
 
 /// From 0.25 ms to 8 s: a small model's decode step up to a large model's prefill on a CPU.
@@ -85,6 +88,9 @@ impl Metrics {
             free_blocks: Gauge::default(),
             used_blocks: Gauge::default(),
             cached_blocks: Gauge::default(),
+            block_size: Gauge::default(),
+            total_blocks: Gauge::default(),
+            cache_usage: Gauge::default(),
         };
         let sub = registry.sub_registry_with_prefix("worker");
         sub.register_with_unit("step", "Time of a step on this rank", Unit::Seconds, metrics.step.clone());
@@ -115,7 +121,17 @@ impl Metrics {
         sub.register("kv_blocks_free", "KV blocks that hold nothing", metrics.free_blocks.clone());
         sub.register("kv_blocks_used", "KV blocks that sequences use", metrics.used_blocks.clone());
         sub.register("kv_blocks_cached", "KV blocks that hold an unused prefix", metrics.cached_blocks.clone());
+        // What other routers want to know beside these (docs/behind-other-gateways.md).
+        sub.register("kv_blocks", "KV blocks in all", metrics.total_blocks.clone());
+        sub.register("kv_block_size", "Positions in a KV block", metrics.block_size.clone());
+        let help = "Part of the KV blocks that sequences use, from 0 to 1";
+        sub.register("kv_cache_usage", help, metrics.cache_usage.clone());
         metrics
+    }
+
+    /// Shows what a KV block is.
+    pub fn observe_block_size(&self, block_size: usize) {
+        self.block_size.set(block_size as i64);
     }
 
     /// Shows the scheduler's state.
@@ -126,6 +142,8 @@ impl Metrics {
         self.free_blocks.set(stats.blocks.free as i64);
         self.used_blocks.set(stats.blocks.referenced as i64);
         self.cached_blocks.set(stats.blocks.cached as i64);
+        self.total_blocks.set(stats.blocks.total as i64);
+        self.cache_usage.set(stats.blocks.usage());
     }
 }
 
