@@ -1,12 +1,9 @@
 //! A profile: what a model's files say about its prompts and its sampling, beyond how text becomes ids.
 
+use lockstep_checkpoint::END_OF_TURN;
 use lockstep_proto::tokenizer::v1::GenerationDefaults;
 
 use crate::tokenizer::Tokenizer;
-
-/// Tokens that end a turn in the chat formats of well-known models. Files often name only one of a model's: Llama 3's
-/// say `<|end_of_text|>` while its turns end with `<|eot_id|>`.
-const END_OF_TURN: [&str; 5] = ["<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>"];
 
 /// What a model's files say about its prompts.
 #[derive(Debug, Clone, Default, PartialEq)]

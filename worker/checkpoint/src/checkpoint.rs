@@ -10,6 +10,7 @@ use sha2::{Digest, Sha256};
 use crate::error::CheckpointError;
 use crate::metadata::Metadata;
 use crate::mmap;
+use crate::special_tokens::{self, SpecialTokens};
 use crate::tensor::{Tensor, TensorEntry, TensorTable};
 use crate::vocabulary::{self, Vocabulary};
 use crate::{folder, gguf};
@@ -103,6 +104,23 @@ impl Checkpoint {
             Container::Gguf => vocabulary::of_gguf(self.metadata()),
             Container::Folder => folder::vocabulary(&self.path),
         }
+    }
+
+    /// The special tokens of the model, of which `vocabulary` is the vocabulary. A folder's are read at each call.
+    ///
+    /// # Errors
+    /// Settings that are malformed.
+    pub fn special_tokens(&self, vocabulary: &Vocabulary) -> Result<SpecialTokens, CheckpointError> {
+        let named = match self.container {
+            Container::Gguf => special_tokens::of_gguf(self.metadata())?,
+            Container::Folder => folder::special_tokens(&self.path, vocabulary)?,
+        };
+        Ok(SpecialTokens::new(named, vocabulary))
+    }
+
+    /// The folder that the model lies in; none if it is a file.
+    pub fn folder(&self) -> Option<&Path> {
+        (self.container == Container::Folder).then_some(self.path.as_path())
     }
 
     /// The tensor called `name`, a name as GGUF files have it.

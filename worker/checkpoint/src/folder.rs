@@ -11,6 +11,7 @@ mod grouped;
 mod names;
 mod safetensors;
 mod scales;
+mod special_tokens;
 mod tokenizer;
 
 use std::borrow::Cow;
@@ -32,6 +33,7 @@ use crate::checkpoint::Contents;
 use crate::encoding::Encoding;
 use crate::error::{CheckpointError, FolderError};
 use crate::mmap;
+use crate::special_tokens::Named;
 use crate::tensor::{Piece, Source, TensorEntry, TensorTable};
 use crate::vocabulary::Vocabulary;
 
@@ -126,6 +128,12 @@ pub(crate) fn vocabulary(folder: &Path) -> Result<Vocabulary, CheckpointError> {
         false => Tokenizer::default().vocabulary(),
     };
     read().map_err(|cause| CheckpointError::Folder { path: folder.to_owned(), cause: Box::new(cause) })
+}
+
+/// The special tokens that the settings in `folder` name.
+pub(crate) fn special_tokens(folder: &Path, vocabulary: &Vocabulary) -> Result<Named, CheckpointError> {
+    let failed = |cause| CheckpointError::Folder { path: folder.to_owned(), cause: Box::new(cause) };
+    special_tokens::named(folder, vocabulary).map_err(failed)
 }
 
 /// What the folder's files call the tensor that GGUF files call `name`.

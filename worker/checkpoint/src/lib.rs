@@ -11,7 +11,7 @@
 //! - `gguf`: the GGUF container; its `gguf::parse` turns bytes into a `Contents`. [`GgufHeader`] writes such files.
 //! - `folder`: Hugging Face's, `config.json` and safetensors, turned into the same `Contents`: one vocabulary of keys and
 //!   tensor names, that of GGUF, whatever the container.
-//! - `metadata`, `vocabulary`, `tensor`, `encoding`: what a container contains.
+//! - `metadata`, `vocabulary`, `special_tokens`, `tensor`, `encoding`: what a container contains.
 //! - `error`: everything that can be wrong with a file, in one line each.
 
 mod checkpoint;
@@ -21,6 +21,7 @@ mod folder;
 mod gguf;
 mod metadata;
 mod mmap;
+mod special_tokens;
 mod tensor;
 mod vocabulary;
 
@@ -29,5 +30,6 @@ pub use encoding::Encoding;
 pub use error::{CheckpointError, Fault, FolderError, FormatError};
 pub use gguf::writer::{GgufData, GgufHeader};
 pub use metadata::{Array, Metadata, ROPE_HALVES, Value};
+pub use special_tokens::{END_OF_TURN, SpecialTokens};
 pub use tensor::Tensor;
 pub use vocabulary::{Spelling, Token, TokenBytes, UnknownDecoder, Vocabulary};
