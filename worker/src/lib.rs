@@ -5,6 +5,7 @@
 //! In the order in which a request meets them:
 //!
 //! * [`config`]: what an operator can choose; [`serve`]: how a rank is put together; [`service`], [`request`], [`status`]: what the gateway calls.
+//! * [`vllm`]: the same for routers that speak to vLLM.
 //! * [`constraint`]: what the text of an answer must be, where a request says so.
 //! * [`engine`]: the step loop; [`scheduler`] decides what a step computes, over the blocks of [`kv`], of which [`kv_room`] says how many fit.
 //! * [`device`]: what computes. [`model_runner`]: a step plan to logits, through the layers of [`model`]; [`sampler`]: logits to token ids.
@@ -38,6 +39,7 @@ pub mod status;
 pub mod stub;
 #[cfg(test)]
 mod test_seed;
+pub mod vllm;
 
 /// This program's version, which every rank of a group must share.
 pub const VERSION: &str = env!("CARGO_PKG_VERSION");

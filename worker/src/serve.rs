@@ -11,6 +11,7 @@ use lockstep_checkpoint::Checkpoint;
 use lockstep_proto::{
     server::{Readiness, Server, Shutdown, Work},
     telemetry,
+    vllm::grpc::engine::vllm_engine_server::VllmEngineServer,
     worker::v1::{group_service_server::GroupServiceServer, worker_service_server::WorkerServiceServer},
 };
 use sha2::{Digest, Sha256};
@@ -38,6 +39,7 @@ use crate::{
     request::Limits,
     scheduler::Scheduler,
     service::{Identity, Service},
+    vllm,
 };
 
 /// The name under which health reports every rank: it belongs to a group that is together.
@@ -93,8 +95,11 @@ pub async fn serve(config: WorkerConfig) -> Result<()> {
     let shutdown = Shutdown::on_signals(config.exit_with_parent)?;
     let mut registry = telemetry::registry("worker");
     let metrics = Metrics::register(&mut registry, config.group.rank == 0);
-    let server =
+    let mut server =
         Server::bind(config.server(), Arc::new(registry))?.health_names(&[HEALTH_NAME]).background(&BACKGROUND_CALLS);
+    if config.group.rank == 0 {
+        server = server.health_names(&[vllm::NAME]).background(&vllm::BACKGROUND_CALLS).quiet(&vllm::PROBES);
+    }
     let config = Arc::new(config);
     let loading = Arc::clone(&config);
     let shard = tokio::task::spawn_blocking(move || load(&loading)).await.context("loading panicked")??;
@@ -225,11 +230,19 @@ pub fn attest(digest: &str, settings: &RunnerSettings, world_size: usize) -> Att
 
 fn start_leader(config: &WorkerConfig, shard: Shard, metrics: Metrics, switches: &Switches) -> Result<Engine> {
     let Shard { runner, draft_model, settings, identity, attestation, checkpoint } = shard;
-    let compiler = Compiler::new(checkpoint, identity.limits.vocab_size, metrics.constraint_compile.clone())?;
+    let compiler =
+        Compiler::new(Arc::clone(&checkpoint), identity.limits.vocab_size, metrics.constraint_compile.clone())?;
     let stream = settings.device.collective_stream()?;
     let (group, rpc) = LeaderGroup::new(config.group.clone(), attestation, stream, &Handle::current())?;
     let (stop, hung, roster) = (group.stop_handle(), group.hung(), group.roster());
-    let scheduler = Scheduler::new(config.engine.scheduler(&settings))?;
+    let scheduler_config = config.engine.scheduler(&settings);
+    let description = vllm::Description {
+        cache_tokens: settings.n_blocks * settings.block_size,
+        max_running: scheduler_config.max_running,
+        kv_cache_encoding: format!("{:?}", settings.kv_encoding).to_lowercase(),
+    };
+    metrics.observe_block_size(settings.block_size);
+    let scheduler = Scheduler::new(scheduler_config)?;
     let (handle, port) = handle::channel(Instant::now());
     let leader = Leader::new(group, runner, scheduler, metrics, port).with_draft_model(draft_model);
     let ended = switches.shutdown.clone();
@@ -243,9 +256,11 @@ fn start_leader(config: &WorkerConfig, shard: Shard, metrics: Metrics, switches:
     let watch = watch_readiness(handle.clone(), switches.readiness.clone(), stall_after);
     let drain = drain_at_shutdown(handle.clone(), switches.shutdown.clone());
     let max_bytes = config.limits.max_message_bytes();
-    let service = Service::new(handle.clone(), compiler, identity, roster);
-    let routes = Routes::new(WorkerServiceServer::new(service).max_decoding_message_size(max_bytes))
-        .add_service(GroupServiceServer::new(rpc).max_decoding_message_size(max_bytes));
+    let service = Arc::new(Service::new(handle.clone(), compiler, identity, roster));
+    let vllm = vllm::Front::new(Arc::clone(&service), checkpoint, description, switches.readiness.clone());
+    let routes = Routes::new(WorkerServiceServer::from_arc(service).max_decoding_message_size(max_bytes))
+        .add_service(GroupServiceServer::new(rpc).max_decoding_message_size(max_bytes))
+        .add_service(VllmEngineServer::new(vllm).max_decoding_message_size(max_bytes));
     let tasks = vec![AbortOnDropHandle::new(tokio::spawn(watch)), AbortOnDropHandle::new(tokio::spawn(drain))];
     Ok(Engine { routes, thread, stop, hung, handle: Some(handle), _tasks: tasks })
 }

@@ -20,7 +20,7 @@ use crate::{
     constraint::compiler::Compiler,
     engine::{
         Event, FinishReason,
-        handle::{EngineHandle, EngineStatus},
+        handle::{self, EngineHandle, EngineStatus},
     },
     group::{
         Roster,
@@ -69,6 +69,34 @@ impl Service {
     pub fn new(engine: EngineHandle, compiler: Compiler, identity: Identity, roster: Roster) -> Self {
         Self { engine, compiler, identity, roster }
     }
+
+    /// What the worker says about itself.
+    pub(crate) fn identity(&self) -> &Identity {
+        &self.identity
+    }
+
+    /// What computes.
+    pub(crate) fn engine(&self) -> &EngineHandle {
+        &self.engine
+    }
+
+    /// Checks a request, compiles its constraint, and runs it. Dropping the events ends it within one step.
+    pub(crate) async fn start(&self, request: GenerateRequest) -> Result<handle::EventStream, Status> {
+        let limits = self.identity.limits;
+        let (mut job, constraint) = request::valid_job(request, limits, Instant::now()).map_err(status::invalid)?;
+        if let Some(constraint) = constraint {
+            let compiled = self.compiler.compile(constraint, job.params.stop_token_ids.clone()).await;
+            job.constraint = Some(Box::new(compiled.map_err(|error| status::constraint(&error))?));
+        }
+        self.engine.submit(job).await.map_err(|error| status::engine(&error))
+    }
+
+    /// Checks a request, and embeds its prompt: `[embedding_size]`.
+    pub(crate) async fn embedding(&self, request: EmbedRequest) -> Result<Vec<f32>, Status> {
+        let limits = self.identity.limits;
+        let job = request::valid_embedding(request, limits, Instant::now()).map_err(status::invalid)?;
+        self.engine.embed(job).await.map_err(|error| status::engine(&error))
+    }
 }
 
 type EventStream<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
@@ -79,23 +107,13 @@ impl WorkerService for Service {
     type WatchStatusStream = EventStream<WatchStatusResponse>;
 
     async fn generate(&self, request: Request<GenerateRequest>) -> Result<Response<Self::GenerateStream>, Status> {
-        let limits = self.identity.limits;
-        let (mut job, constraint) =
-            request::valid_job(request.into_inner(), limits, Instant::now()).map_err(status::invalid)?;
-        if let Some(constraint) = constraint {
-            let compiled = self.compiler.compile(constraint, job.params.stop_token_ids.clone()).await;
-            job.constraint = Some(Box::new(compiled.map_err(|error| status::constraint(&error))?));
-        }
-        let events = self.engine.submit(job).await.map_err(|error| status::engine(&error))?;
+        let events = self.start(request.into_inner()).await?;
         let responses = events.map(|event| event.map(response).map_err(|error| status::engine(&error)));
         Ok(Response::new(Box::pin(responses)))
     }
 
     async fn embed(&self, request: Request<EmbedRequest>) -> Result<Response<EmbedResponse>, Status> {
-        let job = request::valid_embedding(request.into_inner(), self.identity.limits, Instant::now())
-            .map_err(status::invalid)?;
-        let values = self.engine.embed(job).await.map_err(|error| status::engine(&error))?;
-        Ok(Response::new(EmbedResponse { values }))
+        Ok(Response::new(EmbedResponse { values: self.embedding(request.into_inner()).await? }))
     }
 
     async fn end_choice(&self, request: Request<EndChoiceRequest>) -> Result<Response<EndChoiceResponse>, Status> {
