@@ -1,5 +1,7 @@
 //! A worker in the test's own process, without a model, which knows when it has sent what: what others add is then the
-//! time between.
+//! time between. It answers our gateway, and the Shepherd Model Gateway.
+
+mod vllm;
 
 use std::{
     net::SocketAddr,
@@ -11,7 +13,8 @@ use std::{
 };
 
 use anyhow::Result;
-use futures_util::{StreamExt as _, stream};
+use futures_util::{Stream, StreamExt as _, stream};
+use lockstep_proto::vllm::grpc::engine::vllm_engine_server::VllmEngineServer;
 use lockstep_proto::worker::v1::{
     ChoiceFinish, DrainRequest, DrainResponse, EmbedRequest, EmbedResponse, EndChoiceRequest, EndChoiceResponse,
     FinishReason, GenerateRequest, GenerateResponse, GetStatusRequest, GetStatusResponse, Started, Status, Tokens,
@@ -24,6 +27,11 @@ use tonic::{Request, Response, codegen::BoxStream, transport::Server};
 
 /// How often the state is repeated, as a sign of life.
 const STATUS_INTERVAL: Duration = Duration::from_secs(1);
+
+/// What it says of itself: that it is the demo model.
+const MODEL: &str = "demo";
+const CONTEXT_LENGTH: u32 = 8192;
+const VOCAB_SIZE: u32 = 49_152;
 
 /// See the module's documentation. Clones are the same stub.
 #[derive(Clone, Debug, Default)]
@@ -55,8 +63,10 @@ impl TimedStub {
                 Ok(stream)
             })
         });
-        let server =
-            Server::builder().max_concurrent_streams(u32::MAX).add_service(WorkerServiceServer::new(self.clone()));
+        let server = Server::builder()
+            .max_concurrent_streams(u32::MAX)
+            .add_service(WorkerServiceServer::new(self.clone()))
+            .add_service(VllmEngineServer::new(self.clone()));
         tokio::spawn(server.serve_with_incoming(connections));
         Ok(address)
     }
@@ -71,6 +81,23 @@ impl TimedStub {
         std::mem::take(&mut *self.inner.sent.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
+    /// The token in the middle of the prompt, over and over, each with its position and after the pause.
+    fn tokens(&self, prompt: &[u32], n_tokens: u32) -> impl Stream<Item = (u32, u32)> + Send + use<> {
+        let token = prompt.get(prompt.len() / 2).copied().unwrap_or_default();
+        let pause = Duration::from_micros(self.inner.pause_us.load(Ordering::Relaxed));
+        let stub = self.clone();
+        stream::iter(0..n_tokens).then(move |position| {
+            let stub = stub.clone();
+            async move {
+                if position > 0 && !pause.is_zero() {
+                    tokio::time::sleep(pause).await;
+                }
+                stub.note();
+                (position, token)
+            }
+        })
+    }
+
     fn note(&self) {
         self.inner.sent.lock().unwrap_or_else(PoisonError::into_inner).push(Instant::now());
     }
@@ -78,11 +105,11 @@ impl TimedStub {
     fn status() -> Status {
         Status {
             ready: true,
-            model: "demo".into(),
+            model: MODEL.into(),
             model_digest: "stub".into(),
             engine_version: "stub".into(),
-            context_length: 8192,
-            vocab_size: 49_152,
+            context_length: CONTEXT_LENGTH,
+            vocab_size: VOCAB_SIZE,
             world_size: 1,
             epoch: 1,
             ..Status::default()
@@ -95,27 +122,16 @@ impl WorkerService for TimedStub {
     type GenerateStream = BoxStream<GenerateResponse>;
     type WatchStatusStream = BoxStream<WatchStatusResponse>;
 
-    /// The token in the middle of the prompt, over and over.
     async fn generate(
         &self,
         request: Request<GenerateRequest>,
     ) -> Result<Response<Self::GenerateStream>, tonic::Status> {
         let request = request.into_inner();
-        let prompt = &request.prompt_token_ids;
-        let token = prompt.get(prompt.len() / 2).copied().unwrap_or_default();
-        let n_tokens = request.sampling.map_or(1, |sampling| sampling.max_new_tokens);
-        let pause = Duration::from_micros(self.inner.pause_us.load(Ordering::Relaxed));
-        let stub = self.clone();
         let started = Event::Started(Started { generation_id: vec![0; 16], cached_tokens: 0 });
-        let tokens = stream::iter(0..n_tokens).then(move |position| {
-            let stub = stub.clone();
-            async move {
-                if position > 0 && !pause.is_zero() {
-                    tokio::time::sleep(pause).await;
-                }
-                stub.note();
-                Event::Tokens(Tokens { choice: 0, position, token_ids: vec![token], logprobs: Vec::new() })
-            }
+        let tokens =
+            self.tokens(&request.prompt_token_ids, request.sampling.map_or(1, |sampling| sampling.max_new_tokens));
+        let tokens = tokens.map(|(position, token)| {
+            Event::Tokens(Tokens { choice: 0, position, token_ids: vec![token], logprobs: Vec::new() })
         });
         let finish = ChoiceFinish { choice: 0, reason: FinishReason::Length.into(), stop_token_id: None };
         let events = stream::iter([started]).chain(tokens).chain(stream::iter([Event::Finish(finish)]));
