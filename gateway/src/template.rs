@@ -40,9 +40,9 @@ pub const MAX_RENDERED_BYTES: usize = 4 * 1024 * 1024;
 /// also bounds the memory in use at 64 MB. A conversation of 4,096 turns and 4 MiB takes
 /// a third of it with Qwen's template.
 pub const MAX_FUEL: u64 = 1_000_000;
-/// Conversations up to this size are first rendered where the caller is. Unit: bytes.
+/// Conversations of so much text, as it came, are first rendered where the caller is. Unit: bytes.
 const QUICK_BYTES: usize = 16 * 1024;
-/// Work of such a rendering: most of them take a tenth of it. A thousandth of a second, at most.
+/// Work of such a rendering; no conversation of `tests/data/templates` needs more.
 const QUICK_FUEL: u64 = 8_192;
 /// Stack of such a rendering: what the work pays for, as for [`STACK_BYTES`].
 const QUICK_STACK_BYTES: usize = 4 * 1024 * 1024;
@@ -163,8 +163,8 @@ impl ChatTemplate {
         self.render_by(conversation, now, &|context| self.execute_apart(context))
     }
 
-    /// The same where the caller is, in a millisecond at most, or not at all: a thread that is woken for a short
-    /// conversation takes longer than its work.
+    /// The same where the caller is, with little work, or not at all: a thread that is woken for a short conversation
+    /// takes longer than that.
     ///
     /// # Errors
     ///

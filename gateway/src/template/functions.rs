@@ -1,6 +1,6 @@
 //! The functions, filters and methods that `transformers` and Python give to a template, and the engine does not.
 
-use std::fmt::Write;
+use std::{collections::HashSet, fmt::Write};
 
 use chrono::NaiveDateTime;
 use minijinja::{
@@ -106,14 +106,25 @@ fn strip_both<'a>(text: &'a str, characters: Option<&str>) -> &'a str {
 
 fn strip_start<'a>(text: &'a str, characters: Option<&str>) -> &'a str {
     match characters {
-        Some(characters) => text.trim_start_matches(|character| characters.contains(character)),
+        Some(characters) => {
+            let characters = set(characters);
+            text.trim_start_matches(|character| characters.contains(&character))
+        }
         None => python::lstrip(text),
     }
 }
 
 fn strip_end<'a>(text: &'a str, characters: Option<&str>) -> &'a str {
     match characters {
-        Some(characters) => text.trim_end_matches(|character| characters.contains(character)),
+        Some(characters) => {
+            let characters = set(characters);
+            text.trim_end_matches(|character| characters.contains(&character))
+        }
         None => python::rstrip(text),
     }
+}
+
+/// Both texts may be long, so neither is searched for each character of the other.
+fn set(characters: &str) -> HashSet<char> {
+    characters.chars().collect()
 }

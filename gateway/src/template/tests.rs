@@ -136,7 +136,17 @@ fn render(source: &str, content: &str) -> Result<Rendered, TemplateError> {
         messages: vec![Message { role: Role::User.into(), content: vec![part(content)], ..Message::default() }],
         ..Conversation::default()
     };
-    ChatTemplate::compile(source, TemplateTokens::default(), control_tokens)?.render(&valid(conversation), now())
+    let template = ChatTemplate::compile(source, TemplateTokens::default(), control_tokens)?;
+    render_both_ways(&template, &valid(conversation))
+}
+
+/// Renders on a thread of its own, and sees that rendering in place says the same if it says anything.
+fn render_both_ways(template: &ChatTemplate, conversation: &ValidConversation) -> Result<Rendered, TemplateError> {
+    let rendered = template.render(conversation, now());
+    if let Some(quick) = template.render_quickly(conversation, now()) {
+        assert_eq!(format!("{quick:?}"), format!("{rendered:?}"));
+    }
+    rendered
 }
 
 #[track_caller]
@@ -150,7 +160,9 @@ fn every_golden_is_rendered_as_transformers_renders_it() {
     for model in MODELS {
         let (goldens, template) = load(model);
         for golden in &goldens.cases {
-            let rendered = template.render(&valid(golden.conversation()), now());
+            let conversation = valid(golden.conversation());
+            assert!(template.render_quickly(&conversation, now()).is_some(), "{model}: {}", golden.name);
+            let rendered = render_both_ways(&template, &conversation);
             match (&golden.text, &golden.refusal, rendered) {
                 (Some(text), _, Ok(rendered)) => {
                     assert_eq!(&rendered.text, text, "{model}: {}", golden.name);
@@ -400,6 +412,37 @@ fn a_template_that_does_not_end_runs_out_of_fuel() {
 fn a_template_that_calls_itself_is_stopped() {
     let error = render("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "").unwrap_err();
     assert!(matches!(error, TemplateError::Failed { .. }), "{error}");
+}
+
+#[test]
+fn what_is_too_long_for_its_place_is_rendered_apart() {
+    let template = |source: &str| {
+        let control_tokens = ControlTokens::new(["<s>"]).unwrap();
+        ChatTemplate::compile(source, TemplateTokens::default(), control_tokens).unwrap()
+    };
+    let said = |text: &str| valid(Conversation { messages: vec![user(text)], ..Conversation::default() });
+    let slow = template("{% for i in range(9000) %}x{% endfor %}");
+    assert_eq!(slow.render_quickly(&said("a"), now()).map(|_| ()), None);
+    assert_eq!(slow.render(&said("a"), now()).unwrap().text.len(), 9_000);
+    let echo = template("{{ messages[0].content }}");
+    assert_eq!(echo.render_quickly(&said(&"a".repeat(QUICK_BYTES)), now()).unwrap().unwrap().text.len(), QUICK_BYTES);
+    assert!(echo.render_quickly(&said(&"a".repeat(QUICK_BYTES + 1)), now()).is_none());
+}
+
+/// Up to the deepest value that the fuel allows, at the bottom of as many calls as the engine allows.
+#[test]
+fn deep_values_in_deep_calls_do_no_harm_in_place() {
+    let (open, close) = ("[".repeat(40), "]".repeat(40));
+    for (calls, rounds) in [0, 200, 490].into_iter().flat_map(|calls| (0..=84).step_by(4).map(move |n| (calls, n))) {
+        for end in ["{{ ns.x == [ns.x] }}", "{{ ns.x }}", "{{ ns.x | tojson }}", "{% set y = {ns.x: 1} %}", ""] {
+            let nest = format!("{{% for i in range({rounds}) %}}{{% set ns.x = {open}ns.x{close} %}}{{% endfor %}}");
+            let deep = format!("{{% set ns = namespace(x=1) %}}{nest}{end}");
+            let call = format!(
+                "{{% macro f(n) %}}{{% if n %}}{{{{ f(n - 1) }}}}{{% else %}}{deep}{{% endif %}}{{% endmacro %}}"
+            );
+            let _survived = render(&format!("{call}{{{{ f({calls}) }}}}"), "");
+        }
+    }
 }
 
 /// 400,000 levels, nearly as deep as the fuel allows; without [`STACK_BYTES`] any of these ends the process.
