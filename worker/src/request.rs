@@ -17,7 +17,7 @@ use crate::{
 };
 
 /// Choices of one request; the scheduler's queue bounds them further.
-const MAX_CHOICES: u32 = 128;
+pub(crate) const MAX_CHOICES: u32 = 128;
 const MAX_LOGPROBS: u32 = 20;
 const MAX_LOGIT_BIAS: usize = 300;
 /// The API's 64 and every end-of-turn token of a model.

@@ -135,11 +135,11 @@ impl VllmEngine for Front {
     async fn generate(&self, request: Request<GenerateRequest>) -> Result<Response<Self::GenerateStream>, Status> {
         let deadline = deadline_of(&request);
         let request = request.into_inner();
+        let invalid = |violations| status::renamed(&status::invalid(violations), str::to_owned);
+        request::check_bounds(&request).map_err(invalid)?;
         let running = self.aborts.enter(&request.request_id);
         let facts = self.files.facts().await?;
-        let read = request::generation(request, facts, self.longest(), deadline);
-        let (request, asked) =
-            read.map_err(|violations| status::renamed(&status::invalid(violations), str::to_owned))?;
+        let (request, asked) = request::generation(request, facts, self.longest(), deadline).map_err(invalid)?;
         let names = asked.names;
         // Whoever is aborted before it has a place never gets one.
         let started = running.unless_aborted(self.service.start(request)).await;

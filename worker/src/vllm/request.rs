@@ -15,6 +15,7 @@ use lockstep_proto::{
 use serde_json::Value;
 
 use super::{files::Facts, stop};
+use crate::request;
 
 /// Longest name of a request. Unit: bytes. smg's have 66 and more.
 const MAX_NAME_BYTES: usize = 256;
@@ -103,6 +104,23 @@ impl Violations {
     }
 }
 
+/// Looks at what decides how much is kept for a request, before anything is.
+///
+/// # Errors
+/// A name that is too long, or too many choices.
+pub(super) fn check_bounds(request: &GenerateRequest) -> Result<(), Vec<FieldViolation>> {
+    let mut violations = Violations::default();
+    let n_bytes = request.request_id.len();
+    if n_bytes > MAX_NAME_BYTES {
+        violations.note("request_id", format!("has {n_bytes} bytes, more than {MAX_NAME_BYTES}"));
+    }
+    let n = request.sampling_params.as_ref().map_or(0, |params| params.n);
+    if n > request::MAX_CHOICES {
+        violations.note("sampling_params.n", format!("is {n}, which is not in 1..={}", request::MAX_CHOICES));
+    }
+    if violations.0.is_empty() { Ok(()) } else { Err(violations.0) }
+}
+
 /// What the worker is asked, and what else is. `longest`: tokens of prompt and output together.
 ///
 /// # Errors
@@ -115,10 +133,6 @@ pub(super) fn generation(
 ) -> Result<(worker::GenerateRequest, Asked), Vec<FieldViolation>> {
     let mut violations = Violations::default();
     refuse_what_is_not_here(&request, &mut violations);
-    let n_bytes = request.request_id.len();
-    if n_bytes > MAX_NAME_BYTES {
-        violations.note("request_id", format!("has {n_bytes} bytes, more than {MAX_NAME_BYTES}"));
-    }
     let prompt = match request.input {
         Some(Input::Tokenized(tokenized)) => tokenized.input_ids,
         Some(Input::Text(_)) => {

@@ -136,7 +136,7 @@ impl Answer {
                 completion_tokens: 1,
                 cached_tokens: self.cached_tokens,
                 output_logprobs: logprobs,
-                input_logprobs: self.prompt_logprobs.clone().filter(|_| is_first),
+                input_logprobs: if is_first { self.prompt_logprobs.clone() } else { None },
                 index,
             }));
         } else if let Some(logprobs) = logprobs {
@@ -176,7 +176,7 @@ impl Answer {
             prompt_tokens: self.asked.prompt.len() as u32,
             cached_tokens: self.cached_tokens,
             output_logprobs: choice.logprobs.take(),
-            input_logprobs: self.prompt_logprobs.clone().filter(|_| is_whole),
+            input_logprobs: if is_whole { self.prompt_logprobs.clone() } else { None },
             index,
             matched_stop,
             ..GenerateComplete::default()

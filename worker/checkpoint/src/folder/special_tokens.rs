@@ -26,12 +26,12 @@ struct Texts {
     eos_token: Option<Text>,
 }
 
-/// An id or several.
+/// An id or several. Some have -1 for a token that the model does not have.
 #[derive(Deserialize)]
 #[serde(untagged)]
 enum OneOrMany {
-    One(u32),
-    Many(Vec<u32>),
+    One(i64),
+    Many(Vec<i64>),
 }
 
 /// A token's text, alone or among what else is said of it.
@@ -47,10 +47,13 @@ pub(super) fn named(folder: &Path, vocabulary: &Vocabulary) -> Result<Named, Fol
     let config: Ids = settings(folder, CONFIG)?;
     let generation: Ids = settings(folder, GENERATION_CONFIG)?;
     let texts: Texts = settings(folder, TOKENIZER_CONFIG)?;
-    let ids = |ids: Option<OneOrMany>| match ids {
-        None => Vec::new(),
-        Some(OneOrMany::One(id)) => vec![id],
-        Some(OneOrMany::Many(ids)) => ids,
+    let ids = |ids: Option<OneOrMany>| {
+        let ids = match ids {
+            None => Vec::new(),
+            Some(OneOrMany::One(id)) => vec![id],
+            Some(OneOrMany::Many(ids)) => ids,
+        };
+        ids.into_iter().filter_map(|id| u32::try_from(id).ok()).collect::<Vec<_>>()
     };
     let text = texts.eos_token.map(|(Text::Plain(text) | Text::Described { content: text })| text);
     let by_text = (0..).zip(&vocabulary.tokens).filter(|(_, token)| Some(&token.text) == text.as_ref());

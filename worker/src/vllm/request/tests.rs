@@ -27,7 +27,9 @@ fn request(change: impl FnOnce(&mut GenerateRequest, &mut SamplingParams)) -> Ge
 fn read(
     change: impl FnOnce(&mut GenerateRequest, &mut SamplingParams),
 ) -> Result<(worker::GenerateRequest, Asked), Vec<FieldViolation>> {
-    generation(request(change), &facts(), LONGEST, None)
+    let request = request(change);
+    check_bounds(&request)?;
+    generation(request, &facts(), LONGEST, None)
 }
 
 #[track_caller]
@@ -155,6 +157,7 @@ fn logs_have_the_beginning_of_a_long_name() {
     assert_eq!(named(&"r".repeat(66)).expect("it is taken"), "r".repeat(64));
     assert_eq!(named(&"é".repeat(128)).expect("it is taken"), "é".repeat(32));
     assert_eq!(named(&format!("x{}", "é".repeat(60))).expect("it is taken"), format!("x{}", "é".repeat(31)));
+    refused("sampling_params.n", "is 129, which is not in 1..=128", |_, params| params.n = 129);
     refused("request_id", "has 257 bytes, more than 256", |request, _| request.request_id = "r".repeat(257));
 }
 
