@@ -1,4 +1,5 @@
-//! Workers: a bounded number of threads for work that takes long, off the async runtime.
+//! Workers: a bounded number of threads for work that takes long, off the async runtime. What takes less time than to wake
+//! one of them is done where it is asked for ([`Workers::run_here`]), as many at a time as the runtime has threads.
 //!
 //! A request first takes a place in the waiting room, or is refused at once; then it waits for a thread. Both are
 //! given back when the work has really ended, also if the caller has long gone, so the bounds hold whatever callers do.
