@@ -85,8 +85,8 @@ struct Files {
     key: String,
 }
 
-/// What they hold.
-#[derive(Debug, PartialEq, Eq)]
+/// What they hold; never shown.
+#[derive(PartialEq, Eq)]
 struct Pem {
     certificate: Vec<u8>,
     key: Vec<u8>,
@@ -132,7 +132,7 @@ impl Tls {
 
     /// Reads the files again and again, for ever.
     pub(super) async fn follow(&self) {
-        let mut known = None;
+        let (mut known, mut last_error) = (None, String::new());
         loop {
             let tls = self.clone();
             // The files may be on a volume that answers late.
@@ -140,9 +140,11 @@ impl Tls {
             // It ends early with the runtime alone.
             let Ok((result, now)) = reread else { return };
             known = now;
-            if let Err(error) = result {
-                tracing::warn!(%error, "kept the certificate that was there before");
+            let error = result.err().map(|error| error.to_string()).unwrap_or_default();
+            if !error.is_empty() && error != last_error {
+                tracing::warn!(error, "kept the certificate that was there before");
             }
+            last_error = error;
             tokio::time::sleep(REREAD).await;
         }
     }
