@@ -50,7 +50,7 @@ function show(element, text) {
 /** A number as it was typed. What is none, or would lose digits, goes as text: the gateway says what is wrong with it. */
 function number(text) {
   const value = Number(text);
-  return Number.isNaN(value) || (Number.isInteger(value) && !Number.isSafeInteger(value)) ? text : value;
+  return !Number.isFinite(value) || (Number.isInteger(value) && !Number.isSafeInteger(value)) ? text : value;
 }
 
 /** The parameters that were changed. */
@@ -331,4 +331,7 @@ markView();
 showView();
 await loadModels();
 $("input").focus();
-await watchCluster(ask, describe);
+await watchCluster(ask, describe, (nReady) => {
+  // The page may have been opened before there was a model.
+  if (nReady && !models.length) loadModels();
+});

@@ -28,12 +28,12 @@ const BREAKERS = {
 /** By address: the card of a group, the curve of its steps, and what it had generated when. */
 const cards = new Map();
 
-/** Draws what `ask` answers, for ever. */
-export async function watchCluster(ask, describe) {
+/** Draws what `ask` answers, for ever, and tells `seen` how many groups are ready. */
+export async function watchCluster(ask, describe, seen) {
   for (;;) {
     await visible();
     try {
-      draw(await ask("/cluster", undefined, AbortSignal.timeout(TIMEOUT_MS)));
+      seen(draw(await ask("/cluster", undefined, AbortSignal.timeout(TIMEOUT_MS))));
       report("");
     } catch (error) {
       report(describe(error));
@@ -57,12 +57,14 @@ function report(error) {
   if (error) $("summary").textContent = "";
 }
 
+/** Gives the number of groups that are ready. */
 function draw({ version, groups }) {
   $("version").textContent = version;
   const ready = groups.filter(({ state }) => state === "ready");
   const running = ready.reduce((sum, { report }) => sum + report.running_sequences, 0);
   $("summary").textContent = `${ready.length} of ${groups.length} ready · ${running} running`;
   groups.forEach(drawGroup);
+  return ready.length;
 }
 
 function drawGroup(group) {
