@@ -23,7 +23,9 @@ use crate::{
     kserve::{self, KServe},
     metrics::Metrics,
     models::Models,
-    openai, openapi, page,
+    openai,
+    openapi::{self, Api},
+    page,
     pipeline::Pipeline,
     sampling::Policy,
     service::Services,
@@ -34,7 +36,7 @@ use crate::{
 /// The services that health reports by name.
 const NAMES: [&str; 3] = ["lockstep.v1.InferenceService", "lockstep.v1.ModelService", kserve::NAME];
 
-/// Paths that carry no client's work: they are asked for again and again.
+/// Paths that carry no client's work.
 const BACKGROUND: &[&str] = &[openapi::PATH, page::CLUSTER];
 
 /// What a gateway is made from: its settings, and what the files say that these name.
@@ -135,10 +137,15 @@ impl App {
     }
 }
 
+/// Everything that is answered by HTTP and described.
+pub(crate) fn apis() -> Vec<Api> {
+    vec![openai::api(), tgi::api(), page::api()]
+}
+
 /// Everything that is answered by HTTP.
 fn http_routes(front: Front) -> Router {
     let keyed = front.pipeline.admission.needs_key();
-    let routes = openapi::router(vec![openai::api(), tgi::api(), page::api()], keyed).merge(page::files());
+    let routes = openapi::router(apis(), keyed).merge(page::files());
     let routes = routes.with_state(front);
     routes.fallback(no_such_path).method_not_allowed_fallback(no_such_method)
 }

@@ -93,8 +93,8 @@ const MAX_MS: u64 = 24 * 60 * 60 * 1_000;
 const OWN_KEYS: &[Key] = &[
     Key {
         path: "http_listen",
-        help: "Address for HTTP (the page, and the APIs of OpenAI and of Text Generation Inference); port 0 takes a free one. Default: \
-               127.0.0.1:8080.",
+        help: "Address for HTTP (the page, and the APIs of OpenAI and of Text Generation Inference); port 0 takes a free \
+               one. Default: 127.0.0.1:8080.",
     },
     Key {
         path: "models",

@@ -137,14 +137,14 @@ fn refusal(reasons: &[Reason], error: &Schema) -> Value {
     });
     if reasons.contains(&Reason::Unauthenticated) {
         let challenge = json!({ "description": "`Bearer`.", "required": true, "schema": { "const": "Bearer" } });
-        refusal["headers"] = json!({ "WWW-Authenticate": challenge });
+        refusal["headers"]["WWW-Authenticate"] = challenge;
     }
     if reasons.iter().any(|reason| matches!(reason, Reason::Overloaded | Reason::Draining | Reason::GroupUnavailable)) {
         let delay = json!({
             "description": "When to come back, where that helps. Unit: seconds.",
             "schema": { "type": "integer", "minimum": 1 },
         });
-        refusal["headers"] = json!({ "Retry-After": delay });
+        refusal["headers"]["Retry-After"] = delay;
     }
     refusal
 }

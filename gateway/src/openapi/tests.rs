@@ -3,11 +3,7 @@ use std::collections::BTreeSet;
 use serde_json::Value;
 
 use super::*;
-use crate::{openai, tgi};
-
-fn apis() -> Vec<Api> {
-    vec![openai::api(), tgi::api()]
-}
+use crate::app::apis;
 
 /// The document as it is served, where callers must show keys.
 fn document() -> Value {

@@ -33,7 +33,11 @@ impl Range {
 
     /// Says why a value is not in the range; none if it is. NaN is in no range.
     pub(crate) fn refuse(&self, value: f32) -> Option<String> {
-        let above_low = if self.low_is_allowed { value >= self.low } else { value >= self.low + f32::MIN_POSITIVE };
+        let above_low = if self.low_is_allowed {
+            value >= self.low
+        } else {
+            value > self.low && value >= self.low + f32::MIN_POSITIVE
+        };
         if above_low && value <= self.high {
             return None;
         }
