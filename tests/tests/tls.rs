@@ -57,7 +57,7 @@ impl Encrypted {
     async fn lockstep(&self, args: &[&str], trusted: Option<&Path>) -> Result<Output> {
         let mut command = Command::new(binary("lockstep")?);
         command.args(args).args(["--target", &format!("https://{}", self.grpc()?)]).kill_on_drop(true);
-        command.envs(trusted.map(|path| ("SSL_CERT_FILE", path)));
+        command.env_remove("SSL_CERT_FILE").envs(trusted.map(|path| ("SSL_CERT_FILE", path)));
         Ok(tokio::time::timeout(PATIENCE, command.output()).await??)
     }
 
