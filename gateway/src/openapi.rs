@@ -67,6 +67,8 @@ pub struct Operation {
 #[derive(Debug, Clone, Copy)]
 enum Answer {
     Json(SchemaOf),
+    /// A document of HTML.
+    Page,
     /// Server-sent events, each of which has an object of this type for its data, or an error if the answer is cut; and
     /// the data of one that ends them, if there is one.
     Events(SchemaOf, Option<&'static str>),
@@ -152,6 +154,13 @@ impl Operation {
     #[must_use]
     pub fn answers<T: JsonSchema>(mut self) -> Self {
         self.answers.push(Answer::Json(SchemaGenerator::subschema_for::<T>));
+        self
+    }
+
+    /// It answers with a document for a browser.
+    #[must_use]
+    pub fn shows_page(mut self) -> Self {
+        self.answers.push(Answer::Page);
         self
     }
 

@@ -18,7 +18,7 @@ use schemars::SchemaGenerator;
 use crate::{
     http::Front,
     openai,
-    openapi::{Api, Route},
+    openapi::{Api, Operation, Route},
 };
 
 /// Where the state is, which the page asks for again and again.
@@ -38,8 +38,10 @@ struct File {
     text: &'static str,
 }
 
-const FILES: [File; 5] = [
-    File { path: "/", content_type: "text/html; charset=utf-8", text: include_str!("page/index.html") },
+const INDEX: File = File { path: "/", content_type: "text/html; charset=utf-8", text: include_str!("page/index.html") };
+
+/// What the page asks for.
+const FILES: [File; 4] = [
     File { path: "/page/style.css", content_type: "text/css; charset=utf-8", text: include_str!("page/style.css") },
     File { path: "/page/app.js", content_type: "text/javascript; charset=utf-8", text: include_str!("page/app.js") },
     File {
@@ -55,22 +57,29 @@ pub fn has(path: &str) -> bool {
     path == CLUSTER || path.starts_with("/page/")
 }
 
-/// The state, which needs a key where there are keys.
+/// The page, which everybody may read, and the state, which needs a key where there are keys.
 pub fn api() -> Api {
     Api {
-        name: "Cluster",
-        description: "The state of the cluster, as the page at the root shows it.",
+        name: "Page",
+        description: "A page for people, and the state of the cluster that it shows.",
         error: SchemaGenerator::subschema_for::<openai::ErrorBody>,
         status: Reason::http_status,
-        routes: vec![Route::get(CLUSTER, cluster, cluster::operation())],
+        routes: vec![
+            Route::get(INDEX.path, index, Operation::open("A page to chat and to see the cluster.").shows_page()),
+            Route::get(CLUSTER, cluster, cluster::operation()),
+        ],
     }
 }
 
-/// The files, which everybody may read.
+/// The page's files.
 pub fn files() -> Router<Front> {
     FILES.into_iter().fold(Router::new(), |routes, file| {
         routes.route(file.path, get(move |headers: HeaderMap| async move { file.answer(&headers) }))
     })
+}
+
+async fn index(headers: HeaderMap) -> Response {
+    INDEX.answer(&headers)
 }
 
 async fn cluster(State(front): State<Front>, request: Request) -> Response {

@@ -181,10 +181,10 @@ mod tests {
 
     #[test]
     fn addresses_need_a_host_and_a_port() {
-        for good in ["127.0.0.1:1", "http://worker-0:50051", "[::1]:7"] {
+        for good in ["127.0.0.1:1", "http://worker-0:50051", "https://worker:1", "[::1]:7"] {
             assert!(endpoint(good, &ClientLimits::default()).is_ok(), "{good}");
         }
-        for bad in ["", "worker", "127.0.0.1", "https://worker:1", "a b:1", "http://"] {
+        for bad in ["", "worker", "127.0.0.1", "ftp://worker:1", "a b:1", "http://"] {
             let text = endpoint(bad, &ClientLimits::default()).unwrap_err().to_string();
             assert!(text.contains(&format!("`{bad}`")), "{text}");
         }

@@ -92,6 +92,7 @@ fn responses(api: &Api, operation: &Operation, schemas: &mut Schemas) -> Value {
     for answer in &operation.answers {
         let (media_type, schema) = match answer {
             Answer::Json(schema) => ("application/json", schema(&mut schemas.written)),
+            Answer::Page => ("text/html", json_schema!({ "type": "string" })),
             Answer::Events(schema, end) => {
                 let schema = schema(&mut schemas.written);
                 ("text/event-stream", event(&schema, &error, *end))
