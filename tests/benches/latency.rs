@@ -148,7 +148,7 @@ impl Programs {
         loop {
             let answer = async {
                 let mut stream = BufReader::new(TcpStream::connect(&smg.http).await?);
-                ask_by_sse(&mut stream, " the the the", 1).await
+                ask_by_sse(&mut stream, &" the".repeat(N_PROMPT_TOKENS), 1).await
             };
             match answer.await {
                 Ok(_) => return Ok(()),

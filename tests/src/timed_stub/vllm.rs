@@ -54,7 +54,6 @@ impl VllmEngine for TimedStub {
 
     async fn get_model_info(&self, _: Request<GetModelInfoRequest>) -> Result<Response<GetModelInfoResponse>, Status> {
         Ok(Response::new(GetModelInfoResponse {
-            model_path: MODEL.into(),
             served_model_name: MODEL.into(),
             is_generation: true,
             max_context_length: CONTEXT_LENGTH,
