@@ -247,8 +247,10 @@ async fn what_is_refused_is_refused_by_its_own_name() -> Result<()> {
     assert_eq!(message, "tokenized.input_ids: is empty; sampling_params.max_tokens: must be at least 1");
     assert_eq!(refused(request("r", &[999], greedy(1))).await?.0, ["tokenized.input_ids[0]"]);
     assert_eq!(refused(request("", &[1], greedy(1))).await?.0, ["request_id"]);
-    let many = SamplingParams { n: 129, top_p: 1.5, logprobs: Some(21), ..greedy(1) };
-    let expected = ["sampling_params.n", "sampling_params.logprobs", "sampling_params.top_p"];
+    let many = SamplingParams { n: 129, top_p: 1.5, ..greedy(1) };
+    assert_eq!(refused(request("r", &[1], many)).await?.0, ["sampling_params.n"]);
+    let many = SamplingParams { top_p: 1.5, logprobs: Some(21), ..greedy(1) };
+    let expected = ["sampling_params.logprobs", "sampling_params.top_p"];
     assert_eq!(refused(request("r", &[1], many)).await?.0, expected);
     let tag = SamplingParams { constraint: Some(Constraint::StructuralTag("{}".into())), ..greedy(1) };
     assert_eq!(refused(request("r", &[1], tag)).await?.0, ["sampling_params.structural_tag"]);
