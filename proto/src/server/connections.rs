@@ -199,11 +199,13 @@ where
     }
 }
 
-/// What is said over a connection.
-async fn meet(stream: TcpStream, tls: Option<Tls>) -> io::Result<Either<TcpStream, TlsStream<TcpStream>>> {
+/// What is said over a connection. A connection without TLS sets no room aside for it.
+type Said = Either<TcpStream, Box<TlsStream<TcpStream>>>;
+
+async fn meet(stream: TcpStream, tls: Option<Tls>) -> io::Result<Said> {
     match tls {
         None => Ok(Either::Left(stream)),
-        Some(tls) => Ok(Either::Right(tls.accept(stream).await?)),
+        Some(tls) => Ok(Either::Right(Box::new(Box::pin(tls.accept(stream)).await?))),
     }
 }
 
@@ -221,7 +223,7 @@ async fn idle(mut calls: watch::Receiver<usize>, limit: Duration) {
 /// A stream that counts what it has received.
 #[derive(Debug)]
 struct Counted {
-    stream: Either<TcpStream, TlsStream<TcpStream>>,
+    stream: Said,
     received: Arc<AtomicU64>,
 }
 
