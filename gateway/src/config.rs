@@ -114,7 +114,8 @@ const OWN_KEYS: &[Key] = &[
     Key { path: "api_keys_file", help: "File with one such key a line; `#` begins a comment. Default: none." },
     Key {
         path: "requests.max_in_flight",
-        help: "Requests at a time; further ones are refused. Default: 1024. More cost memory.",
+        help: "Requests at a time; further ones are refused. Default: 1024. More cost memory, and wait for one another \
+               where a group's `limits.max_concurrent_streams` is less.",
     },
     Key {
         path: "requests.max_prompt_bytes",

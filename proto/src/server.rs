@@ -68,7 +68,7 @@ pub const KEYS: &[Key] = &[
     },
     Key {
         path: "limits.max_concurrent_streams",
-        help: "Calls at a time on one connection; clients hold further ones back. Default: 512. More cost memory.",
+        help: "Calls at a time on one connection; clients hold further ones back. Default: 1024. More cost memory.",
     },
     Key {
         path: "limits.max_message_bytes",
@@ -210,7 +210,7 @@ impl Default for Limits {
         let client = ClientLimits::default();
         Self {
             max_connections: 1024,
-            max_concurrent_streams: 512,
+            max_concurrent_streams: 1024,
             max_message_bytes: client.max_message_bytes,
             max_header_bytes: 16 << 10,
             handshake_timeout_ms: 5_000,
