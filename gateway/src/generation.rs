@@ -3,13 +3,11 @@
 //!
 //! 1. [`prompt`]: render the conversation, encode the text.
 //! 2. Settle what depends on the prompt's length.
-//! 3. [`dispatch`]: find a group, wait for its first event; meanwhile open the stream that decodes.
-//! 4. [`pump`]: ids from the worker to the tokenizer, text through the stop strings of each [`choice`], chunks to the
-//!    [`outbox`].
+//! 3. [`dispatch`]: find a group, wait for its first event.
+//! 4. [`pump`]: ids from the worker become text in each [`choice`], which looks for stop strings; chunks go to the [`outbox`].
 //! 5. Exactly one `Finish`.
 //!
-//! The [`deadline`] bounds every step. Whatever a generation holds (its place at the gate, the worker's stream, the
-//! tokenizer's) lives in one task and is dropped with it, so that a client that goes away ends all of it at once.
+//! The [`deadline`] bounds every step. Whatever a generation holds (its place at the gate, the worker's stream) lives in one task and is dropped with it, so that a client that goes away ends all of it at once.
 
 use std::{
     sync::Arc,
@@ -17,7 +15,6 @@ use std::{
 };
 
 use lockstep_proto::{
-    tokenizer::v1::DecodeOpen,
     trace::Trace,
     v1,
     worker::v1::{GenerateRequest, ResolvedSampling},
@@ -42,7 +39,7 @@ use choice::TextRules;
 use dispatch::{Order, begin, dispatch};
 use emitter::Emitter;
 use outbox::{Outbox, Patience};
-use pump::{Decoding, Pump};
+use pump::Pump;
 
 use crate::{
     admission::Permit,
@@ -52,13 +49,9 @@ use crate::{
     sampling::ValidSampling,
     status::Failure,
     stop::StopStrings,
-    tokenizer::{Caller, DecodeStream, Facts},
+    tokenizer::{Caller, Facts},
     tools::reader,
 };
-
-/// Ids of the prompt that the tokenizer sees before the first one that it decodes: a character is at most four of
-/// them, and spacing depends on the last one alone.
-const CONTEXT_TOKENS: usize = 8;
 
 /// A valid request with its place in the gateway.
 #[derive(Debug)]
@@ -127,19 +120,18 @@ impl Plan<'_> {
 
         let prepared = async {
             let running = dispatch(&self.backends.groups, order, |placement| begin(placement, order, message.clone()));
-            tokio::try_join!(running, self.open_decoder(&prompt), self.prompt_text(&prompt))
+            tokio::try_join!(running, self.prompt_text(&prompt))
         };
-        let (running, decoder, prompt_text) = Box::pin(self.in_time(prepared)).await?;
+        let (running, prompt_text) = Box::pin(self.in_time(prepared)).await?;
         let (model_digest, engine_version) = running.placement.identity();
 
         let emitter = Emitter::new(outbox, meter, self.start_event(&prompt), prompt_text, self.sampling.n());
-        let decoding = Decoding { plan: self, rules: &rules, decoder };
-        let pump = Pump::new(decoding, emitter, running, &prompt);
-        let (mut emitter, end) = pump.run().await?;
+        let mut pump = Pump::new(self, &rules, emitter, running, &prompt)?;
+        let end = pump.run().await?;
 
         let completion_tokens = end.completion_tokens;
         meter.tokens(prompt.n_tokens(), completion_tokens);
-        let first_token_at = emitter.first_token_at().unwrap_or_else(Instant::now);
+        let first_token_at = pump.first_token_at().unwrap_or_else(Instant::now);
         let finish = v1::Finish {
             choices: end.choices,
             usage: Some(v1::Usage {
@@ -154,10 +146,7 @@ impl Plan<'_> {
             }),
             repro: Some(v1::Repro { model_digest, seed, engine_version }),
         };
-        emitter.finish(finish).await?;
-        // The client has everything.
-        end.decoder.close().await;
-        Ok(())
+        pump.finish(finish).await
     }
 
     fn caller(&self) -> Caller<'_> {
@@ -194,23 +183,13 @@ impl Plan<'_> {
 
     fn text_rules(&self, sampling: &ResolvedSampling) -> TextRules {
         TextRules {
+            facts: Arc::clone(self.facts),
             stop_token_ids: sampling.stop_token_ids.iter().copied().collect(),
             stop: StopStrings::new(self.sampling.stop()),
             skip_special_tokens: self.output.skip_special_tokens(),
             logprobs: self.output.logprobs().is_some(),
             tools: self.tools.clone(),
         }
-    }
-
-    async fn open_decoder(&self, prompt: &Prompt) -> Result<DecodeStream, Failure> {
-        let context_from = prompt.ids.len().saturating_sub(CONTEXT_TOKENS);
-        let open = DecodeOpen {
-            model: self.facts.model().to_owned(),
-            skip_special_tokens: self.output.skip_special_tokens(),
-            context_token_ids: prompt.ids.get(context_from..).unwrap_or_default().to_vec(),
-            choices: self.sampling.n(),
-        };
-        Ok(self.backends.tokenizers.open_stream(self.facts, open, self.caller()).await?)
     }
 
     /// The prompt's text, if it is to come before the generated one.

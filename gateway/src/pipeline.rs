@@ -319,14 +319,8 @@ impl Pipeline {
     ) -> Result<Tokenized, Failure> {
         let model = self.facts(&request.model, call).await?;
         let ids = self.prompt(request, call).await?.ids;
-        let texts = if with_texts { Some(self.token_texts(&model.facts, &ids, call).await?) } else { None };
+        let texts = if with_texts { Some(token_texts(&model.facts, &ids)?) } else { None };
         Ok(Tokenized { ids, texts, context_length: model.rules.context_length() })
-    }
-
-    async fn token_texts(&self, facts: &Facts, ids: &[u32], call: &Call) -> Result<Vec<String>, Failure> {
-        let known = self.backends.tokenizers.token_texts(facts, &ids.iter().copied().collect(), call.caller()).await?;
-        let text = |id| known.get(id).map(|token| token.text.clone()).unwrap_or_default();
-        Ok(ids.iter().map(text).collect())
     }
 
     async fn text(&self, model: &str, ids: Vec<u32>, call: &Call) -> Result<String, Failure> {
@@ -402,4 +396,9 @@ impl Model {
             |why: &NoTemplate| Failure::NoTemplate { model: self.facts.model().to_owned(), why: why.clone() };
         self.facts.template().map(|_| ()).map_err(no_template)
     }
+}
+
+fn token_texts(facts: &Facts, ids: &[u32]) -> Result<Vec<String>, Failure> {
+    let text = |&id| Ok(String::from_utf8_lossy(facts.vocabulary().bytes(id)?).into_owned());
+    ids.iter().map(text).collect()
 }

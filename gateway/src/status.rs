@@ -13,7 +13,7 @@ use crate::{
     router::NoGroup,
     sampling::ResolveError,
     template::TemplateError,
-    tokenizer::{NoTemplate, TokenizerError},
+    tokenizer::{NoTemplate, TokenizerError, UnknownToken, VocabularyError},
 };
 
 /// When to come back after a refusal by a peer that did not say: groups report, and so free up, about once a second.
@@ -83,6 +83,9 @@ pub enum Failure {
     /// The tokenizer service failed or refused it.
     #[error("{0}")]
     Tokenizer(#[from] TokenizerError),
+    /// The tokenizer service gave an id that its vocabulary lacks.
+    #[error("the tokenizer broke its contract: {0}")]
+    UnknownToken(#[from] UnknownToken),
     /// A peer broke its contract.
     #[error("{peer} broke its contract: {breach}")]
     Breach {
@@ -178,9 +181,7 @@ impl Failure {
             Self::Template(_) => Reason::TemplateFailed,
             Self::UnknownModel(_) | Self::NoGroup(NoGroup::UnknownModel) => Reason::ModelNotFound,
             Self::AmbiguousModel(_) => Reason::InvalidArgument,
-            Self::Tokenizer(TokenizerError::Unreachable(_) | TokenizerError::Lost { .. }) => {
-                Reason::TokenizerUnavailable
-            }
+            Self::Tokenizer(TokenizerError::Unreachable(_)) => Reason::TokenizerUnavailable,
             Self::Deadline | Self::Tokenizer(TokenizerError::Deadline) => Reason::Deadline,
             Self::SlowReader(_) => Reason::SlowReader,
             Self::ClientGone => Reason::Cancelled,
@@ -224,6 +225,16 @@ fn group_error(error: &Error, message: String) -> Error {
 /// A group's stream that ended before it said anything: like a group that is gone.
 pub(crate) fn ended_unasked() -> Status {
     Error::new(Reason::GroupUnavailable, "it ended the stream unasked").into()
+}
+
+/// A tokenizer that answered two questions about a model differently: like one that is away, until it is asked again.
+pub(crate) fn changed_meanwhile() -> Status {
+    Error::new(Reason::Unavailable, "its model has just changed").into()
+}
+
+/// A tokenizer whose vocabulary cannot be used.
+pub(crate) fn of_vocabulary(error: VocabularyError) -> Status {
+    Error::new(Reason::Internal, error.to_string()).into()
 }
 
 /// Whether a group that answers so is away rather than wrong.

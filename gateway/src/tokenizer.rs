@@ -1,13 +1,13 @@
 //! The tokenizer service, as the gateway uses it: several instances, any of which answers for a model if it has the
 //! same fingerprint.
 //!
-//! A request takes a model's [`Facts`] once and stays with their fingerprint: its prompt is encoded and its tokens are
-//! decoded by instances that agree. The facts in use stay until no instance that answers has them, so that a rolling
+//! A request takes a model's [`Facts`] once and stays with their fingerprint: its prompt is encoded by an instance that
+//! agrees with them, and its tokens become text by the vocabulary in them ([`Detokenizer`]), without a call. The facts in use stay until no instance that answers has them, so that a rolling
 //! upgrade changes them once. Instances take turns; one that does not answer is left out until a probe finds it well,
 //! unless none answers. Unary calls go on to the next instance, as they may be repeated.
 
 use std::{
-    collections::{BTreeSet, HashMap},
+    collections::HashMap,
     future::Future,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
@@ -20,20 +20,24 @@ use lockstep_proto::{
     client::with_deadline,
     error::Error,
     tokenizer::v1::{
-        DecodeOpen, DecodeRequest, DecodedText, EncodeInput, EncodeRequest, GetTokenizerRequest, GetTokenizerResponse,
-        TokenIds, tokenizer_service_client::TokenizerServiceClient,
+        DecodeRequest, EncodeInput, EncodeRequest, GetTokenizerRequest, GetVocabularyRequest, TokenIds,
+        tokenizer_service_client::TokenizerServiceClient,
     },
     trace::Trace,
 };
 use tokio::sync::{Notify, watch};
 use tonic::{Code, Request, Status, transport::Channel};
 
-pub mod decode_stream;
+pub mod detokenizer;
 pub mod facts;
 pub mod probe;
+pub mod vocabulary;
 
-pub use decode_stream::DecodeStream;
-pub use facts::{Facts, NoTemplate, TokenText};
+pub use detokenizer::Detokenizer;
+pub use facts::{Facts, NoTemplate};
+pub use vocabulary::{UnknownToken, Vocabulary, VocabularyError};
+
+use crate::status;
 
 type Client = TokenizerServiceClient<Channel>;
 
@@ -42,9 +46,6 @@ type Client = TokenizerServiceClient<Channel>;
 /// answers to 4 MiB with one id of three bytes for each of them at most, unless a normalizer makes more of the text.
 /// Unit: bytes.
 const MAX_ANSWER_BYTES: usize = 4 * (32 << 20) + (1 << 20);
-
-/// Lists of ids that one `Decode` may carry, by its contract.
-const MAX_DECODE_INPUTS: usize = 4_096;
 
 /// The instances that are configured.
 #[derive(Debug)]
@@ -96,14 +97,6 @@ pub enum TokenizerError {
         address: String,
         /// What it said.
         error: Box<Error>,
-    },
-    /// An instance went away in the middle of a stream.
-    #[error("tokenizer {address} was lost: {cause}")]
-    Lost {
-        /// The instance.
-        address: String,
-        /// What was seen of it.
-        cause: String,
     },
     /// The caller's time is up.
     #[error("the deadline passed before the tokenizer answered")]
@@ -199,44 +192,15 @@ impl Tokenizers {
         caller: Caller<'_>,
     ) -> Result<String, TokenizerError> {
         let inputs = vec![TokenIds { ids: ids.to_vec() }];
-        let mut texts = self.decode_lists(facts, inputs, skip_special_tokens, caller).await?;
-        Ok(texts.pop().map(|decoded| decoded.text).unwrap_or_default())
-    }
-
-    /// The text of each id by itself, from memory where it is known.
-    ///
-    /// # Errors
-    /// When no instance with these facts answers, or the ids are refused.
-    pub async fn token_texts(
-        &self,
-        facts: &Facts,
-        ids: &BTreeSet<u32>,
-        caller: Caller<'_>,
-    ) -> Result<HashMap<u32, Arc<TokenText>>, TokenizerError> {
-        let (mut texts, unknown) = facts.known_texts(ids);
-        for ids in unknown.chunks(MAX_DECODE_INPUTS) {
-            let inputs = ids.iter().map(|&id| TokenIds { ids: vec![id] }).collect();
-            let decoded = self.decode_lists(facts, inputs, false, caller).await?;
-            texts.extend(facts.learn_texts(ids.iter().copied().zip(decoded)));
-        }
-        Ok(texts)
-    }
-
-    /// Opens a stream that decodes `choices` lists of ids side by side.
-    ///
-    /// # Errors
-    /// When no instance with these facts answers.
-    pub async fn open_stream(
-        &self,
-        facts: &Facts,
-        open: DecodeOpen,
-        caller: Caller<'_>,
-    ) -> Result<DecodeStream, TokenizerError> {
+        let request = DecodeRequest { model: facts.model().to_owned(), inputs, skip_special_tokens };
         let candidates = self.in_turn(|instance| instance.has(facts));
         let call = |instance: &Instance, limit| {
-            DecodeStream::open(instance.client.clone(), instance.address.clone(), open.clone(), caller, limit)
+            let (mut client, request) = (instance.client.clone(), caller.request(request.clone(), limit));
+            async move { Ok(client.decode(request).await?.into_inner().outputs) }
         };
-        Ok(self.first_answer(candidates, caller, call).await?.1)
+        let (instance, mut outputs) = self.first_answer(candidates, caller, call).await?;
+        let text = outputs.pop().filter(|_| outputs.is_empty()).map(|output| output.text);
+        text.ok_or_else(|| instance.breach("one list of ids was decoded to none or several texts"))
     }
 
     /// What an instance says of a model; learned if it is news.
@@ -247,53 +211,44 @@ impl Tokenizers {
         caller: Caller<'_>,
         limit: Duration,
     ) -> Result<(), Status> {
+        let mut client = instance.client.clone();
         let request = caller.request(GetTokenizerRequest { model: model.to_owned() }, limit);
-        let description = instance.client.clone().get_tokenizer(request).await?.into_inner();
-        self.learn(instance, model, description);
+        let description = client.get_tokenizer(request).await?.into_inner();
+        lock(&instance.state).learn(model, description.fingerprint.clone());
+        if self.stays(&lock(&self.facts), model, &description.fingerprint) {
+            return Ok(());
+        }
+        let request = caller.request(GetVocabularyRequest { model: model.to_owned() }, limit);
+        let vocabulary = client.get_vocabulary(request).await?.into_inner();
+        if vocabulary.fingerprint != description.fingerprint {
+            return Err(status::changed_meanwhile());
+        }
+        let vocabulary = Vocabulary::new(vocabulary, description.vocab_size).map_err(status::of_vocabulary)?;
+        self.learn(Facts::new(model, description, vocabulary));
         Ok(())
     }
 
-    fn learn(&self, instance: &Instance, model: &str, description: GetTokenizerResponse) {
-        let fingerprint = description.fingerprint.clone();
-        lock(&instance.state).learn(model, fingerprint.clone());
+    fn learn(&self, facts: Facts) {
         let mut known = lock(&self.facts);
-        let in_use = known.get(model);
-        let keep = in_use.is_some_and(|facts| {
-            facts.fingerprint() == fingerprint || self.instances.iter().any(|instance| instance.answers(facts))
-        });
-        if !keep {
+        let (model, fingerprint) = (facts.model().to_owned(), facts.fingerprint());
+        if !self.stays(&known, &model, fingerprint) {
             tracing::info!(model, fingerprint, "a tokenizer's facts are new");
-            known.insert(model.to_owned(), Arc::new(Facts::new(model, description)));
+            known.insert(model, Arc::new(facts));
             self.changed.send_replace(());
         }
+    }
+
+    /// Whether a model's facts stay as they are when an instance has those of this fingerprint.
+    fn stays(&self, known: &HashMap<String, Arc<Facts>>, model: &str, fingerprint: &str) -> bool {
+        known.get(model).is_some_and(|in_use| {
+            in_use.fingerprint() == fingerprint || self.instances.iter().any(|instance| instance.answers(in_use))
+        })
     }
 
     /// Takes note of whether an instance answers.
     fn heard(&self, instance: &Instance, answers: bool) {
         if std::mem::replace(&mut lock(&instance.state).answers, answers) != answers {
             self.changed.send_replace(());
-        }
-    }
-
-    async fn decode_lists(
-        &self,
-        facts: &Facts,
-        inputs: Vec<TokenIds>,
-        skip_special_tokens: bool,
-        caller: Caller<'_>,
-    ) -> Result<Vec<DecodedText>, TokenizerError> {
-        let n_lists = inputs.len();
-        let request = DecodeRequest { model: facts.model().to_owned(), inputs, skip_special_tokens };
-        let candidates = self.in_turn(|instance| instance.has(facts));
-        let call = |instance: &Instance, limit| {
-            let (mut client, request) = (instance.client.clone(), caller.request(request.clone(), limit));
-            async move { Ok(client.decode(request).await?.into_inner().outputs) }
-        };
-        let (instance, outputs) = self.first_answer(candidates, caller, call).await?;
-        if outputs.len() == n_lists {
-            Ok(outputs)
-        } else {
-            Err(instance.breach("ids were decoded to fewer or more texts"))
         }
     }
 

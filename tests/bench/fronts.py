@@ -4,8 +4,8 @@
 
 gRPC (`StreamGenerate`, by `lockstep bench serve`) and server-sent events (`/v1/completions`, by curl) in turn, so many
 streams of so many tokens each; then single short answers after prompts of 200 tokens. A token's cost is the processor time
-of the gateway and of the tokenizer service, which see all of them; wall-clock rates share this machine with the stub and
-the clients. Medians of the rounds count.
+of the gateway, which sees all of them (a tokenizer service sees the prompts alone); wall-clock rates share this machine
+with the stub and the clients. Medians of the rounds count.
 """
 
 import argparse
@@ -22,7 +22,6 @@ from pathlib import Path
 from compare import ROOT, Server, run
 
 GRPC, HTTP = "127.0.0.1:50991", "127.0.0.1:50992"
-PROGRAMS = ["lockstep-gateway", "lockstep-tokenizer-svc"]
 
 
 def main():
@@ -38,17 +37,16 @@ def main():
     figures = {}
     with Server(up) as server:
         server.wait_for_line("Lockstep serves")
-        pids = {name: child(server.process.pid, name) for name in PROGRAMS}
+        gateway = child(server.process.pid, "lockstep-gateway")
         for round_idx in range(options.rounds + 1):
             for front, load in [("gRPC", grpc), ("SSE", sse)]:
-                before = {name: cpu_seconds(pid) for name, pid in pids.items()}
+                before = cpu_seconds(gateway)
                 n_tokens, wall_s = load(options)
-                spent = {name: cpu_seconds(pid) - before[name] for name, pid in pids.items()}
+                spent = cpu_seconds(gateway) - before
                 # The first round warms up.
                 if round_idx > 0:
                     note(figures, f"{front}: tokens/s, wall", n_tokens / wall_s)
-                    for name, seconds in spent.items():
-                        note(figures, f"{front}: tokens/s of a core of {name}", n_tokens / seconds)
+                    note(figures, f"{front}: tokens/s of a core of the gateway", n_tokens / spent)
             report = bench(options, concurrency=1, requests=200, tokens=1)
             if round_idx > 0:
                 note(figures, "gRPC: time to first token after 200, p50 (us)", 1e3 * report["ttft_ms"]["p50"])

@@ -1,8 +1,8 @@
 //! Memory of streams that wait for their next token: `cargo bench --workspace --bench idle -- [streams]`.
 //!
-//! A worker without a model sends one token of each and then none. The gateway and the tokenizer service are the real
-//! programs; what they hold more than before, divided by the streams, is what a stream costs them. By gRPC the streams share
-//! connections, 250 each; of server-sent events each has a connection of its own.
+//! A worker without a model sends one token of each and then none. The gateway is the real program; what it holds more than
+//! before, divided by the streams, is what a stream costs it. (A tokenizer service has nothing to do with a stream that
+//! runs.) By gRPC the streams share connections, 250 each; of server-sent events each has a connection of its own.
 
 use std::time::Duration;
 
@@ -38,7 +38,7 @@ fn main() -> Result<()> {
 
 async fn measure() -> Result<()> {
     let n_streams = std::env::args().skip(1).find_map(|arg| arg.parse().ok()).unwrap_or(N_STREAMS);
-    println!("{:<8} {:>10} {:>28} {:>28}", "front", "streams", "gateway, KiB a stream", "tokenizer, KiB a stream");
+    println!("{:<8} {:>10} {:>28}", "front", "streams", "gateway, KiB a stream");
     hold(n_streams, "gRPC", async |gateway| grpc(gateway, n_streams).await).await?;
     hold(n_streams, "SSE", async |gateway| sse(gateway, n_streams).await).await
 }
@@ -57,12 +57,11 @@ async fn hold<T>(n_streams: usize, front: &str, open: impl AsyncFnOnce(&Process)
     let args = args.into_iter().chain(["--requests.max-in-flight", &many, "--log.filter", "warn"]).chain(limits);
     let gateway = Process::start("lockstep-gateway", "gateway", args.map(str::to_owned).collect()).await?;
     gateway.wait_ready("lockstep.v1.InferenceService").await?;
-    let before = [resident_kib(&gateway)?, resident_kib(&tokenizer)?];
+    let before = resident_kib(&gateway)?;
     let _streams = open(&gateway).await.with_context(|| gateway.log())?;
     tokio::time::sleep(SETTLE).await;
-    let after = [resident_kib(&gateway)?, resident_kib(&tokenizer)?];
-    let [gateway, tokenizer] = [0, 1].map(|idx| (after[idx] - before[idx]) / n_streams as f64);
-    println!("{front:<8} {n_streams:>10} {gateway:>28.1} {tokenizer:>28.1}");
+    let each = (resident_kib(&gateway)? - before) / n_streams as f64;
+    println!("{front:<8} {n_streams:>10} {each:>28.1}");
     Ok(())
 }
 

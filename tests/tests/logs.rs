@@ -39,16 +39,6 @@ async fn a_request_is_logged_by_its_id_and_without_its_text() -> Result<()> {
         let log = service.log();
         assert!(!log.contains(PROMPT) && !log.contains(&answer), "text in:{log}");
     }
-    // A generation that was good has no calls that were cancelled.
-    let decoded = |log: &str| log.lines().find(|line| line.contains("/StreamDecode")).map(str::to_owned);
-    let line = loop {
-        if let Some(line) = decoded(&cluster.tokenizer.log()) {
-            break line;
-        }
-        assert!(Instant::now() < deadline, "no StreamDecode in:{}", cluster.tokenizer.log());
-        tokio::time::sleep(Duration::from_millis(10)).await;
-    };
-    assert!(line.contains("code=Ok"), "{line}");
     // The gateway has asked for the tokenizer's facts before it was ready, and does so every few seconds.
     let log = cluster.tokenizer.log();
     assert!(!log.contains("GetTokenizer"), "a probe in:{log}");

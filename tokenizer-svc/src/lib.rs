@@ -4,9 +4,9 @@
 //! # Layout, in the order a request meets it
 //!
 //! * [`config`], [`service`], `request` (what a valid request is), `status`, [`metrics`].
-//! * `workers`: the bounded threads that encode. `stream`: one `StreamDecode`.
+//! * `workers`: the bounded threads that encode.
 //! * [`catalog`]: models by name. [`profile`]: what a model's files say besides how text becomes ids.
-//! * [`tokenizer`]: a vocabulary with its rules; encoding. [`detokenizer`]: ids to text as they come.
+//! * [`tokenizer`]: a vocabulary with its rules; encoding. [`detokenizer`]: the text of ids.
 //! * Where tokenizers come from: `hf` (a Hugging Face folder), `gguf` (a model file's own vocabulary), both read
 //!   inside `containment`. [`error`]: what can be wrong with them.
 #![forbid(unsafe_code)]
@@ -27,5 +27,4 @@ mod gguf;
 mod hf;
 mod request;
 mod status;
-mod stream;
 mod workers;

@@ -3,7 +3,7 @@
 
 use lockstep_proto::{
     error::{Error, Reason},
-    tokenizer::v1::{DecodeOpen, DecodeRequest, EncodeInput, EncodeRequest},
+    tokenizer::v1::{DecodeRequest, EncodeInput, EncodeRequest},
 };
 
 use crate::{error::TokenizeError, tokenizer::Breaks};
@@ -16,12 +16,6 @@ const MAX_TEXT_BYTES: usize = 4 << 20;
 
 /// Most lists of ids of one request.
 const MAX_LISTS: usize = 4096;
-
-/// Most choices of one stream.
-const MAX_CHOICES: u32 = 128;
-
-/// Most ids that a stream is shown of the text before it.
-const MAX_CONTEXT_IDS: usize = 64;
 
 /// A text to encode.
 #[derive(Debug)]
@@ -36,14 +30,6 @@ pub(crate) struct ValidInput {
 pub(crate) struct ValidDecode {
     lists: Vec<Vec<u32>>,
     skip_special_tokens: bool,
-}
-
-/// A stream to decode.
-#[derive(Debug)]
-pub(crate) struct ValidOpen {
-    skip_special_tokens: bool,
-    context: Vec<u32>,
-    choices: u32,
 }
 
 // === impl ValidInput ===
@@ -99,31 +85,6 @@ impl ValidDecode {
 
     pub(crate) fn skip_special_tokens(&self) -> bool {
         self.skip_special_tokens
-    }
-}
-
-// === impl ValidOpen ===
-
-impl ValidOpen {
-    /// # Errors
-    /// If the number of choices or of context ids is out of range.
-    pub(crate) fn new(open: DecodeOpen) -> Result<Self, Error> {
-        check_count("open.choices", open.choices as usize, 1, MAX_CHOICES as usize)?;
-        check_count("open.context_token_ids", open.context_token_ids.len(), 0, MAX_CONTEXT_IDS)?;
-        let DecodeOpen { skip_special_tokens, context_token_ids: context, choices, .. } = open;
-        Ok(Self { skip_special_tokens, context, choices })
-    }
-
-    pub(crate) fn skip_special_tokens(&self) -> bool {
-        self.skip_special_tokens
-    }
-
-    pub(crate) fn context(&self) -> &[u32] {
-        &self.context
-    }
-
-    pub(crate) fn choices(&self) -> u32 {
-        self.choices
     }
 }
 

@@ -1,18 +1,17 @@
 //! The service: `lockstep.tokenizer.v1.TokenizerService` over a [`Catalog`].
 
-use std::{pin::Pin, sync::Arc, time::Instant};
+use std::{sync::Arc, time::Instant};
 
 use lockstep_proto::{
     client::deadline_of,
     error::{Error, Reason},
     tokenizer::v1::{
         DecodeRequest, DecodeResponse, DecodedText, EncodeRequest, EncodeResponse, GetTokenizerRequest,
-        GetTokenizerResponse, SpecialToken, StreamDecodeRequest, StreamDecodeResponse, TokenIds,
+        GetTokenizerResponse, GetVocabularyRequest, GetVocabularyResponse, SpecialToken, TokenIds,
         tokenizer_service_server::TokenizerService,
     },
 };
-use tokio_stream::{Stream, StreamExt as _};
-use tonic::{Request, Response, Status, Streaming};
+use tonic::{Request, Response, Status};
 
 use crate::{
     catalog::{Catalog, Model},
@@ -21,7 +20,7 @@ use crate::{
     metrics::Metrics,
     request::{ValidDecode, ValidInput, invalid, tokenize_error},
     status,
-    stream::DecodeSession,
+    tokenizer::Tokenizer,
     workers::Workers,
 };
 
@@ -92,8 +91,6 @@ impl TokenizerServer {
 
 #[tonic::async_trait]
 impl TokenizerService for TokenizerServer {
-    type StreamDecodeStream = Pin<Box<dyn Stream<Item = Result<StreamDecodeResponse, Status>> + Send>>;
-
     async fn get_tokenizer(
         &self,
         request: Request<GetTokenizerRequest>,
@@ -101,6 +98,16 @@ impl TokenizerService for TokenizerServer {
         let arrived = Instant::now();
         let answer = find(&self.catalog, &request.get_ref().model).map(|model| describe(model));
         self.metrics.ended("GetTokenizer", arrived, &answer);
+        answer.map(Response::new).map_err(status::of)
+    }
+
+    async fn get_vocabulary(
+        &self,
+        request: Request<GetVocabularyRequest>,
+    ) -> Result<Response<GetVocabularyResponse>, Status> {
+        let arrived = Instant::now();
+        let answer = find(&self.catalog, &request.get_ref().model).map(|model| vocabulary(&model.tokenizer));
+        self.metrics.ended("GetVocabulary", arrived, &answer);
         answer.map(Response::new).map_err(status::of)
     }
 
@@ -116,27 +123,6 @@ impl TokenizerService for TokenizerServer {
         let answer = self.decode_all(request.into_inner(), deadline).await;
         self.metrics.ended("Decode", arrived, &answer);
         answer.map(Response::new).map_err(status::of)
-    }
-
-    /// Each message is answered as it is read, and none is read before the answer to the last was taken: a slow
-    /// reader holds one answer here, not a queue.
-    async fn stream_decode(
-        &self,
-        request: Request<Streaming<StreamDecodeRequest>>,
-    ) -> Result<Response<Self::StreamDecodeStream>, Status> {
-        let (arrived, metrics) = (Instant::now(), self.metrics.clone());
-        let mut session = DecodeSession::new(Arc::clone(&self.catalog), metrics.clone());
-        let answers = request.into_inner().filter_map(move |message| match message {
-            Ok(message) => {
-                let answer = session.answer(message);
-                if answer.is_err() {
-                    metrics.ended("StreamDecode", arrived, &answer);
-                }
-                answer.map_err(status::of).transpose()
-            }
-            Err(status) => Some(Err(status)),
-        });
-        Ok(Response::new(Box::pin(answers)))
     }
 }
 
@@ -164,4 +150,14 @@ fn describe(model: &Model) -> GetTokenizerResponse {
         generation_defaults: Some(profile.generation),
         eos_token_id: profile.eos_token_id,
     }
+}
+
+fn vocabulary(tokenizer: &Tokenizer) -> GetVocabularyResponse {
+    let (mut raw, mut ends) = (Vec::new(), Vec::new());
+    for bytes in tokenizer.all_bytes() {
+        raw.extend_from_slice(bytes);
+        ends.push(u32::try_from(raw.len()).expect("MAX_VOCABULARY_BYTES fits"));
+    }
+    let strips_leading_space = tokenizer.strips_leading_space();
+    GetVocabularyResponse { fingerprint: tokenizer.fingerprint().to_owned(), raw, ends, strips_leading_space }
 }

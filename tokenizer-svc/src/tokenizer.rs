@@ -25,6 +25,12 @@ pub use breaks::Breaks;
 /// Largest vocabulary. The largest of today's models have a quarter of it. Unit: ids.
 pub const MAX_VOCAB_SIZE: usize = 1 << 20;
 
+/// Longest token. The longest of today's models have a sixteenth of it. Unit: bytes.
+const MAX_TOKEN_BYTES: usize = 4_096;
+
+/// All bytes of a vocabulary. The largest of today's models have a thirtieth of it. Unit: bytes.
+const MAX_VOCABULARY_BYTES: usize = 64 << 20;
+
 /// Most merges. The largest of today's models have an eighth of it.
 pub(crate) const MAX_MERGES: usize = 1 << 22;
 
@@ -84,6 +90,9 @@ impl Tokenizer {
         let spelling = spelling(&pipeline)?;
         let texts = (0..).take(vocab_size).map(|id| pipeline.id_to_token(id).unwrap_or_default());
         let token_bytes = TokenBytes::new(&spelling, texts);
+        let n_bytes = || all_bytes(&token_bytes).map(<[u8]>::len);
+        check_limit("the longest token (bytes)", n_bytes().max().unwrap_or(0), MAX_TOKEN_BYTES)?;
+        check_limit("the vocabulary (bytes)", n_bytes().sum(), MAX_VOCABULARY_BYTES)?;
         let fingerprint = fingerprint(&pipeline, vocab_size)?;
         let strips_leading_space = spelling.strips_leading_space();
         let tokenizer = Self { pipeline, added, token_bytes, strips_leading_space, special, fingerprint };
@@ -129,6 +138,11 @@ impl Tokenizer {
     /// [`TokenizeError::TokenId`] if `id` is not below [`Self::vocab_size`]; `idx` says where it stood.
     pub(crate) fn token_bytes(&self, idx: usize, id: u32) -> Result<&[u8], TokenizeError> {
         self.token_bytes.get(id).ok_or(TokenizeError::TokenId { idx, id, vocab_size: self.vocab_size() })
+    }
+
+    /// The bytes of every id, from id 0 on.
+    pub(crate) fn all_bytes(&self) -> impl Iterator<Item = &[u8]> {
+        all_bytes(&self.token_bytes)
     }
 
     /// How many bytes ids stand for; those that are none of the vocabulary count nothing.
@@ -215,6 +229,10 @@ impl Tokenizer {
         });
         cut.collect()
     }
+}
+
+fn all_bytes(token_bytes: &TokenBytes) -> impl Iterator<Item = &[u8]> {
+    (0..).map_while(|id| token_bytes.get(id))
 }
 
 /// Whether a run of blanks has more than [`MAX_BLANK_RUN`] characters.

@@ -9,8 +9,7 @@ use lockstep_proto::{
     server::{Limits, Readiness, Server, ServerSettings, Shutdown},
     telemetry,
     tokenizer::v1::{
-        DecodeIds, DecodeOpen, DecodeRequest, EncodeInput, EncodeRequest, GetTokenizerRequest, StreamDecodeRequest,
-        StreamDecodeResponse, TokenIds, stream_decode_request::Request as Piece,
+        DecodeRequest, EncodeInput, EncodeRequest, GetTokenizerRequest, GetVocabularyRequest, TokenIds,
         tokenizer_service_client::TokenizerServiceClient, tokenizer_service_server::TokenizerServiceServer,
     },
 };
@@ -67,29 +66,10 @@ impl Running {
         let answer = self.client.encode(request).await?.into_inner();
         Ok(answer.outputs.into_iter().map(|output| output.ids).collect())
     }
-
-    async fn stream(&mut self, pieces: Vec<Piece>) -> Result<Vec<StreamDecodeResponse>, Status> {
-        let pieces = pieces.into_iter().map(|piece| StreamDecodeRequest { request: Some(piece) });
-        let mut answers = self.client.stream_decode(tokio_stream::iter(pieces)).await?.into_inner();
-        let mut all = Vec::new();
-        while let Some(answer) = answers.message().await? {
-            all.push(answer);
-        }
-        Ok(all)
-    }
 }
 
 fn text(text: &str) -> EncodeInput {
     EncodeInput { text: text.into(), ..EncodeInput::default() }
-}
-
-fn open(context: &[u32], choices: u32) -> Piece {
-    let context_token_ids = context.to_vec();
-    Piece::Open(DecodeOpen { skip_special_tokens: true, context_token_ids, choices, ..DecodeOpen::default() })
-}
-
-fn ids(choice: u32, token_ids: &[u32], end: bool) -> Piece {
-    Piece::Ids(DecodeIds { choice, token_ids: token_ids.to_vec(), end })
 }
 
 /// The reason and the field path of a refusal.
@@ -121,21 +101,25 @@ async fn a_conversation_is_encoded_with_its_content_as_text() {
 }
 
 #[tokio::test]
-async fn a_stream_answers_each_message_with_whole_characters() {
+async fn a_vocabulary_says_what_each_id_stands_for() {
     let mut service = Running::start(&["a"]).await;
-    let rocket = service.encode(vec![text("🚀!")]).await.unwrap().remove(0);
-    assert!(rocket.len() > 2, "the demo model spells a rocket in several tokens");
-    let (first, rest) = rocket.split_at(1);
-    let pieces = vec![open(&[], 2), ids(1, first, false), ids(0, first, true), ids(1, rest, false), ids(1, &[], true)];
-    let answers = service.stream(pieces).await.unwrap();
-    let said: Vec<_> = answers.iter().map(|answer| (answer.choice, answer.text.as_str())).collect();
-    assert_eq!(said, [(1, ""), (0, "\u{fffd}"), (1, "🚀!"), (1, "")]);
-    assert_eq!((answers[0].ends.as_slice(), answers[1].ends.as_slice()), ([0].as_slice(), [0].as_slice()));
-    assert_eq!(answers[2].ends.last(), Some(&5));
+    let described = service.client.get_tokenizer(GetTokenizerRequest::default()).await.unwrap().into_inner();
+    let vocabulary = service.client.get_vocabulary(GetVocabularyRequest::default()).await.unwrap().into_inner();
+    assert_eq!(vocabulary.fingerprint, described.fingerprint);
+    assert_eq!(vocabulary.ends.len(), described.vocab_size as usize);
+    assert!(!vocabulary.strips_leading_space);
 
-    // A stream that goes on where another was cut completes its character.
-    let answers = service.stream(vec![open(first, 1), ids(0, rest, true)]).await.unwrap();
-    assert_eq!(answers[0].text, "🚀!");
+    let text_of = "a rocket 🚀 of naïve 中文";
+    let ids = service.encode(vec![text(text_of)]).await.unwrap().remove(0);
+    let bytes_of = |id: u32| {
+        let end = |id: usize| vocabulary.ends[id] as usize;
+        let from = (id as usize).checked_sub(1).map_or(0, end);
+        &vocabulary.raw[from..end(id as usize)]
+    };
+    let raw: Vec<u8> = ids.iter().flat_map(|&id| bytes_of(id)).copied().collect();
+    assert_eq!(raw, text_of.as_bytes());
+    let marker = &described.special_tokens[0];
+    assert_eq!(bytes_of(marker.id), marker.text.as_bytes());
     service.stop().await;
 }
 
@@ -154,17 +138,6 @@ async fn requests_that_break_the_contract_are_refused_by_field() {
     check(service.client.decode(decode(vec![])).await, invalid, "inputs");
     let list = TokenIds { ids: vec![1, 49152] };
     check(service.client.decode(decode(vec![list])).await, invalid, "inputs[0].ids[1]");
-
-    check(service.stream(vec![ids(0, &[1], false)]).await, invalid, "ids");
-    check(service.stream(vec![open(&[], 1), open(&[], 1)]).await, invalid, "open");
-    check(service.stream(vec![open(&[], 0)]).await, invalid, "open.choices");
-    check(service.stream(vec![open(&[], 129)]).await, invalid, "open.choices");
-    check(service.stream(vec![open(&[1; 65], 1)]).await, invalid, "open.context_token_ids");
-    check(service.stream(vec![open(&[49152], 1)]).await, invalid, "open.context_token_ids[0]");
-    check(service.stream(vec![open(&[], 1), ids(1, &[], false)]).await, invalid, "ids.choice");
-    check(service.stream(vec![open(&[], 1), ids(0, &[49152], false)]).await, invalid, "ids.token_ids[0]");
-    let ended_twice = vec![open(&[], 1), ids(0, &[], true), ids(0, &[], true)];
-    check(service.stream(ended_twice).await, invalid, "ids.choice");
     service.stop().await;
 }
 

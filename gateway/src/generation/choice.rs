@@ -1,23 +1,23 @@
 //! A choice: one of the `n` texts of a request, from the worker's ids to chunks of text. Pure.
 //!
 //! ```text
-//! worker: ids ──read──► to the tokenizer ──answer (text, where it ends after each id)──► stop strings ──► Chunk
-//!         finish ─────► end of ids ───────answer (what was held back)────────────────► stop strings ──► ended
+//! worker: ids ──► text of each id ──────────────► stop strings ──► Piece
+//!         finish ─► what was held back of it ───► stop strings ──► Piece, ended
 //! ```
 //!
-//! Ids count when their text is known, so that what is reported ends at the same id wherever the worker cut its
-//! messages: at the id that completed a stop string, and nothing after it.
+//! An id counts with its text, so that what is reported ends at the same id wherever the worker cut its messages: at the
+//! id that completed a stop string, and nothing after it.
 
-use std::collections::HashSet;
+use std::{collections::HashSet, sync::Arc};
 
 use lockstep_proto::{
-    tokenizer::v1::{DecodeIds, StreamDecodeResponse},
     v1::{self, choice_finish::MatchedStop},
     worker::v1::{self as worker, TokenLogprobs, Tokens},
 };
 
 use crate::{
     stop::{StopMatcher, StopStrings},
+    tokenizer::{Detokenizer, Facts, UnknownToken},
     tools::reader::{self, Read, Reader},
 };
 
@@ -59,14 +59,16 @@ pub enum Breach {
         /// What it sent.
         got: usize,
     },
-    /// The tokenizer's answer does not fit what it was asked.
-    #[error("the decoded text of choice {0} does not fit its ids")]
-    Decoded(u32),
+    /// An id that the tokenizer does not have.
+    #[error(transparent)]
+    UnknownToken(#[from] UnknownToken),
 }
 
 /// What decides how a request's ids become text.
 #[derive(Debug)]
 pub struct TextRules {
+    /// What ids stand for.
+    pub facts: Arc<Facts>,
     /// Ids that end a choice.
     pub stop_token_ids: HashSet<u32>,
     /// Texts that end a choice.
@@ -83,13 +85,15 @@ pub struct TextRules {
 #[derive(Debug)]
 pub struct Choice {
     index: u32,
+    detokenizer: Detokenizer,
     matcher: StopMatcher,
     reader: Option<Reader>,
     /// Ids that the worker has sent.
     received: u32,
     /// Ids that count.
     generated: u32,
-    worker_end: Option<End>,
+    /// Whether the worker has nothing more to say about it.
+    worker_ended: bool,
     end: Option<End>,
 }
 
@@ -97,18 +101,6 @@ pub struct Choice {
 struct End {
     reason: v1::FinishReason,
     matched_stop: Option<MatchedStop>,
-}
-
-/// Ids whose text the tokenizer has been asked for.
-#[derive(Debug)]
-pub struct Pending {
-    /// Their choice.
-    pub choice: u32,
-    ids: Vec<u32>,
-    logprobs: Vec<TokenLogprobs>,
-    /// How many of the ids the tokenizer was sent: not a stop token that is left out of the text.
-    sent: usize,
-    last: bool,
 }
 
 /// A piece of a choice, as it becomes known.
@@ -127,10 +119,18 @@ pub struct Piece {
 // === impl Choice ===
 
 impl Choice {
-    /// The choice of this index, with nothing in it.
-    pub fn new(index: u32, rules: &TextRules) -> Self {
-        let reader = rules.tools.clone().map(Reader::new);
-        Self { index, matcher: rules.stop.matcher(), reader, received: 0, generated: 0, worker_end: None, end: None }
+    /// The choice of this index, with nothing in it. Its text goes on where the detokenizer is.
+    pub fn new(index: u32, detokenizer: Detokenizer, rules: &TextRules) -> Self {
+        Self {
+            index,
+            detokenizer,
+            matcher: rules.stop.matcher(),
+            reader: rules.tools.clone().map(Reader::new),
+            received: 0,
+            generated: 0,
+            worker_ended: false,
+            end: None,
+        }
     }
 
     /// Whether nothing more will be added to it.
@@ -140,7 +140,7 @@ impl Choice {
 
     /// Whether the worker has nothing more to say about it.
     pub fn worker_ended(&self) -> bool {
-        self.worker_end.is_some()
+        self.worker_ended
     }
 
     /// Tokens that count.
@@ -157,46 +157,61 @@ impl Choice {
         Some(v1::ChoiceFinish { choice: self.index, reason: reason.into(), matched_stop })
     }
 
-    /// Takes ids from the worker; answers what to ask the tokenizer, if their text still matters.
+    /// Takes ids from the worker.
     ///
     /// # Errors
     /// When the worker breaks its contract.
-    pub fn read(&mut self, tokens: Tokens, rules: &TextRules) -> Result<Option<(Pending, DecodeIds)>, Breach> {
-        if self.worker_end.is_some() {
+    pub fn read(&mut self, tokens: Tokens, rules: &TextRules) -> Result<Piece, Breach> {
+        if self.worker_ended {
             return Err(Breach::NoSuchChoice(self.index));
         }
-        if tokens.position != self.received {
-            return Err(Breach::Gap { choice: self.index, expected: self.received, got: tokens.position });
+        let Tokens { choice: _, position, token_ids: ids, logprobs } = tokens;
+        if position != self.received {
+            return Err(Breach::Gap { choice: self.index, expected: self.received, got: position });
         }
-        let expected = if rules.logprobs { tokens.token_ids.len() } else { 0 };
-        if tokens.logprobs.len() != expected {
-            return Err(Breach::Logprobs { expected, got: tokens.logprobs.len() });
+        let expected = if rules.logprobs { ids.len() } else { 0 };
+        if logprobs.len() != expected {
+            return Err(Breach::Logprobs { expected, got: logprobs.len() });
         }
-        let n_ids = u32::try_from(tokens.token_ids.len()).unwrap_or(u32::MAX);
-        self.received = self.received.saturating_add(n_ids);
+        self.received = self.received.saturating_add(count(&ids));
         if self.ended() {
-            return Ok(None);
+            return Ok(Piece::default());
         }
-        let mut shown = tokens.token_ids.clone();
-        if rules.skip_special_tokens && shown.last().is_some_and(|id| rules.stop_token_ids.contains(id)) {
-            shown.pop();
+        let mut piece = Piece { ids, logprobs, ..Piece::default() };
+        self.give_text(&mut piece, rules)?;
+        self.generated = self.generated.saturating_add(count(&piece.ids));
+        Ok(piece)
+    }
+
+    /// Adds the text of a piece's ids, and ends both at the id with which the choice ends.
+    fn give_text(&mut self, piece: &mut Piece, rules: &TextRules) -> Result<(), Breach> {
+        let is_stop = |id: &u32| rules.skip_special_tokens && rules.stop_token_ids.contains(id);
+        let n_shown = piece.ids.len() - usize::from(piece.ids.last().is_some_and(is_stop));
+        let mut text = String::new();
+        for n_ids in 1..=n_shown {
+            let id = piece.ids[n_ids - 1];
+            text.clear();
+            self.detokenizer.push(&rules.facts, id, &mut text)?;
+            if self.reader.as_ref().is_some_and(|reader| reader.is_mark(id)) {
+                self.mark(piece);
+            } else {
+                self.scan(&text, piece);
+            }
+            if self.ended() {
+                piece.ids.truncate(n_ids);
+                piece.logprobs.truncate(n_ids);
+                break;
+            }
         }
-        let pending = Pending {
-            choice: self.index,
-            ids: tokens.token_ids,
-            logprobs: tokens.logprobs,
-            sent: shown.len(),
-            last: false,
-        };
-        Ok(Some((pending, DecodeIds { choice: self.index, token_ids: shown, end: false })))
+        Ok(())
     }
 
     /// Takes the worker's word that the choice has ended.
     ///
     /// # Errors
     /// When the worker breaks its contract.
-    pub fn finish_reading(&mut self, finish: &worker::ChoiceFinish) -> Result<Option<(Pending, DecodeIds)>, Breach> {
-        if self.worker_end.is_some() {
+    pub fn finish_reading(&mut self, finish: &worker::ChoiceFinish) -> Result<Piece, Breach> {
+        if self.worker_ended {
             return Err(Breach::NoSuchChoice(self.index));
         }
         let (reason, matched_stop) = match finish.reason() {
@@ -210,73 +225,26 @@ impl Choice {
                 return Err(Breach::NoReason(self.index));
             }
         };
-        Ok(self.end_reading(End { reason, matched_stop }))
+        Ok(self.close(End { reason, matched_stop }))
     }
 
-    /// The deadline has come: no further ids count. Nothing to ask if the worker had ended the choice already.
-    pub fn expire(&mut self) -> Option<(Pending, DecodeIds)> {
-        if self.worker_end.is_some() {
-            return None;
-        }
-        self.end_reading(End { reason: v1::FinishReason::Deadline, matched_stop: None })
+    /// The deadline has come: no further ids count.
+    pub fn expire(&mut self) -> Piece {
+        self.close(End { reason: v1::FinishReason::Deadline, matched_stop: None })
     }
 
-    fn end_reading(&mut self, end: End) -> Option<(Pending, DecodeIds)> {
-        self.worker_end = Some(end);
-        if self.ended() {
-            return None;
-        }
-        let pending = Pending { choice: self.index, ids: Vec::new(), logprobs: Vec::new(), sent: 0, last: true };
-        Some((pending, DecodeIds { choice: self.index, token_ids: Vec::new(), end: true }))
-    }
-
-    /// Takes the text of ids that were asked for.
-    ///
-    /// # Errors
-    /// When the tokenizer breaks its contract.
-    pub fn decoded(&mut self, mut pending: Pending, answer: &StreamDecodeResponse) -> Result<Piece, Breach> {
-        let breach = Breach::Decoded(self.index);
-        if answer.choice != self.index || answer.ends.len() != pending.sent {
-            return Err(breach);
-        }
-        if self.ended() {
-            return Ok(Piece::default());
-        }
-        let mut piece = Piece::default();
-        let mut from = 0;
-        for (n_ids, &end) in (1..).zip(&answer.ends) {
-            let to = usize::try_from(end).map_err(|_| breach)?;
-            let text = answer.text.get(from..to).ok_or(breach)?;
-            match pending.ids.get(n_ids - 1) {
-                Some(&id) if self.reader.as_ref().is_some_and(|reader| reader.is_mark(id)) => self.mark(&mut piece),
-                _ => self.scan(text, &mut piece),
-            }
-            if self.ended() {
-                pending.ids.truncate(n_ids);
-                pending.logprobs.truncate(n_ids);
-                break;
-            }
-            from = to;
-        }
-        if !self.ended() {
-            self.scan(answer.text.get(from..).ok_or(breach)?, &mut piece);
-        }
-        self.generated = self.generated.saturating_add(u32::try_from(pending.ids.len()).unwrap_or(u32::MAX));
-        if pending.last {
-            piece.append(self.close());
-        }
-        (piece.ids, piece.logprobs) = (pending.ids, pending.logprobs);
-        Ok(piece)
-    }
-
-    /// Ends the choice as the worker said, or by the deadline if it said nothing; answers what was held back.
-    pub fn close(&mut self) -> Piece {
+    /// Ends the choice, unless a stop string in what was held back ends it otherwise; answers that.
+    fn close(&mut self, end: End) -> Piece {
+        self.worker_ended = true;
         let mut piece = Piece::default();
         if !self.ended() {
-            let end = self.worker_end.clone();
-            let held = self.matcher.flush();
-            self.give(&held, &mut piece);
-            self.end_with(end.unwrap_or(End { reason: v1::FinishReason::Deadline, matched_stop: None }), &mut piece);
+            let held_back = self.detokenizer.finish();
+            self.scan(&held_back, &mut piece);
+        }
+        if !self.ended() {
+            let held_back = self.matcher.flush();
+            self.give(&held_back, &mut piece);
+            self.end_with(end, &mut piece);
         }
         piece
     }
@@ -326,11 +294,10 @@ impl Piece {
         self.text.push_str(&read.text);
         self.tool_calls.extend(read.calls);
     }
+}
 
-    fn append(&mut self, next: Self) {
-        self.text.push_str(&next.text);
-        self.tool_calls.extend(next.tool_calls);
-    }
+fn count(ids: &[u32]) -> u32 {
+    u32::try_from(ids.len()).unwrap_or(u32::MAX)
 }
 
 #[cfg(test)]

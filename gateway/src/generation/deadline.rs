@@ -2,11 +2,11 @@
 //!
 //! A stream that expires ends with what it has, so its end must be on the way before the client's own clock cuts the
 //! call. The gateway keeps back a margin `m` of the time it was given: 2 % of it, at least 20 ms (a round trip to the
-//! worker, one to the tokenizer and one step of a small model), at most half.
+//! worker and one step of a small model), at most half.
 //!
 //! ```text
-//! arrival ─────────────────────► T-m ───────────► T-m/2 ──────────────► T-m/4 ─────────► T
-//!           the worker generates      its last ids come     their text comes     Finish travels
+//! arrival ─────────────────────► T-m ───────────► T-m/2 ─────────► T
+//!           the worker generates      its last ids come     Finish travels
 //! ```
 
 use std::time::{Duration, Instant};
@@ -19,7 +19,6 @@ const MARGIN_PARTS: u32 = 50;
 pub struct Deadline {
     worker: Instant,
     tokens: Instant,
-    text: Instant,
     client: Instant,
 }
 
@@ -30,7 +29,7 @@ impl Deadline {
     pub fn new(now: Instant, timeout: Duration) -> Self {
         let margin = (timeout / MARGIN_PARTS).max(LEAST_MARGIN).min(timeout / 2);
         let client = now + timeout;
-        Self { worker: client - margin, tokens: client - margin / 2, text: client - margin / 4, client }
+        Self { worker: client - margin, tokens: client - margin / 2, client }
     }
 
     /// What is left for the worker, as it goes into its request. Unit: milliseconds. `None`: nothing is left.
@@ -42,11 +41,6 @@ impl Deadline {
     /// When the gateway stops waiting for tokens, and for anything that must come before them.
     pub fn tokens(&self) -> Instant {
         self.tokens
-    }
-
-    /// When the gateway stops waiting for the text of tokens that it has.
-    pub fn text(&self) -> Instant {
-        self.text
     }
 
     /// When the client stops waiting.
@@ -65,8 +59,7 @@ mod tests {
             let now = Instant::now();
             let deadline = Deadline::new(now, Duration::from_millis(timeout_ms));
             assert_eq!(deadline.worker_budget_ms(now), budget_ms, "{timeout_ms} ms");
-            assert!(deadline.worker <= deadline.tokens() && deadline.tokens() <= deadline.text());
-            assert!(deadline.text() <= deadline.client());
+            assert!(deadline.worker <= deadline.tokens() && deadline.tokens() <= deadline.client());
         };
         check(10_000, Some(9_800));
         check(500, Some(480));

@@ -159,13 +159,14 @@ mod tests {
     use serde_json::{Value, json};
 
     use super::*;
+    use crate::tokenizer::Vocabulary;
 
     const END: u32 = 9;
 
     fn pieces(view: View) -> Pieces {
         let special_tokens = vec![SpecialToken { id: END, text: "<end>".into() }];
         let description = GetTokenizerResponse { special_tokens, ..GetTokenizerResponse::default() };
-        Pieces::new(view, Arc::new(Facts::new("m", description)))
+        Pieces::new(view, Arc::new(Facts::new("m", description, Vocabulary::default())))
     }
 
     fn chunk(text: &str, tokens: &[(u32, &str)]) -> Chunk {

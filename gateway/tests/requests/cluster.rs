@@ -36,11 +36,13 @@ pub(crate) struct Setup {
     pub(crate) settings: fn(&mut GatewaySettings),
     /// Status of the groups, as they start.
     pub(crate) groups: fn(usize, &FakeWorker),
+    /// The same of the tokenizers.
+    pub(crate) tokenizers: fn(&FakeTokenizer),
 }
 
 impl Default for Setup {
     fn default() -> Self {
-        Self { n_groups: 1, n_tokenizers: 1, policy: "", settings: |_| {}, groups: |_, _| {} }
+        Self { n_groups: 1, n_tokenizers: 1, policy: "", settings: |_| {}, groups: |_, _| {}, tokenizers: |_| {} }
     }
 }
 
@@ -105,6 +107,7 @@ impl Cluster {
         let (mut tokenizers, mut tokenizer_addresses) = (Vec::new(), Vec::new());
         for _ in 0..setup.n_tokenizers {
             let tokenizer = FakeTokenizer::default();
+            (setup.tokenizers)(&tokenizer);
             let max_bytes = Limits::default().max_message_bytes();
             let service = TokenizerServiceServer::new(tokenizer.clone()).max_decoding_message_size(max_bytes);
             let (address, server) = serve(Routes::new(service));
@@ -180,16 +183,6 @@ impl Cluster {
 /// The outcome of something that must not take long.
 pub(crate) async fn in_time<T>(work: impl Future<Output = T>) -> T {
     tokio::time::timeout(HANG, work).await.expect("it hangs")
-}
-
-/// Waits until a condition that nothing announces has come true.
-pub(crate) async fn until(mut condition: impl FnMut() -> bool) {
-    in_time(async {
-        while !condition() {
-            tokio::task::yield_now().await;
-        }
-    })
-    .await;
 }
 
 fn localhost() -> SocketAddr {

@@ -12,6 +12,7 @@ use tonic::{Code, Status};
 use super::{
     backpressure::ready,
     cluster::{Cluster, Setup, in_time},
+    fake_tokenizer::FakeTokenizer,
     fake_worker::Session,
     life::{generate, stream},
 };
@@ -197,22 +198,31 @@ async fn without_a_tokenizer_requests_fail_by_name_until_one_is_back() {
 }
 
 #[tokio::test]
-async fn a_tokenizer_that_goes_down_in_the_middle_ends_the_stream_by_name() {
+async fn a_tokenizer_that_goes_down_in_the_middle_ends_no_stream() {
     let mut cluster = Cluster::start().await;
     let call = call(&cluster);
     let mut session = cluster.session().await;
-    session.text(0, "a").await;
     cluster.tokenizers[0].is_down.store(true, Ordering::SeqCst);
-    // Until it has noticed, the gateway takes further tokens.
+    cluster.wait_for_health(false).await;
+    session.text(0, "a").await;
+    session.finish(0, WorkerReason::Length, None).await;
+    assert_eq!(call.await.unwrap().unwrap().choices[0].text, "a");
+}
+
+#[tokio::test]
+async fn a_vocabulary_that_does_not_fit_is_said_to_be() {
+    let tokenizers = |tokenizer: &FakeTokenizer| tokenizer.has_no_vocabulary.store(true, Ordering::SeqCst);
+    let cluster = Cluster::with_unready(Setup { tokenizers, ..Setup::default() }).await;
+    cluster.wait_for_health(false).await;
     let error = loop {
-        session.text(0, "b").await;
-        if call.is_finished() {
-            break call.await.unwrap().unwrap_err();
+        let error = call(&cluster).await.unwrap().unwrap_err();
+        // At first no group is known.
+        if error.reason() != Reason::GroupUnavailable {
+            break error;
         }
-        tokio::task::yield_now().await;
     };
-    assert_eq!(error.reason(), Reason::TokenizerUnavailable, "{error}");
-    in_time(session.dropped()).await;
+    assert_eq!(error.reason(), Reason::Internal, "{error}");
+    assert!(error.message().ends_with("its vocabulary has 0 ids instead of 259"), "{error}");
 }
 
 #[tokio::test]

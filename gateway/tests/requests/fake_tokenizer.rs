@@ -1,20 +1,16 @@
 //! A tokenizer service whose tokens are bytes: ids below 256 are themselves, those above are control tokens.
 
-use std::{
-    pin::Pin,
-    sync::{
-        Arc, Mutex,
-        atomic::{AtomicBool, AtomicUsize, Ordering},
-    },
+use std::sync::{
+    Arc, Mutex,
+    atomic::{AtomicBool, Ordering},
 };
 
-use futures_util::{Stream, StreamExt as _};
 use lockstep_proto::tokenizer::v1::{
     DecodeRequest, DecodeResponse, DecodedText, EncodeInput, EncodeRequest, EncodeResponse, GetTokenizerRequest,
-    GetTokenizerResponse, SpecialToken, StreamDecodeRequest, StreamDecodeResponse, TokenIds,
-    stream_decode_request::Request as Piece, tokenizer_service_server::TokenizerService,
+    GetTokenizerResponse, GetVocabularyRequest, GetVocabularyResponse, SpecialToken, TokenIds,
+    tokenizer_service_server::TokenizerService,
 };
-use tonic::{Request, Response, Status, Streaming};
+use tonic::{Request, Response, Status};
 
 /// Control tokens, from id 256 on.
 pub(crate) const CONTROL: [&str; 3] = ["<|bos|>", "<|end|>", "<|user|>"];
@@ -32,26 +28,16 @@ pub(crate) struct FakeTokenizer {
     pub(crate) is_down: Arc<AtomicBool>,
     /// Texts are refused so.
     pub(crate) refusal: Arc<Mutex<Option<Status>>>,
-    /// Calls of `StreamDecode` that are under way.
-    pub(crate) open_streams: Arc<AtomicUsize>,
-    /// Calls of `Decode` that were answered.
-    pub(crate) decodes: Arc<AtomicUsize>,
     /// The fingerprint that it answers.
     pub(crate) fingerprint: Arc<Mutex<String>>,
     /// The traces of its calls.
     pub(crate) request_ids: Arc<Mutex<Vec<String>>>,
     /// What this byte stands for in answers of `Decode`, instead of itself.
     pub(crate) stands_for: Arc<Mutex<Option<(u8, String)>>>,
+    /// Its vocabulary is empty.
+    pub(crate) has_no_vocabulary: Arc<AtomicBool>,
     /// Has no chat template.
     pub(crate) has_no_template: Arc<AtomicBool>,
-}
-
-struct Open(Arc<AtomicUsize>);
-
-impl Drop for Open {
-    fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::SeqCst);
-    }
 }
 
 impl FakeTokenizer {
@@ -98,22 +84,6 @@ fn token_bytes(id: u32, skip: bool) -> Vec<u8> {
     }
 }
 
-fn decode(held: &mut Vec<u8>, ids: &[u32], skip: bool, end: bool) -> (String, Vec<u32>) {
-    let (mut text, mut ends) = (String::new(), Vec::new());
-    for &id in ids {
-        held.extend(token_bytes(id, skip));
-        if let Ok(complete) = std::str::from_utf8(held) {
-            text.push_str(complete);
-            held.clear();
-        }
-        ends.push(u32::try_from(text.len()).unwrap());
-    }
-    if end {
-        text.push_str(&String::from_utf8_lossy(&std::mem::take(held)));
-    }
-    (text, ends)
-}
-
 #[tonic::async_trait]
 impl TokenizerService for FakeTokenizer {
     async fn get_tokenizer(
@@ -135,6 +105,21 @@ impl TokenizerService for FakeTokenizer {
         }))
     }
 
+    async fn get_vocabulary(
+        &self,
+        request: Request<GetVocabularyRequest>,
+    ) -> Result<Response<GetVocabularyResponse>, Status> {
+        self.answer(&request)?;
+        let vocab_size = if self.has_no_vocabulary.load(Ordering::SeqCst) { 0 } else { VOCAB_SIZE };
+        let (mut raw, mut ends) = (Vec::new(), Vec::new());
+        for id in 0..vocab_size {
+            raw.extend(token_bytes(id, false));
+            ends.push(u32::try_from(raw.len()).unwrap());
+        }
+        let fingerprint = self.fingerprint.lock().unwrap().clone();
+        Ok(Response::new(GetVocabularyResponse { fingerprint, raw, ends, strips_leading_space: false }))
+    }
+
     async fn encode(&self, request: Request<EncodeRequest>) -> Result<Response<EncodeResponse>, Status> {
         self.answer(&request)?;
         if let Some(refusal) = self.refusal.lock().unwrap().clone() {
@@ -146,7 +131,6 @@ impl TokenizerService for FakeTokenizer {
 
     async fn decode(&self, request: Request<DecodeRequest>) -> Result<Response<DecodeResponse>, Status> {
         self.answer(&request)?;
-        self.decodes.fetch_add(1, Ordering::SeqCst);
         let request = request.into_inner();
         let stands_for = self.stands_for.lock().unwrap().clone();
         let outputs = request.inputs.iter().map(|list| {
@@ -157,36 +141,5 @@ impl TokenizerService for FakeTokenizer {
             DecodedText { text: String::from_utf8_lossy(&raw).into_owned(), raw }
         });
         Ok(Response::new(DecodeResponse { outputs: outputs.collect() }))
-    }
-
-    type StreamDecodeStream = Pin<Box<dyn Stream<Item = Result<StreamDecodeResponse, Status>> + Send>>;
-
-    async fn stream_decode(
-        &self,
-        request: Request<Streaming<StreamDecodeRequest>>,
-    ) -> Result<Response<Self::StreamDecodeStream>, Status> {
-        self.answer(&request)?;
-        self.open_streams.fetch_add(1, Ordering::SeqCst);
-        let open = Open(Arc::clone(&self.open_streams));
-        let (mut held, mut skip, tokenizer) = (Vec::new(), false, self.clone());
-        let answers = request.into_inner().filter_map(move |message| {
-            let _keep = &open;
-            let answer = match message.map(|message| message.request) {
-                _ if tokenizer.is_down.load(Ordering::SeqCst) => Some(Err(Status::unavailable("it went down"))),
-                Err(status) => Some(Err(status)),
-                Ok(Some(Piece::Open(open))) => {
-                    held = vec![Vec::new(); open.choices as usize];
-                    skip = open.skip_special_tokens;
-                    None
-                }
-                Ok(Some(Piece::Ids(ids))) => {
-                    let (text, ends) = decode(&mut held[ids.choice as usize], &ids.token_ids, skip, ids.end);
-                    Some(Ok(StreamDecodeResponse { choice: ids.choice, text, ends }))
-                }
-                Ok(None) => None,
-            };
-            async move { answer }
-        });
-        Ok(Response::new(Box::pin(answers)))
     }
 }

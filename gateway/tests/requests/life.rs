@@ -15,7 +15,7 @@ use lockstep_proto::{
 use tonic::{Request, Streaming};
 
 use super::{
-    cluster::{Cluster, in_time, until},
+    cluster::{Cluster, in_time},
     fake_tokenizer::{BOS, END},
     fake_worker::GENERATION,
 };
@@ -107,7 +107,6 @@ async fn a_stream_is_start_chunks_and_one_finish() {
     assert_eq!(finish.repro, Some(repro));
     let timings = finish.timings.unwrap();
     assert!(timings.total_ms >= timings.encode_ms + timings.first_token_ms, "{timings:?}");
-    until(|| cluster.tokenizers[0].open_streams.load(std::sync::atomic::Ordering::SeqCst) == 0).await;
     assert!(cluster.tokenizers[0].request_ids.lock().unwrap().contains(&"order-66".to_owned()));
     let metrics = cluster.metrics().await;
     for line in [
@@ -283,32 +282,28 @@ fn logprobs(token_id: u32) -> TokenLogprobs {
 }
 
 #[tokio::test]
-async fn log_probabilities_carry_texts_and_texts_are_looked_up_once() {
+async fn log_probabilities_carry_texts() {
     let mut cluster = Cluster::start().await;
-    for _ in 0..2 {
-        let mut client = cluster.client();
-        let output = OutputOptions { logprobs: Some(2), prompt_logprobs: Some(2), ..OutputOptions::default() };
-        let request = GenerateRequest { output: Some(output), ..generate("p") };
-        let call = tokio::spawn(async move { client.generate(request).await.unwrap().into_inner() });
-        let mut session = cluster.session().await;
-        assert_eq!((session.request.logprobs, session.request.prompt_logprobs), (Some(2), Some(2)));
-        let of_prompt = PromptLogprobs { tokens: vec![logprobs(u32::from(b'p'))] };
-        session.send(WorkerEvent::PromptLogprobs(of_prompt)).await;
-        session.ids_with(0, &[97], vec![logprobs(97)]).await;
-        session.finish(0, WorkerReason::Length, None).await;
+    let mut client = cluster.client();
+    let output = OutputOptions { logprobs: Some(2), prompt_logprobs: Some(2), ..OutputOptions::default() };
+    let request = GenerateRequest { output: Some(output), ..generate("p") };
+    let call = tokio::spawn(async move { client.generate(request).await.unwrap().into_inner() });
+    let mut session = cluster.session().await;
+    assert_eq!((session.request.logprobs, session.request.prompt_logprobs), (Some(2), Some(2)));
+    let of_prompt = PromptLogprobs { tokens: vec![logprobs(u32::from(b'p'))] };
+    session.send(WorkerEvent::PromptLogprobs(of_prompt)).await;
+    session.ids_with(0, &[97], vec![logprobs(97)]).await;
+    session.finish(0, WorkerReason::Length, None).await;
 
-        let answer = call.await.unwrap();
-        let of_prompt: Vec<_> = answer.start.unwrap().prompt_logprobs;
-        let texts: Vec<_> = of_prompt.iter().map(|entry| entry.token.clone().unwrap()).collect();
-        assert_eq!((texts[0].text.as_str(), texts[0].logprob), ("<|bos|>", 0.0));
-        assert_eq!((texts[1].text.as_str(), texts[1].logprob), ("p", -0.5));
-        let of_output = &answer.choices[0].logprobs;
-        assert_eq!(of_output.len(), 1);
-        assert_eq!(of_output[0].top[1].text, "\u{fffd}");
-        assert_eq!(of_output[0].top[1].raw, [0xc3]);
-    }
-    let decodes = cluster.tokenizers[0].decodes.load(std::sync::atomic::Ordering::SeqCst);
-    assert_eq!(decodes, 2, "one for the prompt's tokens, one for the output's, none the second time");
+    let answer = call.await.unwrap();
+    let of_prompt: Vec<_> = answer.start.unwrap().prompt_logprobs;
+    let texts: Vec<_> = of_prompt.iter().map(|entry| entry.token.clone().unwrap()).collect();
+    assert_eq!((texts[0].text.as_str(), texts[0].logprob), ("<|bos|>", 0.0));
+    assert_eq!((texts[1].text.as_str(), texts[1].logprob), ("p", -0.5));
+    let of_output = &answer.choices[0].logprobs;
+    assert_eq!(of_output.len(), 1);
+    assert_eq!(of_output[0].top[1].text, "\u{fffd}");
+    assert_eq!(of_output[0].top[1].raw, [0xc3]);
 }
 
 #[tokio::test]
