@@ -10,15 +10,17 @@ use std::{io, ops::Range};
 use lockstep_checkpoint::{Spelling, TokenBytes};
 use sha2::{Digest as _, Sha256};
 use tokenizers::{
-    Model as _, ModelWrapper, NormalizedString, Normalizer as _, OffsetType, PreTokenizedString, PreTokenizer as _,
-    Token,
+    Encoding, Model as _, ModelWrapper, NormalizedString, Normalizer as _, OffsetType, PreTokenizedString,
+    PreTokenizer as _, Token,
 };
 
-use self::added_tokens::AddedTokens;
+use self::{added_tokens::AddedTokens, word_encoder::WordEncoder};
 use crate::error::{LoadError, TokenizeError, check_limit};
 
 mod added_tokens;
 mod breaks;
+mod word_encoder;
+mod words;
 
 pub use breaks::Breaks;
 
@@ -57,6 +59,7 @@ pub struct SpecialToken {
 pub struct Tokenizer {
     pipeline: tokenizers::Tokenizer,
     added: AddedTokens,
+    word_encoder: Option<WordEncoder>,
     token_bytes: TokenBytes,
     strips_leading_space: bool,
     special: Vec<SpecialToken>,
@@ -95,10 +98,13 @@ impl Tokenizer {
         check_limit("the vocabulary (bytes)", n_bytes().sum(), MAX_VOCABULARY_BYTES)?;
         let fingerprint = fingerprint(&pipeline, vocab_size)?;
         let strips_leading_space = spelling.strips_leading_space();
-        let tokenizer = Self { pipeline, added, token_bytes, strips_leading_space, special, fingerprint };
+        let word_encoder = WordEncoder::of(&pipeline);
+        let tokenizer = Self { pipeline, added, word_encoder, token_bytes, strips_leading_space, special, fingerprint };
         // Some malformed descriptions load and panic at the first text: let that be now, while it is contained.
-        let trial = tokenizer.encode("A trial: 1, 2,\n\u{e9}\u{4e2d}.", &Breaks::NONE, true);
-        trial.map_err(|e| LoadError::Invalid(e.to_string()))?;
+        for encode in [Self::encode, Self::encode_by_library] {
+            let trial = encode(&tokenizer, "A trial: 1, 2,\n\u{e9}\u{4e2d}.", &Breaks::NONE, true);
+            trial.map_err(|e| LoadError::Invalid(e.to_string()))?;
+        }
         Ok(tokenizer)
     }
 
@@ -110,26 +116,56 @@ impl Tokenizer {
     /// [`TokenizeError::BlankRun`] if more than [`MAX_BLANK_RUN`] blanks follow one another, or
     /// [`TokenizeError::Pipeline`] if the library fails.
     pub fn encode(&self, text: &str, breaks: &Breaks, add_special_tokens: bool) -> Result<Vec<u32>, TokenizeError> {
-        if text.split(|character: char| !character.is_whitespace()).any(is_overlong) {
+        self.encode_by(text, add_special_tokens, || {
+            let by_words = self.word_encoder.as_ref();
+            let ids = by_words.map(|encoder| encoder.encode(&self.pipeline, &self.added, text, breaks)).transpose()?;
+            ids.flatten().map_or_else(|| self.pipe(text, breaks), |ids| Ok(encoding_of_ids(ids)))
+        })
+    }
+
+    /// The same through the library's pipeline alone: what [`Self::encode`] is tested against and measured beside.
+    ///
+    /// # Errors
+    /// As [`Self::encode`].
+    pub fn encode_by_library(
+        &self,
+        text: &str,
+        breaks: &Breaks,
+        add_special_tokens: bool,
+    ) -> Result<Vec<u32>, TokenizeError> {
+        self.encode_by(text, add_special_tokens, || self.pipe(text, breaks))
+    }
+
+    /// Checks a text, has it encoded, and adds what the tokenizer adds around it.
+    fn encode_by(
+        &self,
+        text: &str,
+        add_special_tokens: bool,
+        encode: impl FnOnce() -> tokenizers::Result<Encoding>,
+    ) -> Result<Vec<u32>, TokenizeError> {
+        let is_blank = |character: char| character.is_whitespace();
+        if text.len() > MAX_BLANK_RUN && text.split(|character| !is_blank(character)).any(is_overlong) {
             return Err(TokenizeError::BlankRun { limit: MAX_BLANK_RUN });
         }
-        let encode = || -> tokenizers::Result<Vec<u32>> {
-            let mut pieces = PreTokenizedString::from(text);
-            pieces.split(|_, piece| Ok(self.added.split_as_written(&piece, breaks)))?;
-            pieces.split(|_, mut piece| {
-                if let Some(normalizer) = self.pipeline.get_normalizer() {
-                    normalizer.normalize(&mut piece)?;
-                }
-                Ok(self.added.split_normalized(&piece, breaks))
-            })?;
-            if let Some(pre_tokenizer) = self.pipeline.get_pre_tokenizer() {
-                pre_tokenizer.pre_tokenize(&mut pieces)?;
+        let complete = encode().and_then(|encoding| self.pipeline.post_process(encoding, None, add_special_tokens));
+        Ok(complete.map_err(|e| TokenizeError::Pipeline(e.to_string()))?.get_ids().to_vec())
+    }
+
+    /// The library's pipeline, down to the ids of the text itself.
+    fn pipe(&self, text: &str, breaks: &Breaks) -> tokenizers::Result<Encoding> {
+        let mut pieces = PreTokenizedString::from(text);
+        pieces.split(|_, piece| Ok(self.added.split_as_written(&piece, breaks)))?;
+        pieces.split(|_, mut piece| {
+            if let Some(normalizer) = self.pipeline.get_normalizer() {
+                normalizer.normalize(&mut piece)?;
             }
-            pieces.tokenize(|word| self.merge(word, breaks))?;
-            let encoding = pieces.into_encoding(None, 0, OffsetType::None)?;
-            Ok(self.pipeline.post_process(encoding, None, add_special_tokens)?.get_ids().to_vec())
-        };
-        encode().map_err(|e| TokenizeError::Pipeline(e.to_string()))
+            Ok(self.added.split_normalized(&piece, breaks))
+        })?;
+        if let Some(pre_tokenizer) = self.pipeline.get_pre_tokenizer() {
+            pre_tokenizer.pre_tokenize(&mut pieces)?;
+        }
+        pieces.tokenize(|word| self.merge(word, breaks))?;
+        pieces.into_encoding(None, 0, OffsetType::None)
     }
 
     /// The bytes that an id stands for. Empty for ids of rows without a token.
@@ -233,6 +269,12 @@ impl Tokenizer {
 
 fn all_bytes(token_bytes: &TokenBytes) -> impl Iterator<Item = &[u8]> {
     (0..).map_while(|id| token_bytes.get(id))
+}
+
+/// An encoding without the tokens' texts and places, which nothing here reads.
+fn encoding_of_ids(ids: Vec<u32>) -> Encoding {
+    let (type_ids, texts, words, offsets, special, attention) = Default::default();
+    Encoding::new(ids, type_ids, texts, words, offsets, special, attention, Vec::new(), Default::default())
 }
 
 /// Whether a run of blanks has more than [`MAX_BLANK_RUN`] characters.

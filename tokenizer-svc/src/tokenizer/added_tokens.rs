@@ -22,7 +22,7 @@ const MAX_TOKEN_BYTES: usize = 1024;
 const MAX_TOTAL_BYTES: usize = 8 << 20;
 
 /// A stretch of a piece, and the added token found there if there is one.
-type Found = (Option<u32>, Range<usize>);
+pub(crate) type Found = (Option<u32>, Range<usize>);
 
 /// A piece of the text with the token that it is, as `PreTokenizedString::split` takes it.
 type Split = (NormalizedString, Option<Vec<Token>>);
@@ -98,6 +98,25 @@ impl AddedTokens {
         self.split(&self.normalized, piece, breaks)
     }
 
+    /// Splits a text that no normalization changes by both kinds of tokens, the others in what the first leave over.
+    pub(crate) fn split_unchanged(&self, text: &str, breaks: &Breaks) -> Vec<Found> {
+        let split = |trie: &Trie, piece: Range<usize>| {
+            let in_text = |range: &Range<usize>| piece.start + range.start..piece.start + range.end;
+            let may_stand = |id, range: &Range<usize>| {
+                let range = in_text(range);
+                self.may_stand_for(id, &text[range.clone()], &range, breaks)
+            };
+            let found = self.find(trie, &text[piece.clone()], |id, range| !may_stand(id, range));
+            found.into_iter().map(|(id, range)| (id, in_text(&range))).collect::<Vec<_>>()
+        };
+        let found = split(&self.as_written, 0..text.len());
+        let found = found.into_iter().flat_map(|(id, range)| match id {
+            Some(_) => vec![(id, range)],
+            None => split(&self.normalized, range),
+        });
+        found.collect()
+    }
+
     /// Whether a token is a control token.
     pub(crate) fn is_special(&self, id: u32) -> bool {
         self.controls.contains_key(&id)
@@ -109,10 +128,15 @@ impl AddedTokens {
     /// Whoever sets breaks looks for what is spelled; a control token that normalization alone yields (from fullwidth
     /// letters, or around a character that it drops) would pass unseen, and is text.
     pub(crate) fn may_stand(&self, id: u32, piece: &NormalizedString, range: &Range<usize>, breaks: &Breaks) -> bool {
+        let written = || piece.get_range_original(normalizer::Range::Normalized(range.clone()));
+        !self.is_special(id)
+            || written().is_some_and(|written| self.may_stand_for(id, written, &range_in_text(piece, range), breaks))
+    }
+
+    /// The same of a range of the whole text, and what is written there.
+    fn may_stand_for(&self, id: u32, written: &str, range_in_text: &Range<usize>, breaks: &Breaks) -> bool {
         let Some(control) = self.controls.get(&id) else { return true };
-        let written = piece.get_range_original(normalizer::Range::Normalized(range.clone()));
-        written.is_some_and(|written| written.to_ascii_lowercase().contains(&**control))
-            && !breaks.cut(&range_in_text(piece, range))
+        written.to_ascii_lowercase().contains(&**control) && !breaks.cut(range_in_text)
     }
 
     fn split(&self, trie: &Trie, piece: &NormalizedString, breaks: &Breaks) -> Vec<Split> {
@@ -150,8 +174,9 @@ impl AddedTokens {
     fn extent(&self, id: u32, text: &str, matched: Range<usize>, done: usize) -> Option<Range<usize>> {
         let rule = self.rules.get(&id)?;
         let (before, after) = (text.get(..matched.start)?, text.get(matched.end..)?);
-        let inside_word = before.chars().next_back().is_some_and(is_word) || after.chars().next().is_some_and(is_word);
-        if rule.single_word && inside_word {
+        let inside_word =
+            || before.chars().next_back().is_some_and(is_word) || after.chars().next().is_some_and(is_word);
+        if rule.single_word && inside_word() {
             return None;
         }
         let start = if rule.lstrip { before.trim_end().len().max(done) } else { matched.start };
