@@ -107,7 +107,8 @@ impl ValidChat {
     }
 }
 
-/// How calls are read from the answer, if there are tools. Where one must be made, the answer is constrained to that.
+/// How calls are read from the answer, if there are tools. Where one must be made, the answer is constrained to that; where
+/// a tool is strict, to text or calls.
 fn read_calls(
     conversation: &ValidConversation,
     facts: &ModelFacts,
@@ -125,9 +126,10 @@ fn read_calls(
     if choice.required {
         let grammar = grammar::calls(convention.format, &choice.tools, choice.parallel.unwrap_or(false));
         sampling.constrain(grammar, "conversation.tools");
-    } else if !convention.shown_by_template {
+    } else if choice.tools.iter().any(|tool| tool.strict) || !convention.shown_by_template {
         // A model that nobody taught to call tools may want to, but not know how.
-        sampling.constrain(grammar::text_or_call(convention.format, &choice.tools), "conversation.tools");
+        let grammar = grammar::text_or_calls(&convention, &choice.tools, choice.parallel.unwrap_or(true));
+        sampling.constrain(grammar, "conversation.tools");
     }
     let names = choice.tools.iter().map(|tool| tool.name.clone()).collect();
     Some(reader::Rules {

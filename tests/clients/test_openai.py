@@ -271,6 +271,7 @@ def test_responses_call_tools_and_take_their_results(client, model):
     called = client.responses.create(**wanted, input=[question], tool_choice="required")
     (call,) = called.output
     assert call.type == "function_call" and json.loads(call.arguments)["city"]
+    assert called.tools[0].strict
     with client.responses.stream(**wanted, input=[question], tool_choice="required") as stream:
         assert stream.get_final_response().output[0].arguments == call.arguments
     result = {"type": "function_call_output", "call_id": call.call_id, "output": "31 degrees"}

@@ -44,9 +44,10 @@ def test_messages_in_every_form():
 def test_tools_keep_the_order_of_their_keys():
     schema = {"type": "object", "properties": {"z": {}, "a": {}}}
     made = requests.conversation(
-        "x", [{"type": "function", "function": {"name": "f", "parameters": schema}}], "required"
+        "x", [{"type": "function", "function": {"name": "f", "parameters": schema, "strict": True}}], "required"
     )
     assert made.tools[0].parameters_json == '{"type": "object", "properties": {"z": {}, "a": {}}}'
+    assert made.tools[0].strict
     named = requests.conversation("x", [], {"type": "function", "function": {"name": "f"}})
     assert named.tool_choice.name == "f"
 

@@ -132,9 +132,8 @@ struct Function {
     description: Option<String>,
     /// The JSON Schema of its arguments. Default: it has none.
     parameters: Option<Map<String, Value>>,
-    /// Calls that are constrained follow their schema anyway.
-    #[serde(rename = "strict")]
-    _strict: Option<bool>,
+    /// Whether calls follow the schemas of all functions even if the model need not call any. Default: false.
+    strict: Option<bool>,
 }
 
 /// Whether the model may, must or must not call a tool.
@@ -245,9 +244,10 @@ impl From<Message> for v1::Message {
 
 impl From<Tool> for v1::Tool {
     fn from(tool: Tool) -> Self {
-        let Object(Function { name, description, parameters, .. }) = tool.function;
+        let Object(Function { name, description, parameters, strict }) = tool.function;
         let parameters_json = parameters.map(|parameters| Value::Object(parameters).to_string()).unwrap_or_default();
-        Self { name, description: description.unwrap_or_default(), parameters_json }
+        let (description, strict) = (description.unwrap_or_default(), strict.unwrap_or(false));
+        Self { name, description, parameters_json, strict }
     }
 }
 

@@ -155,9 +155,8 @@ struct Tool {
     description: Option<String>,
     /// The JSON Schema of its arguments. Default: it has none.
     parameters: Option<Map<String, Value>>,
-    /// Calls that are constrained follow their schema anyway.
-    #[serde(rename = "strict")]
-    _strict: Option<bool>,
+    /// Whether calls follow the schemas of all functions even if the model need not call any. Default: true.
+    strict: Option<bool>,
 }
 
 #[derive(Debug, Clone, Deserialize, Serialize, JsonSchema)]
@@ -225,7 +224,7 @@ impl ResponseRequest {
             name: tool.name.clone(),
             description: tool.description.clone(),
             parameters: tool.parameters.clone(),
-            strict: true,
+            strict: tool.is_strict(),
         };
         let format = self.text.as_ref().and_then(|Object(text)| text.format.clone());
         Echo {
@@ -285,13 +284,22 @@ fn tool_choice(
     Ok(Some(v1::ToolChoice { mode: mode.into(), name, parallel }))
 }
 
+impl Tool {
+    /// Here a function is strict unless it says otherwise, in the API of chats the other way round.
+    fn is_strict(&self) -> bool {
+        self.strict.unwrap_or(true)
+    }
+}
+
 impl From<Tool> for v1::Tool {
     fn from(tool: Tool) -> Self {
+        let strict = tool.is_strict();
         let parameters_json = tool.parameters.map(|parameters| Value::Object(parameters).to_string());
         Self {
             name: tool.name,
             description: tool.description.unwrap_or_default(),
             parameters_json: parameters_json.unwrap_or_default(),
+            strict,
         }
     }
 }

@@ -86,6 +86,8 @@ pub struct ValidTool {
     pub(crate) description: String,
     /// JSON schema of its arguments.
     pub(crate) parameters: Map<String, Value>,
+    /// Whether calls are held to the schemas where none must be made.
+    pub(crate) strict: bool,
 }
 
 /// A document that the template shows.
@@ -304,7 +306,12 @@ fn read_tool((index, wire): (usize, Tool), violations: &mut Violations) -> Valid
     let path = format!("conversation.tools[{index}]");
     check_tool_name(format_args!("{path}.name"), &wire.name, violations);
     let parameters = read_object(format_args!("{path}.parameters_json"), &wire.parameters_json, violations);
-    ValidTool { name: wire.name, description: wire.description, parameters: parameters.unwrap_or_else(no_parameters) }
+    ValidTool {
+        name: wire.name,
+        description: wire.description,
+        parameters: parameters.unwrap_or_else(no_parameters),
+        strict: wire.strict,
+    }
 }
 
 /// The schema of a tool without arguments, as Hugging Face's `get_json_schema` writes it.

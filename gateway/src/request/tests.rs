@@ -193,6 +193,22 @@ fn a_call_that_must_be_made_is_a_constraint_and_the_only_one() {
 }
 
 #[test]
+fn a_call_that_may_be_made_is_a_constraint_if_a_tool_is_strict() {
+    let chat_template = "{{ tools }} <tool_call>".into();
+    let tokenizer = GetTokenizerResponse { vocab_size: 9, chat_template, ..GetTokenizerResponse::default() };
+    let (facts, policy) = (ModelFacts::new(&tokenizer, 64).unwrap(), Policy::default());
+    let rules = Rules { facts: &facts, policy: policy.for_model("any") };
+    for (strict, path) in [([false, false], None), ([false, true], Some("conversation.tools"))] {
+        let tool = |(name, strict): (&str, bool)| Tool { name: name.into(), strict, ..Tool::default() };
+        let tools = ["f", "g"].into_iter().zip(strict).map(tool).collect();
+        let conversation = Some(Conversation { tools, ..hello() });
+        let valid = ValidChat::new(ChatRequest { conversation, ..ChatRequest::default() }, rules).unwrap();
+        assert_eq!(valid.sampling().constraint_path(), path);
+        assert!(!valid.tools().unwrap().forced);
+    }
+}
+
+#[test]
 fn tools_that_may_not_be_called_are_not_shown() {
     let mut conversation = hello();
     conversation.tools = vec![Tool { name: "f".into(), ..Tool::default() }];

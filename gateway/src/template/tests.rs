@@ -99,6 +99,7 @@ fn tool_of(golden: &Json) -> Tool {
         name: string(&golden["name"]),
         description: string(&golden["description"]),
         parameters_json: golden["parameters"].to_string(),
+        ..Tool::default()
     }
 }
 
@@ -241,7 +242,7 @@ fn conversation_of(mut text: impl FnMut() -> String, mut json: impl FnMut() -> S
             answer,
             Message { name: text(), ..user(&text()) },
         ],
-        tools: vec![Tool { name: text(), description: text(), parameters_json: schema(json()) }],
+        tools: vec![Tool { name: text(), description: text(), parameters_json: schema(json()), ..Tool::default() }],
         documents: vec![Document { title: text(), text: text() }, Document { title: text(), text: text() }],
         template_variables_json: format!(r#"{{"mood": {}, "date_string": {}}}"#, json(), Json::from(text())),
         ..Conversation::default()

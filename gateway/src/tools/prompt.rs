@@ -76,7 +76,7 @@ mod tests {
         let tokenizer =
             GetTokenizerResponse { vocab_size: 10, chat_template: template.into(), ..GetTokenizerResponse::default() };
         let facts = ModelFacts::new(&tokenizer, 64).unwrap();
-        let tool = v1::Tool { name: "f".into(), description: "Does it.".into(), parameters_json: String::new() };
+        let tool = v1::Tool { name: "f".into(), description: "Does it.".into(), ..v1::Tool::default() };
         let tools = if with_tool { vec![tool] } else { Vec::new() };
         let conversation = Some(v1::Conversation { messages, tools, ..v1::Conversation::default() });
         let request = v1::RenderChatRequest { conversation, ..v1::RenderChatRequest::default() };

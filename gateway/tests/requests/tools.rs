@@ -16,7 +16,8 @@ const CALL: &str = r#"{"name": "get_weather", "arguments": {"city": "Köln"}}"#;
 fn with_tool(choice: Option<ToolChoice>) -> ChatRequest {
     let mut talk = conversation(&["Hot?"]).unwrap();
     let parameters_json = r#"{"type":"object","properties":{"city":{"type":"string"}}}"#.into();
-    talk.tools = vec![Tool { name: "get_weather".into(), description: "Says it.".into(), parameters_json }];
+    let description = "Says it.".into();
+    talk.tools = vec![Tool { name: "get_weather".into(), description, parameters_json, ..Tool::default() }];
     talk.tool_choice = choice;
     ChatRequest { conversation: Some(talk), ..ChatRequest::default() }
 }

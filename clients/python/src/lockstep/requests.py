@@ -210,6 +210,7 @@ def _tool(tool: Mapping[str, Any] | Tool) -> Tool:
         name=function["name"],
         description=function.get("description"),
         parameters_json=None if parameters is None else json.dumps(parameters),
+        strict=function.get("strict"),
     )
 
 

@@ -107,7 +107,7 @@ pub(super) struct EchoedText {
     pub(super) format: TextFormat,
 }
 
-/// A function that the model may call. Its schema is always held to.
+/// A function that the model may call.
 #[derive(Debug, Clone, Serialize, JsonSchema)]
 pub(super) struct EchoedTool {
     #[serde(rename = "type")]
