@@ -8,12 +8,14 @@ use lockstep_gateway::{
     app::{App, Plan},
     config::{GatewaySettings, parse_api_keys},
     sampling::Policy,
+    template::QUICK_STACK_BYTES,
 };
 use lockstep_proto::{
     config,
     server::{Shutdown, tls::Tls},
     telemetry,
 };
+use tokio::runtime::Builder;
 
 fn main() -> ExitCode {
     match plan() {
@@ -52,8 +54,13 @@ fn read(key: &str, path: &str) -> anyhow::Result<String> {
     std::fs::read_to_string(path).with_context(|| format!("`{key}` = {path}"))
 }
 
-#[tokio::main]
-async fn run(plan: Plan) -> anyhow::Result<()> {
+fn run(plan: Plan) -> anyhow::Result<()> {
+    // Pages that are not touched cost nothing.
+    let runtime = Builder::new_multi_thread().enable_all().thread_stack_size(2 * QUICK_STACK_BYTES).build()?;
+    runtime.block_on(serve(plan))
+}
+
+async fn serve(plan: Plan) -> anyhow::Result<()> {
     let shutdown = Shutdown::on_signals(plan.settings.exit_with_parent)?;
     let app = App::bind(plan)?;
     app.server().announce()?;

@@ -44,8 +44,9 @@ pub const MAX_FUEL: u64 = 1_000_000;
 const QUICK_BYTES: usize = 16 * 1024;
 /// Work of such a rendering; no conversation of `tests/data/templates` needs more.
 const QUICK_FUEL: u64 = 8_192;
-/// Stack of such a rendering: what the work pays for, as for [`STACK_BYTES`].
-const QUICK_STACK_BYTES: usize = 4 * 1024 * 1024;
+/// Stack of such a rendering: what the work pays for, as for [`STACK_BYTES`]. To map one for each rendering would take as
+/// long as the rendering; the threads of a runtime that renders should have more than this.
+pub const QUICK_STACK_BYTES: usize = 4 * 1024 * 1024;
 /// Stack of any other rendering. The engine bounds its own recursion, but not how deeply a template may nest values, and it
 /// drops, compares and shows them recursively: the deepest value that [`MAX_FUEL`] pays for, about 600,000 levels,
 /// takes between 128 and 256 MB (minijinja 3.1, x86-64, measured for each operation). Pages that are not touched cost
@@ -240,10 +241,11 @@ impl ChatTemplate {
         })
     }
 
-    /// Runs it with little fuel on this thread, which gets a stack for it.
+    /// Runs it with little fuel on this thread, which gets a stack for it if its own does not suffice.
     fn execute_quickly(&self, context: Value) -> Result<String, TemplateError> {
         let run = AssertUnwindSafe(|| execute(&self.quick, context));
-        stacker::grow(QUICK_STACK_BYTES, || panic::catch_unwind(run)).unwrap_or(Err(BROKEN))
+        let run = || panic::catch_unwind(run);
+        stacker::maybe_grow(QUICK_STACK_BYTES, QUICK_STACK_BYTES, run).unwrap_or(Err(BROKEN))
     }
 }
 
