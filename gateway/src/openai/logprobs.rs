@@ -36,8 +36,8 @@ struct Entry {
 #[derive(Debug, Clone, Default, PartialEq, Serialize, JsonSchema)]
 pub(super) struct CompletionLogprobs {
     tokens: Vec<String>,
-    token_logprobs: Vec<Option<f32>>,
-    #[schemars(with = "Vec<Option<BTreeMap<String, Option<f32>>>>")]
+    token_logprobs: Vec<Option<f64>>,
+    #[schemars(with = "Vec<Option<BTreeMap<String, Option<f64>>>>")]
     top_logprobs: Vec<Option<Map<String, Value>>>,
     text_offset: Vec<usize>,
 }
@@ -71,10 +71,10 @@ impl CompletionLogprobs {
             let token = entry.token.unwrap_or_default();
             lists.text_offset.push(offset);
             offset += token.text.chars().count();
-            lists.token_logprobs.push(Some(token.logprob));
+            // Clients compare it with those of `top`, so that both are written with the same digits.
+            lists.token_logprobs.push(Some(token.logprob.into()));
             lists.tokens.push(token.text);
-            let number = |logprob: f32| Number::from_f64(logprob.into()).map_or(Value::Null, Value::Number);
-            lists.top_logprobs.push(Some(entry.top.into_iter().map(|top| (top.text, number(top.logprob))).collect()));
+            lists.top_logprobs.push(Some(by_text(entry.top)));
         }
         lists
     }
@@ -99,5 +99,30 @@ impl CompletionLogprobs {
         self.token_logprobs.extend(next.token_logprobs);
         self.top_logprobs.extend(next.top_logprobs);
         self.text_offset.extend(next.text_offset);
+    }
+}
+
+/// The most probable tokens by their texts, of which parts of characters share one: the most probable of them has it.
+fn by_text(top: Vec<LogprobEntry>) -> Map<String, Value> {
+    let mut texts = Map::new();
+    for LogprobEntry { text, logprob, .. } in top {
+        texts.entry(text).or_insert_with(|| Number::from_f64(logprob.into()).map_or(Value::Null, Value::Number));
+    }
+    texts
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_completion_s_numbers_are_equal_where_they_mean_the_same() {
+        let entry = |text: &str, logprob| LogprobEntry { text: text.into(), logprob, ..LogprobEntry::default() };
+        let top = vec![entry("\u{fffd}", -0.1), entry("a", -0.2), entry("\u{fffd}", -0.3)];
+        let lists = CompletionLogprobs::new(vec![TokenLogprob { token: Some(entry("a", -0.2)), top }], 3);
+        let json = serde_json::to_value(lists).unwrap();
+        assert_eq!(json["token_logprobs"][0], json["top_logprobs"][0]["a"]);
+        assert_eq!(json["top_logprobs"][0]["\u{fffd}"], f64::from(-0.1_f32));
+        assert_eq!(json["text_offset"][0], 3);
     }
 }
