@@ -92,6 +92,43 @@ def test_log_probabilities_of_completions_and_echo(client, model):
         assert choice.text[offset : offset + len(token)] == token
 
 
+def test_prompts_are_scored_and_nothing_is_generated(client, model):
+    prompts = ["The capital of France is Paris", "Grüße aus Köln: 日本 <|im_end|>", "Rome"]
+    with httpx.Client(base_url=str(client.base_url).removesuffix("/v1/")) as plain:
+        ids = [plain.post("/tokenize", json={"model": model, "prompt": prompt}).json()["tokens"] for prompt in prompts]
+    wanted = dict(model=model, max_tokens=0, echo=True, logprobs=1, temperature=0, seed=1234)
+    scored = client.completions.create(**wanted, prompt=ids)
+    assert [choice.index for choice in scored.choices] == [0, 1, 2]
+    assert scored.usage.completion_tokens == 0 and scored.usage.prompt_tokens == sum(map(len, ids))
+    for choice, tokens, prompt in zip(scored.choices, ids, prompts):
+        alone = client.completions.create(**wanted, prompt=prompt).choices[0]
+        assert (choice.logprobs, choice.finish_reason) == (alone.logprobs, "length")
+        assert alone.text == prompt
+        lists = choice.logprobs
+        assert {len(lists.tokens), len(lists.token_logprobs), len(lists.top_logprobs), len(lists.text_offset)} == {len(tokens)}
+        assert lists.token_logprobs[0] is None and lists.top_logprobs[0] is None
+        # As lm-evaluation-harness does it where one token must be generated, which it cuts off.
+        longer = client.completions.create(**{**wanted, "max_tokens": 1}, prompt=[tokens]).choices[0]
+        assert longer.logprobs.token_logprobs[:-1] == lists.token_logprobs
+        assert longer.text.startswith(choice.text) and longer.logprobs.text_offset[:-1] == lists.text_offset
+    likely = scored.choices[0].logprobs
+    assert likely.token_logprobs[-1] == likely.top_logprobs[-1][" Paris"] > -1
+    streamed = {index: ["", None, []] for index in range(3)}
+    for piece in client.completions.create(**wanted, prompt=ids, stream=True):
+        for choice in piece.choices:
+            seen = streamed[choice.index]
+            seen[0] += choice.text
+            seen[1] = choice.finish_reason
+            seen[2] += choice.logprobs.token_logprobs if choice.logprobs else []
+    whole = [[choice.text, choice.finish_reason, choice.logprobs.token_logprobs] for choice in scored.choices]
+    assert [streamed[index] for index in range(3)] == whole
+    echoed = client.completions.create(model=model, prompt="Rome", max_tokens=0, echo=True, n=2)
+    assert [choice.text for choice in echoed.choices] == ["Rome", "Rome"]
+    with pytest.raises(openai.BadRequestError) as failure:
+        client.completions.create(model=model, prompt="x", max_tokens=0)
+    assert failure.value.param == "max_tokens"
+
+
 def test_several_prompts_have_choices_of_their_own(client, model):
     prompts = ["The capital of France is", "The capital of Italy is"]
     wanted = dict(model=model, max_tokens=4, temperature=0)

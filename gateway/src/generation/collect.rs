@@ -1,9 +1,9 @@
 //! A collected answer: the events of a stream in one message, so that a unary call is its streamed twin read to the end.
 
-use futures_util::StreamExt as _;
+use futures_util::{Stream, StreamExt as _};
 use lockstep_proto::v1;
 
-use super::{Event, Events};
+use super::Event;
 use crate::status::Failure;
 
 /// A whole answer.
@@ -36,7 +36,10 @@ pub struct AnswerChoice {
 ///
 /// # Errors
 /// When the answer is cut.
-pub async fn collect(mut events: Events, n: u32) -> Result<Answer, Failure> {
+pub async fn collect(
+    mut events: impl Stream<Item = Result<Event, Failure>> + Unpin,
+    n: u32,
+) -> Result<Answer, Failure> {
     let n = usize::try_from(n).unwrap_or(usize::MAX);
     let mut answer = Answer { choices: vec![AnswerChoice::default(); n], ..Answer::default() };
     while let Some(event) = events.next().await {

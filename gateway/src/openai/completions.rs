@@ -4,11 +4,16 @@ use axum::{
     extract::Request,
     response::{Response, sse},
 };
-use futures_util::{Stream, StreamExt as _, future::try_join_all, stream::select_all};
+use futures_util::{
+    Stream, StreamExt as _,
+    future::{ready, try_join_all},
+    stream::select_all,
+};
 use http::StatusCode;
 use lockstep_proto::v1;
 use schemars::{JsonSchema, Schema};
 use serde::Serialize;
+use serde_json::json;
 
 use super::{
     Answer, Front,
@@ -25,7 +30,10 @@ use crate::{
     generation::{Event, collect},
     http::json_response,
     json::{Object, OneOrMany, Unsupported},
-    openapi::{OF_MODELS, OF_PROMPTS, Operation},
+    openapi::{
+        OF_MODELS, OF_PROMPTS, Operation,
+        rules::{either, off, set, unset, where_set},
+    },
     pipeline::Answering,
     request::{MAX_LOGPROBS, RequestError},
     status::Failure,
@@ -50,8 +58,8 @@ request! {
         stream: Option<bool>,
         /// What comes at the end of a stream.
         stream_options: Option<Object<StreamOptions>>,
-        /// Most tokens of each answer, no more than the context has room for. Default: 16.
-        #[schemars(range(min = 1))]
+        /// Most tokens of each answer, no more than the context has room for. 0: with `echo`, the prompt is the answer.
+        /// Default: 16.
         max_tokens: Option<u32>,
         /// Each token comes with its log-probability, and with those of so many of the most probable ones.
         #[schemars(range(max = MAX_LOGPROBS))]
@@ -101,6 +109,8 @@ struct View {
     n: u32,
     logprobs: bool,
     echo: bool,
+    /// Whether it is the prompt alone.
+    only_prompt: bool,
 }
 
 /// What makes the pieces of a stream.
@@ -131,6 +141,10 @@ pub(super) fn operation() -> Operation {
 fn rules(request: &mut Schema) {
     options_of_streams(request);
     one_constraint(request);
+    let generates = where_set([("max_tokens", json!({ "not": { "const": 0 } }))]);
+    either(request, [generates, set("echo", json!({ "const": true }))]);
+    let one_choice = where_set([("n", json!({ "enum": [1, null] }))]);
+    either(request, [where_set([("echo", off())]), where_set([("logprobs", unset())]), one_choice]);
 }
 
 fn bound(prompts: &mut Schema) {
@@ -142,9 +156,8 @@ pub(super) async fn answer(front: &Front, request: Request) -> Answer {
     let (mut call, mut request) = front.enter::<CompletionRequest>(&inbound, "completions")?;
     let streamed = request.stream.unwrap_or(false);
     let include_usage = call.note(include_usage(streamed, request.stream_options))?;
-    let view =
-        View { n: request.n.unwrap_or(1), logprobs: request.logprobs.is_some(), echo: request.echo.unwrap_or(false) };
-    let requests = call.note(request.take_requests())?;
+    let view = request.view();
+    let requests = call.note(request.take_requests(view))?;
     let n_prompts = requests.len();
     // Each prompt is a request of its own to all that follows; the first has the place of the whole.
     let mut calls = vec![call];
@@ -153,11 +166,12 @@ pub(super) async fn answer(front: &Front, request: Request) -> Answer {
     }
     let begun = calls.into_iter().zip(requests).map(|(call, request)| front.pipeline.generate(call, request));
     let answering = try_join_all(begun).await?;
+    let events = answering.into_iter().map(|answering| view.events(answering));
     if !streamed {
-        let answers = try_join_all(answering.into_iter().map(Answering::collect)).await?;
+        let answers = try_join_all(events.map(|events| collect::collect(events, view.n))).await?;
         return Ok(whole(answers, view));
     }
-    let mut events = select_all((0..).zip(answering).map(numbered));
+    let mut events = select_all((0..).zip(events).map(numbered));
     // What fails before anything was said is a plain error.
     let first = events.next().await.ok_or_else(|| Failure::Bug("an answer without events".to_owned()))??;
     let events = futures_util::stream::once(async { Ok(first) }).chain(events);
@@ -166,32 +180,48 @@ pub(super) async fn answer(front: &Front, request: Request) -> Answer {
 }
 
 /// The events of one of several prompts.
-fn numbered((prompt, answering): (u32, Answering)) -> impl Stream<Item = Result<(u32, Event), Failure>> {
-    answering.into_events().map(move |event| event.map(|event| (prompt, event)))
+fn numbered<Events>((prompt, events): (u32, Events)) -> impl Stream<Item = Result<(u32, Event), Failure>>
+where
+    Events: Stream<Item = Result<Event, Failure>>,
+{
+    events.map(move |event| event.map(|event| (prompt, event)))
 }
 
 // === impl CompletionRequest ===
 
 impl CompletionRequest {
+    fn view(&self) -> View {
+        View {
+            n: self.n.unwrap_or(1),
+            logprobs: self.logprobs.is_some(),
+            echo: self.echo.unwrap_or(false),
+            only_prompt: self.max_tokens == Some(0),
+        }
+    }
+
     /// One request for each prompt.
-    fn take_requests(&mut self) -> Result<Vec<v1::GenerateRequest>, RequestError> {
-        let n = self.n.unwrap_or(1);
+    fn take_requests(&mut self, view: View) -> Result<Vec<v1::GenerateRequest>, RequestError> {
+        let View { n, echo, only_prompt, .. } = view;
         if let Some(best_of) = self.best_of.filter(|&best_of| best_of != n) {
             let message = format!("{best_of} is not `n` ({n}): the best of more choices are not chosen here");
             return Err(RequestError::invalid("best_of", message));
         }
-        let echo = self.echo.unwrap_or(false);
+        if only_prompt && !echo {
+            let message = "0 is not at least 1: without `echo` there would be no answer";
+            return Err(RequestError::invalid("max_tokens", message));
+        }
         if echo && self.logprobs.is_some() && n > 1 {
             let message = format!("{n} is not 1: with `echo` and `logprobs` each choice has those of the whole prompt");
             return Err(RequestError::invalid("n", message));
         }
         let output = v1::OutputOptions {
             return_full_text: Some(echo),
-            logprobs: self.logprobs,
+            logprobs: self.logprobs.filter(|_| !only_prompt),
             prompt_logprobs: self.logprobs.filter(|_| echo),
             skip_special_tokens: self.skip_special_tokens,
         };
-        let max_tokens = self.max_tokens.unwrap_or(DEFAULT_MAX_TOKENS);
+        // Where the prompt is all, one token is generated and not shown: workers know no request for none.
+        let max_tokens = self.max_tokens.unwrap_or(DEFAULT_MAX_TOKENS).max(1);
         let sampling = self.sampling(Some(max_tokens))?;
         let model = model_name(self.model.take());
         let prompts = prompts("prompt", &self.prompt, MAX_PROMPTS)?;
@@ -202,6 +232,30 @@ impl CompletionRequest {
             output: Some(output),
         };
         Ok(prompts.into_iter().map(request).collect())
+    }
+}
+
+// === impl View ===
+
+impl View {
+    /// The events of an answer that the client sees.
+    fn events(self, answering: Answering) -> impl Stream<Item = Result<Event, Failure>> + Unpin {
+        answering.into_events().filter_map(move |event| ready(event.map(|event| self.of(event)).transpose()))
+    }
+
+    fn of(self, event: Event) -> Option<Event> {
+        match event {
+            // The prompt's text is the first chunk of each choice.
+            Event::Chunk(chunk) if self.only_prompt && chunk.seq >= self.n.into() => None,
+            Event::Finish(mut finish) if self.only_prompt => {
+                let stopped = |choice: &&mut v1::ChoiceFinish| choice.reason() == v1::FinishReason::Stop;
+                let stopped = finish.choices.iter_mut().filter(stopped);
+                stopped.for_each(|choice| choice.set_reason(v1::FinishReason::Length));
+                finish.usage = finish.usage.map(|usage| v1::Usage { completion_tokens: 0, ..usage });
+                Some(Event::Finish(finish))
+            }
+            event => Some(event),
+        }
     }
 }
 
