@@ -51,6 +51,8 @@ pub fn write_tokenizer(folder: &Path) -> Result<()> {
     let config = json!({ "bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "chat_template": template });
     std::fs::write(folder.join("tokenizer.json"), tokenizer.to_string())?;
     std::fs::write(folder.join("tokenizer_config.json"), config.to_string())?;
+    // Without one, smg looks for it anew at each request, now and then for five seconds.
+    std::fs::write(folder.join("config.json"), json!({ "model_type": "llama" }).to_string())?;
     Ok(())
 }
 
