@@ -1,13 +1,13 @@
 //! What encoding takes, the short way and through the library's pipeline, in turn:
 //! `cargo bench --workspace --bench encode -- [TOKENIZER...]`, files or folders below `models/`.
 //!
-//! Three kinds of text: an excerpt of 200 tokens of this repository's README.md, all of it, and as many bytes of
-//! random letters, others in each round. Of the first two all words have come before, as most have in a service that
-//! runs; of the last none has, which is the worst that a client can send.
+//! Kinds of text: an excerpt of 200 tokens of this repository's README.md, all of it, and as many bytes of random letters
+//! and of random characters of all scripts, others in each round. Of the first two all words have come before, as most
+//! have in a service that runs; of the others hardly any has, and the last is the worst for a regex engine, too.
 
 use std::{fs, hint::black_box, path::PathBuf, time::Instant};
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use lockstep_tokenizer_svc::{
     catalog::Model,
     error::TokenizeError,
@@ -49,23 +49,31 @@ fn main() -> Result<()> {
         let short = excerpt(&tokenizer, &long)?;
         report(&name, "short", &tokenizer, |_| short.clone())?;
         report(&name, "long", &tokenizer, |_| long.clone())?;
-        report(&name, "new words", &tokenizer, |rng| random_words(rng, long.len()))?;
+        report(&name, "letters", &tokenizer, |rng| random_letters(rng, long.len()))?;
+        report(&name, "characters", &tokenizer, |rng| random_characters(rng, long.len()))?;
     }
     Ok(())
 }
 
 /// The beginning of `text` that has so many tokens.
 fn excerpt(tokenizer: &Tokenizer, text: &str) -> Result<String> {
-    let mut end = 0;
-    while tokenizer.encode(&text[..end], &Breaks::NONE, true)?.len() < N_TOKENS {
-        end = text.ceil_char_boundary(end + 1);
+    for (end, _) in text.char_indices() {
+        if tokenizer.encode(&text[..end], &Breaks::NONE, true)?.len() >= N_TOKENS {
+            return Ok(text[..end].to_owned());
+        }
     }
-    Ok(text[..end].to_owned())
+    bail!("the text has fewer than {N_TOKENS} tokens")
 }
 
-fn random_words(rng: &mut ChaCha8Rng, n_bytes: usize) -> String {
-    const CHARACTERS: &[u8] = b" etaoinshrdlu";
-    (0..n_bytes).map(|_| char::from(CHARACTERS[rng.random_range(0..CHARACTERS.len())])).collect()
+/// Words such as no language has.
+fn random_letters(rng: &mut ChaCha8Rng, n_bytes: usize) -> String {
+    const LETTERS: &[u8] = b" etaoinshrdlu";
+    (0..n_bytes).map(|_| char::from(LETTERS[rng.random_range(0..LETTERS.len())])).collect()
+}
+
+/// Characters of the Basic Multilingual Plane.
+fn random_characters(rng: &mut ChaCha8Rng, n_bytes: usize) -> String {
+    (0..n_bytes / 3).filter_map(|_| char::from_u32(rng.random_range(0..0x1_0000))).collect()
 }
 
 /// Times both ways, in turn, and prints the medians.

@@ -40,9 +40,11 @@ pub(super) struct WordEncoder {
 /// Words that came before, with their ids.
 #[derive(Debug)]
 struct KnownWords {
-    shards: [Mutex<LruCache<Box<str>, Box<[u32]>, RandomState>>; N_SHARDS],
+    shards: [Mutex<Shard>; N_SHARDS],
     hasher: RandomState,
 }
+
+type Shard = LruCache<Box<str>, Box<[u32]>, RandomState>;
 
 // === impl WordEncoder ===
 
@@ -122,8 +124,8 @@ impl KnownWords {
         }
     }
 
-    /// Where a word belongs. Nothing in there can be left half done, so a panic elsewhere under the lock does no harm.
-    fn shard(&self, word: &str) -> MutexGuard<'_, LruCache<Box<str>, Box<[u32]>, RandomState>> {
+    /// Where a word belongs. A panic under the lock would leave it as sound as it was.
+    fn shard(&self, word: &str) -> MutexGuard<'_, Shard> {
         let shard_idx = (self.hasher.hash_one(word) >> 32) as usize % N_SHARDS;
         self.shards[shard_idx].lock().unwrap_or_else(PoisonError::into_inner)
     }
