@@ -3,7 +3,7 @@
 //!
 //! Kinds of text: an excerpt of 200 tokens of this repository's README.md, all of it, and as many bytes of random letters
 //! and of random characters of all scripts, others in each round. Of the first two all words have come before, as most
-//! have in a service that runs; of the others hardly any has, and the last is the worst for a regex engine, too.
+//! have in a service that runs; of the others hardly any has.
 
 use std::{fs, hint::black_box, path::PathBuf, time::Instant};
 

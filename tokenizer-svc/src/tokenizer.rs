@@ -1,9 +1,9 @@
 //! A tokenizer: a vocabulary with the rules that turn a text into its ids and each id back into its bytes.
 //!
 //! Encoding is the tokenizers library's own pipeline (normalizer, pre-tokenizer, merges, template) with one stage of
-//! ours, the search for added tokens, which also obeys [`Breaks`]. Decoding needs no pipeline: in the vocabularies
-//! that we accept, each id stands for fixed bytes, which are tabulated once ([`TokenBytes`]), so that a stream decodes in
-//! bounded work for each id.
+//! ours, the search for added tokens, which also obeys [`Breaks`]. Most byte-level pipelines have a shorter way to the
+//! same ids ([`WordEncoder`]). Decoding needs no pipeline: in the vocabularies that we accept, each id stands for fixed
+//! bytes, which are tabulated once ([`TokenBytes`]), so that a stream decodes in bounded work for each id.
 
 use std::{io, ops::Range};
 
@@ -54,7 +54,7 @@ pub struct SpecialToken {
     pub text: String,
 }
 
-/// A vocabulary with its rules. Cheap to share, never changes.
+/// A vocabulary with its rules. Cheap to share; what it answers never changes.
 #[derive(Debug)]
 pub struct Tokenizer {
     pipeline: tokenizers::Tokenizer,
@@ -143,8 +143,8 @@ impl Tokenizer {
         add_special_tokens: bool,
         encode: impl FnOnce() -> tokenizers::Result<Encoding>,
     ) -> Result<Vec<u32>, TokenizeError> {
-        let is_blank = |character: char| character.is_whitespace();
-        if text.len() > MAX_BLANK_RUN && text.split(|character| !is_blank(character)).any(is_overlong) {
+        let mut runs_of_blanks = text.split(|character: char| !character.is_whitespace());
+        if text.len() > MAX_BLANK_RUN && runs_of_blanks.any(is_overlong) {
             return Err(TokenizeError::BlankRun { limit: MAX_BLANK_RUN });
         }
         let complete = encode().and_then(|encoding| self.pipeline.post_process(encoding, None, add_special_tokens));

@@ -48,9 +48,10 @@ enum Step {
 
 /// A pattern whose matches are words, and so is what lies between them.
 struct Pattern {
-    /// The pattern, or what is left of it without [`ENDING`] and, as the second, [`BLANKS`].
+    /// The pattern; or, if it has the [`ENDING`], what stands before that and, as pattern 1, [`BLANKS`].
     regex: Regex,
-    /// What the engine keeps from search to search.
+    /// States that the engine has built, to find the next match sooner: for each thread that searches at the time at most
+    /// twice 2 MiB, the engine's default.
     caches: Pool<Cache, NewCache>,
 }
 
@@ -166,6 +167,7 @@ impl Pattern {
         let here = anywhere.clone().anchored(Anchored::Yes);
         let found = self.regex.search_with(cache, &here).or_else(|| self.regex.search_with(cache, &anywhere))?;
         let mut word = found.range();
+        // `\s+(?!\S)`: the last of several blanks is left to the word behind them.
         let is_blanks = found.pattern().as_usize() == 1;
         if is_blanks && word.end < piece.len() {
             let last = piece[word.clone()].chars().next_back().map_or(0, char::len_utf8);
