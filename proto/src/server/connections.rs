@@ -13,10 +13,10 @@ use std::{
     pin::{Pin, pin},
     sync::{
         Arc,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicU64, AtomicUsize, Ordering},
     },
     task::{Context, Poll},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use http::{Request, Response};
@@ -50,7 +50,53 @@ pub(super) struct Connection {
     pub(super) local: Option<SocketAddr>,
     pub(super) peer: SocketAddr,
     /// Calls that run on this connection; the service counts them.
-    pub(super) calls: watch::Sender<usize>,
+    pub(super) calls: Arc<ConnectionCalls>,
+}
+
+/// Calls that run on a connection. To count one wakes nobody: between a call's first byte and its service lies nothing else.
+#[derive(Debug)]
+pub(super) struct ConnectionCalls {
+    running: AtomicUsize,
+    opened: Instant,
+    /// When the last call ended, from `opened` on. Unit: microseconds.
+    quiet_since_us: AtomicU64,
+}
+
+/// One of them, for as long as it lives.
+#[derive(Debug)]
+pub(super) struct ConnectionCall(Arc<ConnectionCalls>);
+
+// === impl ConnectionCalls ===
+
+impl ConnectionCalls {
+    fn new() -> Self {
+        Self { running: AtomicUsize::new(0), opened: Instant::now(), quiet_since_us: AtomicU64::new(0) }
+    }
+
+    /// One more.
+    pub(super) fn begin(self: &Arc<Self>) -> ConnectionCall {
+        self.running.fetch_add(1, Ordering::AcqRel);
+        ConnectionCall(Arc::clone(self))
+    }
+
+    /// When the connection is idle, if no call begins until then: `limit` after the last, or later while one runs.
+    fn idle_at(&self, limit: Duration) -> Instant {
+        let quiet_since = self.opened + Duration::from_micros(self.quiet_since_us.load(Ordering::Acquire));
+        if self.is_running() { Instant::now() + limit } else { quiet_since + limit }
+    }
+
+    fn is_running(&self) -> bool {
+        self.running.load(Ordering::Acquire) > 0
+    }
+}
+
+impl Drop for ConnectionCall {
+    fn drop(&mut self) {
+        let Self(calls) = self;
+        let since_us = calls.opened.elapsed().as_micros().try_into().unwrap_or(u64::MAX);
+        calls.quiet_since_us.store(since_us, Ordering::Release);
+        calls.running.fetch_sub(1, Ordering::AcqRel);
+    }
 }
 
 /// HTTP/2 and HTTP/1 with the limits: gRPC needs the former, most other clients speak the latter.
@@ -112,8 +158,8 @@ pub(super) async fn serve<S, B>(
         };
         match accepted {
             Ok((stream, peer)) if open.len() < limits.max_connections as usize => {
-                let connection = Connection { local: stream.local_addr().ok(), peer, calls: watch::Sender::new(0) };
-                let calls = connection.calls.subscribe();
+                let calls = Arc::new(ConnectionCalls::new());
+                let connection = Connection { local: stream.local_addr().ok(), peer, calls: Arc::clone(&calls) };
                 let service = make_service(connection);
                 let connection = Open { stream, tls: tls.clone(), builder: builder.clone(), service, calls };
                 open.spawn(connection.drive(limits.clone(), closing.clone()));
@@ -138,7 +184,7 @@ struct Open<S> {
     builder: Builder<TokioExecutor>,
     service: S,
     /// Calls that run on it.
-    calls: watch::Receiver<usize>,
+    calls: Arc<ConnectionCalls>,
 }
 
 // === impl Open ===
@@ -169,7 +215,7 @@ where
         let stream = Counted { stream, received: Arc::clone(&received) };
         let mut connection = pin!(self.builder.serve_connection(TokioIo::new(stream), self.service));
         let calls = self.calls;
-        let mut idle = pin!(idle(calls.clone(), Duration::from_millis(limits.idle_timeout_ms)));
+        let mut idle = pin!(idle(Arc::clone(&calls), Duration::from_millis(limits.idle_timeout_ms)));
         let (mut greeted, mut leaving) = (false, false);
         loop {
             tokio::select! {
@@ -180,7 +226,7 @@ where
                     return;
                 }
                 () = &mut handshake, if !greeted => {
-                    greeted = received.load(Ordering::Relaxed) >= GREETING_BYTES || *calls.borrow() > 0;
+                    greeted = received.load(Ordering::Relaxed) >= GREETING_BYTES || calls.is_running();
                     if !greeted {
                         tracing::debug!("connection closed: no greeting in time");
                         return;
@@ -210,13 +256,11 @@ async fn meet(stream: TcpStream, tls: Option<Tls>) -> io::Result<Said> {
 }
 
 /// Waits until no call has run for so long.
-async fn idle(mut calls: watch::Receiver<usize>, limit: Duration) {
-    // An error says that the service has gone, and with it the connection; nobody waits here any more.
-    while calls.wait_for(|calls| *calls == 0).await.is_ok() {
-        match timeout(limit, calls.wait_for(|calls| *calls > 0)).await {
-            Ok(Ok(_)) => {}
-            Ok(Err(_)) | Err(_) => return,
-        }
+async fn idle(calls: Arc<ConnectionCalls>, limit: Duration) {
+    let mut idle_at = calls.idle_at(limit);
+    while Instant::now() < idle_at {
+        tokio::time::sleep_until(idle_at.into()).await;
+        idle_at = calls.idle_at(limit);
     }
 }
 

@@ -21,7 +21,11 @@ use tonic::{Code, Status, body::Body, service::Routes, transport::server::TcpCon
 use tower::Service as _;
 use tracing::{Instrument as _, Span};
 
-use super::{HttpFront, connections::Connection, shutdown::Shutdown};
+use super::{
+    HttpFront,
+    connections::{Connection, ConnectionCall},
+    shutdown::Shutdown,
+};
 use crate::{
     error::{Error, Reason},
     telemetry::{METRICS_CONTENT_TYPE, metrics_text},
@@ -91,7 +95,8 @@ struct Call {
     started: Instant,
     outcome: Outcome,
     line: Line,
-    _counts: [Option<Counted>; 2],
+    _on_connection: ConnectionCall,
+    _work: Option<Counted>,
 }
 
 /// How a call ended, as far as it is known.
@@ -219,14 +224,19 @@ impl hyper::service::Service<Request<Incoming>> for CallService {
         let trace = Trace::from_headers(request.headers());
         let peer = self.connection.peer;
         let span = tracing::info_span!("call", method, request_id = trace.request_id(), %peer);
-        let connection_count = Counted::new(&self.connection.calls);
+        let on_connection = self.connection.calls.begin();
         let (work, refusal) = match self.calls.admit(background) {
             Ok(work) => (work, None),
             Err(refusal) => (None, Some(refusal)),
         };
-        let counts = [Some(connection_count), work];
-        let mut call =
-            Call { span: span.clone(), started: Instant::now(), outcome: Outcome::Unknown, line, _counts: counts };
+        let mut call = Call {
+            span: span.clone(),
+            started: Instant::now(),
+            outcome: Outcome::Unknown,
+            line,
+            _on_connection: on_connection,
+            _work: work,
+        };
         request.extensions_mut().insert(trace);
         let (local_addr, remote_addr) = (self.connection.local, Some(peer));
         request.extensions_mut().insert(TcpConnectInfo { local_addr, remote_addr });
@@ -401,7 +411,7 @@ pub(super) fn metrics_service(
 > + Send
 + 'static {
     hyper::service::service_fn(move |request: Request<Incoming>| {
-        let counted = Counted::new(&connection.calls);
+        let counted = connection.calls.begin();
         let response = metrics_response(&request, &registry);
         async move {
             drop(counted);
