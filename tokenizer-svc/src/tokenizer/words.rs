@@ -126,11 +126,13 @@ fn cut_digits(piece: &str, each: bool) -> impl Iterator<Item = &str> {
 // === impl Pattern ===
 
 impl Pattern {
-    /// `None` if the pattern is not valid, has look-around elsewhere than in its ending, or matches nothing at all.
+    /// `None` if the pattern is not valid, has look-around elsewhere than in its ending, matches nothing at all, or means
+    /// something else to the library's engine.
     fn new(pattern: &str) -> Option<Self> {
+        if is_possessive(pattern) || sets_flags(pattern) {
+            return None;
+        }
         let patterns = match pattern.strip_suffix(ENDING) {
-            // Such a flag might reach the ending and change what it means.
-            Some(others) if sets_flags(others) => return None,
             Some(others) => vec![others, BLANKS],
             None => vec![pattern],
         };
@@ -185,11 +187,22 @@ impl fmt::Debug for Pattern {
     }
 }
 
-/// Whether a pattern sets flags for all that follows, such as `(?x)`.
+/// Whether a repetition may be one that gives nothing back, such as `a?+`. The engine here takes it for one repetition
+/// within another.
+fn is_possessive(pattern: &str) -> bool {
+    let counts = |before: &str| before.ends_with(|end: char| end.is_ascii_digit() || end == ',');
+    ["?+", "*+", "++"].iter().any(|repetition| pattern.contains(repetition))
+        || pattern.match_indices("}+").any(|(at, _)| counts(&pattern[..at]))
+}
+
+/// Whether a pattern sets flags for what follows, such as `(?i)`, where the engines differ on how far that is, or lets
+/// blanks stand in itself (`x`), where they differ on which.
 fn sets_flags(pattern: &str) -> bool {
-    let mut groups = pattern.split("(?").skip(1);
-    groups
-        .any(|group| group.trim_start_matches(|flag: char| flag.is_ascii_alphabetic() || flag == '-').starts_with(')'))
+    pattern.split("(?").skip(1).any(|group| {
+        let after = group.trim_start_matches(|flag: char| flag.is_ascii_alphabetic() || flag == '-');
+        let flags = &group[..group.len() - after.len()];
+        after.starts_with(')') || after.starts_with(':') && flags.contains('x')
+    })
 }
 
 #[cfg(test)]
@@ -237,11 +250,15 @@ mod tests {
     #[test]
     fn what_is_not_understood_is_left_to_the_library() {
         let with = |pattern: &str| words(json!([split(pattern), byte_level(false)]));
-        assert!(with(r"\S+|\s+(?!\S)|\s+").is_some());
+        for pattern in [r"\S+|\s+(?!\S)|\s+", r"(?i:'s)|[^\p{L}]?\p{L}+|\p{N}{1,3}|\s+(?!\S)|\s+"] {
+            assert!(with(pattern).is_some(), "{pattern}");
+        }
         let inside = [r"\S+(?!x)", r"(?<=a)b|\s+", r"\S+|\s+(?!\S)|\s+|x", r"(\S)\1", r"(?>a)b"];
+        let possessive = [r"\d{1,3}+", r"a?+b|\s+(?!\S)|\s+", r"[^\s]++", r"a*+b", r"a{2,}+"];
+        let flags = [r"(?x: a )b", r"((?i)a)b", r"(?i-x:a)(?sx: b)"];
         let endings = [r"(?x)a|\s+(?!\S)|\s+", r"a|(?s-m)b|\s+(?!\S)|\s+", r"a\|\s+(?!\S)|\s+"];
         let nothing = [r"a*", r"\b", r"a*|\s+(?!\S)|\s+", r"[^\s\S]"];
-        for pattern in inside.iter().chain(&endings).chain(&nothing) {
+        for pattern in inside.iter().chain(&possessive).chain(&flags).chain(&endings).chain(&nothing) {
             assert!(with(pattern).is_none(), "{pattern}");
         }
         let mut removed = split("a");

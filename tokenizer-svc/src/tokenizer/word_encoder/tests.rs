@@ -143,8 +143,8 @@ fn random_breaks(rng: &mut ChaCha8Rng, text: &str) -> Breaks {
     Breaks::new(offsets, text.len()).unwrap()
 }
 
-/// Encodes random texts both ways. At least one in `min_short` goes the short way.
-fn check(name: &str, tokenizer: &tokenizer::Tokenizer, n_texts: usize, min_short: usize) {
+/// Encodes random texts both ways. At least one in `one_in` goes the short way.
+fn check(name: &str, tokenizer: &tokenizer::Tokenizer, n_texts: usize, one_in: usize) {
     let seed = 0x5707;
     println!("{name}: seed {seed}");
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
@@ -165,7 +165,7 @@ fn check(name: &str, tokenizer: &tokenizer::Tokenizer, n_texts: usize, min_short
         n_short +=
             usize::from(encoder.encode(&tokenizer.pipeline, &tokenizer.added, &text, &breaks).unwrap().is_some());
     }
-    assert!(n_short * min_short >= n_texts, "{name}: only {n_short} of {n_texts} texts went the short way");
+    assert!(n_short * one_in >= n_texts, "{name}: only {n_short} of {n_texts} texts went the short way");
 }
 
 /// A small byte-level pipeline, with added tokens of every kind. Its merges spell two control tokens, one of them where a
