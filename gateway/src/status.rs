@@ -13,7 +13,7 @@ use crate::{
     router::NoGroup,
     sampling::ResolveError,
     template::TemplateError,
-    tokenizer::{NoTemplate, TokenizerError, UnknownToken, VocabularyError},
+    tokenizer::{NoTemplate, TokenizerError, UnknownToken},
 };
 
 /// When to come back after a refusal by a peer that did not say: groups report, and so free up, about once a second.
@@ -83,8 +83,8 @@ pub enum Failure {
     /// The tokenizer service failed or refused it.
     #[error("{0}")]
     Tokenizer(#[from] TokenizerError),
-    /// The tokenizer service gave an id that its vocabulary lacks.
-    #[error("the tokenizer broke its contract: {0}")]
+    /// An id that its tokenizer does not have.
+    #[error("the tokenizer does not know all tokens: {0}")]
     UnknownToken(#[from] UnknownToken),
     /// A peer broke its contract.
     #[error("{peer} broke its contract: {breach}")]
@@ -209,8 +209,8 @@ fn request_error(error: &RequestError, message: String) -> Error {
     Error::new(reason, message).violations(fields)
 }
 
-/// What a group says of load, limits and time, or that it does not do, is passed on; that it cannot be reached or has formed anew are the same
-/// thing to a client; anything else is a bug on our side of the wire.
+/// What a group says of load, limits and time, or that it does not do, is passed on; that it cannot be reached or has
+/// formed anew are the same thing to a client; anything else is a bug on our side of the wire.
 fn group_error(error: &Error, message: String) -> Error {
     match error.reason() {
         Reason::Overloaded => {
@@ -227,14 +227,14 @@ pub(crate) fn ended_unasked() -> Status {
     Error::new(Reason::GroupUnavailable, "it ended the stream unasked").into()
 }
 
-/// A tokenizer that answered two questions about a model differently: like one that is away, until it is asked again.
-pub(crate) fn changed_meanwhile() -> Status {
-    Error::new(Reason::Unavailable, "its model has just changed").into()
+/// A tokenizer whose vocabulary cannot be had or used: like one that is away, so that another is asked.
+pub(crate) fn no_vocabulary(cause: &str) -> Status {
+    Error::new(Reason::Unavailable, cause).into()
 }
 
-/// A tokenizer whose vocabulary cannot be used.
-pub(crate) fn of_vocabulary(error: VocabularyError) -> Status {
-    Error::new(Reason::Internal, error.to_string()).into()
+/// A tokenizer that did not answer in time.
+pub(crate) fn too_late() -> Status {
+    Error::new(Reason::Deadline, "it did not answer in time").into()
 }
 
 /// Whether a group that answers so is away rather than wrong.

@@ -2,9 +2,9 @@
 //! same fingerprint.
 //!
 //! A request takes a model's [`Facts`] once and stays with their fingerprint: its prompt is encoded by an instance that
-//! agrees with them, and its tokens become text by the vocabulary in them ([`Detokenizer`]), without a call. The facts in use stay until no instance that answers has them, so that a rolling
-//! upgrade changes them once. Instances take turns; one that does not answer is left out until a probe finds it well,
-//! unless none answers. Unary calls go on to the next instance, as they may be repeated.
+//! agrees with them, and its tokens become text by the vocabulary in them ([`Detokenizer`]), without a call. The facts in
+//! use stay until no instance that answers has them, so that a rolling upgrade changes them once. Instances take turns; one that does not answer is left out until a probe finds it well,
+//! unless none answers. Calls go on to the next instance, as they may be repeated.
 
 use std::{
     collections::HashMap,
@@ -25,7 +25,10 @@ use lockstep_proto::{
     },
     trace::Trace,
 };
-use tokio::sync::{Notify, watch};
+use tokio::{
+    sync::{Notify, Semaphore, watch},
+    time::timeout,
+};
 use tonic::{Code, Request, Status, transport::Channel};
 
 pub mod detokenizer;
@@ -35,7 +38,7 @@ pub mod vocabulary;
 
 pub use detokenizer::Detokenizer;
 pub use facts::{Facts, NoTemplate};
-pub use vocabulary::{UnknownToken, Vocabulary, VocabularyError};
+pub use vocabulary::{UnknownToken, Vocabulary};
 
 use crate::status;
 
@@ -44,6 +47,7 @@ type Client = TokenizerServiceClient<Channel>;
 /// Largest answer that is read, whatever is read from clients: a text that they may send can have many more bytes as ids.
 /// `Decode` answers with 32 MiB at most, and with their text, which has three bytes for each that is no UTF-8. `Encode`
 /// answers to 4 MiB with one id of three bytes for each of them at most, unless a normalizer makes more of the text.
+/// `GetVocabulary` has 64 MiB at most, and four bytes for each of its ids.
 /// Unit: bytes.
 const MAX_ANSWER_BYTES: usize = 4 * (32 << 20) + (1 << 20);
 
@@ -56,6 +60,8 @@ pub struct Tokenizers {
     /// By model. Locked for a look-up or an update at a time, never across an await.
     facts: Mutex<HashMap<String, Arc<Facts>>>,
     changed: watch::Sender<()>,
+    /// Room for one answer of `GetVocabulary`, which may be large; who waited for another's mostly needs none then.
+    learning: Semaphore,
 }
 
 #[derive(Debug)]
@@ -114,7 +120,7 @@ pub enum TokenizerError {
 // === impl Tokenizers ===
 
 impl Tokenizers {
-    /// Instances by address and channel, of which nothing is known yet. A unary call to one takes at most `timeout`.
+    /// Instances by address and channel, of which nothing is known yet. A call to one takes at most `timeout`.
     pub fn new(instances: Vec<(String, Channel)>, timeout: Duration) -> Self {
         let instances = instances.into_iter().map(|(address, channel)| Instance {
             address,
@@ -128,6 +134,7 @@ impl Tokenizers {
             timeout,
             facts: Mutex::default(),
             changed: watch::Sender::new(()),
+            learning: Semaphore::new(1),
         }
     }
 
@@ -211,6 +218,17 @@ impl Tokenizers {
         caller: Caller<'_>,
         limit: Duration,
     ) -> Result<(), Status> {
+        let described = timeout(limit, self.ask_about(instance, model, caller, limit)).await;
+        described.unwrap_or_else(|_| Err(status::too_late()))
+    }
+
+    async fn ask_about(
+        &self,
+        instance: &Instance,
+        model: &str,
+        caller: Caller<'_>,
+        limit: Duration,
+    ) -> Result<(), Status> {
         let mut client = instance.client.clone();
         let request = caller.request(GetTokenizerRequest { model: model.to_owned() }, limit);
         let description = client.get_tokenizer(request).await?.into_inner();
@@ -218,12 +236,19 @@ impl Tokenizers {
         if self.stays(&lock(&self.facts), model, &description.fingerprint) {
             return Ok(());
         }
-        let request = caller.request(GetVocabularyRequest { model: model.to_owned() }, limit);
-        let vocabulary = client.get_vocabulary(request).await?.into_inner();
-        if vocabulary.fingerprint != description.fingerprint {
-            return Err(status::changed_meanwhile());
+        // It is never closed.
+        let _room = self.learning.acquire().await;
+        if self.stays(&lock(&self.facts), model, &description.fingerprint) {
+            return Ok(());
         }
-        let vocabulary = Vocabulary::new(vocabulary, description.vocab_size).map_err(status::of_vocabulary)?;
+        let request = caller.request(GetVocabularyRequest { model: model.to_owned() }, limit);
+        let vocabulary = client.get_vocabulary(request).await;
+        let vocabulary = vocabulary.map_err(|status| status::no_vocabulary(status.message()))?.into_inner();
+        if vocabulary.fingerprint != description.fingerprint {
+            return Err(status::no_vocabulary("its model has just changed"));
+        }
+        let vocabulary = Vocabulary::new(vocabulary, description.vocab_size);
+        let vocabulary = vocabulary.map_err(|error| status::no_vocabulary(&error.to_string()))?;
         self.learn(Facts::new(model, description, vocabulary));
         Ok(())
     }

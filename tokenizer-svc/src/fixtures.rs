@@ -8,7 +8,7 @@ use std::{
 
 use crate::catalog::Model;
 
-/// The tokenizers with control tokens that tests attack and stream: byte-level and SentencePiece-style, both sources.
+/// The tokenizers with control tokens that tests attack: byte-level and SentencePiece-style, both sources.
 pub(crate) const NAMES: [&str; 6] = [
     "SmolLM2-135M-Instruct.Q4_1.gguf",
     "tokenizers/llama3",

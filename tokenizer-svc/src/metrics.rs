@@ -50,7 +50,7 @@ impl Metrics {
         registry.register("encoded_bytes", "Bytes of text that were encoded", metrics.encoded_bytes.clone());
         registry.register("encoded_tokens", "Tokens that encoding gave", metrics.encoded_tokens.clone());
         registry.register("decoded_tokens", "Tokens that were decoded", metrics.decoded_tokens.clone());
-        registry.register("jobs", "Encode and Decode calls that run or wait", metrics.jobs.clone());
+        registry.register("jobs", "Calls that run or wait for a thread", metrics.jobs.clone());
         metrics
     }
 

@@ -49,6 +49,11 @@ impl TokenizerServer {
         Self { catalog: Arc::new(catalog), workers, metrics }
     }
 
+    async fn vocabulary(&self, model: &str, deadline: Option<Instant>) -> Result<GetVocabularyResponse, Error> {
+        let model = Arc::clone(find(&self.catalog, model)?);
+        self.workers.run(deadline, move || Ok(vocabulary(&model.tokenizer))).await
+    }
+
     async fn encode_all(&self, request: EncodeRequest, deadline: Option<Instant>) -> Result<EncodeResponse, Error> {
         let model = Arc::clone(find(&self.catalog, &request.model)?);
         let inputs = ValidInput::all(request)?;
@@ -105,8 +110,8 @@ impl TokenizerService for TokenizerServer {
         &self,
         request: Request<GetVocabularyRequest>,
     ) -> Result<Response<GetVocabularyResponse>, Status> {
-        let arrived = Instant::now();
-        let answer = find(&self.catalog, &request.get_ref().model).map(|model| vocabulary(&model.tokenizer));
+        let (arrived, deadline) = (Instant::now(), deadline_of(&request));
+        let answer = self.vocabulary(&request.get_ref().model, deadline).await;
         self.metrics.ended("GetVocabulary", arrived, &answer);
         answer.map(Response::new).map_err(status::of)
     }

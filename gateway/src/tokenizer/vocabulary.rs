@@ -2,6 +2,9 @@
 
 use lockstep_proto::tokenizer::v1::GetVocabularyResponse;
 
+/// Longest token, by the contract: what one id can add to a text. Unit: bytes.
+const MAX_TOKEN_BYTES: u32 = 4_096;
+
 /// The bytes of every id.
 #[derive(Debug, Default)]
 pub struct Vocabulary {
@@ -23,8 +26,8 @@ pub enum VocabularyError {
         /// In the vocabulary.
         got: usize,
     },
-    /// The bytes of an id are not within the vocabulary's.
-    #[error("the bytes of id {0} in its vocabulary are out of place")]
+    /// The bytes of an id are not within the vocabulary's, or too many.
+    #[error("the bytes of id {0} in its vocabulary are out of place, or over 4,096")]
     Ends(usize),
 }
 
@@ -52,7 +55,8 @@ impl Vocabulary {
         }
         let mut before = 0;
         for (id, &end) in ends.iter().enumerate() {
-            if end < before || end as usize > raw.len() {
+            let is_long = end.saturating_sub(before) > MAX_TOKEN_BYTES;
+            if end < before || is_long || end as usize > raw.len() {
                 return Err(VocabularyError::Ends(id));
             }
             before = end;
@@ -105,5 +109,8 @@ mod tests {
         check(&[2, 1], VocabularyError::Ends(1));
         check(&[1, 4], VocabularyError::Ends(1));
         check(&[u32::MAX, 3], VocabularyError::Ends(0));
+        let long = Vocabulary::new(response(&[b'a'; 4_098], &[1, 4_098]), 2);
+        assert_eq!(long.unwrap_err(), VocabularyError::Ends(1));
+        assert!(Vocabulary::new(response(&[b'a'; 4_097], &[1, 4_097]), 2).is_ok());
     }
 }

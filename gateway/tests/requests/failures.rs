@@ -209,20 +209,55 @@ async fn a_tokenizer_that_goes_down_in_the_middle_ends_no_stream() {
     assert_eq!(call.await.unwrap().unwrap().choices[0].text, "a");
 }
 
+/// Why a gateway with such tokenizers cannot answer.
+async fn refusal(cluster: &Cluster) -> Error {
+    in_time(async {
+        loop {
+            let error = call(cluster).await.unwrap().unwrap_err();
+            // At first no group is known.
+            if error.reason() != Reason::GroupUnavailable {
+                return error;
+            }
+        }
+    })
+    .await
+}
+
 #[tokio::test]
 async fn a_vocabulary_that_does_not_fit_is_said_to_be() {
     let tokenizers = |tokenizer: &FakeTokenizer| tokenizer.has_no_vocabulary.store(true, Ordering::SeqCst);
     let cluster = Cluster::with_unready(Setup { tokenizers, ..Setup::default() }).await;
-    cluster.wait_for_health(false).await;
-    let error = loop {
-        let error = call(&cluster).await.unwrap().unwrap_err();
-        // At first no group is known.
-        if error.reason() != Reason::GroupUnavailable {
-            break error;
-        }
+    let error = refusal(&cluster).await;
+    assert_eq!(error.reason(), Reason::TokenizerUnavailable, "{error}");
+    assert!(error.message().contains("its vocabulary has 0 ids instead of 259"), "{error}");
+}
+
+#[tokio::test]
+async fn a_vocabulary_of_another_fingerprint_is_not_taken() {
+    let tokenizers = |tokenizer: &FakeTokenizer| {
+        *tokenizer.fingerprint_of_vocabulary.lock().unwrap() = Some("new".into());
     };
+    let mut cluster = Cluster::with_unready(Setup { tokenizers, ..Setup::default() }).await;
+    let error = refusal(&cluster).await;
+    assert_eq!(error.reason(), Reason::TokenizerUnavailable, "{error}");
+    assert!(error.message().contains("its model has just changed"), "{error}");
+    *cluster.tokenizers[0].fingerprint.lock().unwrap() = "new".into();
+    cluster.wait_for_health(true).await;
+    let call = call(&cluster);
+    answer(cluster.session().await).await;
+    call.await.unwrap().unwrap();
+}
+
+#[tokio::test]
+async fn an_id_that_the_tokenizer_lacks_is_named() {
+    let mut cluster = Cluster::start().await;
+    let call = call(&cluster);
+    let mut session = cluster.session().await;
+    session.ids(0, &[259]).await;
+    let error = call.await.unwrap().unwrap_err();
     assert_eq!(error.reason(), Reason::Internal, "{error}");
-    assert!(error.message().ends_with("its vocabulary has 0 ids instead of 259"), "{error}");
+    assert!(error.message().ends_with("token id 259 is not below the vocabulary's 259"), "{error}");
+    in_time(session.dropped()).await;
 }
 
 #[tokio::test]

@@ -34,6 +34,8 @@ pub(crate) struct FakeTokenizer {
     pub(crate) request_ids: Arc<Mutex<Vec<String>>>,
     /// What this byte stands for in answers of `Decode`, instead of itself.
     pub(crate) stands_for: Arc<Mutex<Option<(u8, String)>>>,
+    /// What its vocabulary says to be the fingerprint, instead of that.
+    pub(crate) fingerprint_of_vocabulary: Arc<Mutex<Option<String>>>,
     /// Its vocabulary is empty.
     pub(crate) has_no_vocabulary: Arc<AtomicBool>,
     /// Has no chat template.
@@ -116,7 +118,8 @@ impl TokenizerService for FakeTokenizer {
             raw.extend(token_bytes(id, false));
             ends.push(u32::try_from(raw.len()).unwrap());
         }
-        let fingerprint = self.fingerprint.lock().unwrap().clone();
+        let other = self.fingerprint_of_vocabulary.lock().unwrap().clone();
+        let fingerprint = other.unwrap_or_else(|| self.fingerprint.lock().unwrap().clone());
         Ok(Response::new(GetVocabularyResponse { fingerprint, raw, ends, strips_leading_space: false }))
     }
 
