@@ -4,10 +4,12 @@
 //! 1. [`prompt`]: render the conversation, encode the text.
 //! 2. Settle what depends on the prompt's length.
 //! 3. [`dispatch`]: find a group, wait for its first event.
-//! 4. [`pump`]: ids from the worker become text in each [`choice`], which looks for stop strings; chunks go to the [`outbox`].
+//! 4. [`pump`]: ids from the worker become text in each [`choice`], which looks for stop strings; chunks go to the
+//!    [`outbox`].
 //! 5. Exactly one `Finish`.
 //!
-//! The [`deadline`] bounds every step. Whatever a generation holds (its place at the gate, the worker's stream) lives in one task and is dropped with it, so that a client that goes away ends all of it at once.
+//! The [`deadline`] bounds every step. Whatever a generation holds (its place at the gate, the worker's stream) lives in
+//! one task and is dropped with it, so that a client that goes away ends all of it at once.
 
 use std::{
     sync::Arc,
@@ -128,10 +130,11 @@ impl Plan<'_> {
         let emitter = Emitter::new(outbox, meter, self.start_event(&prompt), prompt_text, self.sampling.n());
         let mut pump = Pump::new(self, &rules, emitter, running, &prompt)?;
         let end = pump.run().await?;
+        let mut emitter = pump.into_emitter();
 
         let completion_tokens = end.completion_tokens;
         meter.tokens(prompt.n_tokens(), completion_tokens);
-        let first_token_at = pump.first_token_at().unwrap_or_else(Instant::now);
+        let first_token_at = emitter.first_token_at().unwrap_or_else(Instant::now);
         let finish = v1::Finish {
             choices: end.choices,
             usage: Some(v1::Usage {
@@ -146,7 +149,7 @@ impl Plan<'_> {
             }),
             repro: Some(v1::Repro { model_digest, seed, engine_version }),
         };
-        pump.finish(finish).await
+        emitter.finish(finish).await
     }
 
     fn caller(&self) -> Caller<'_> {

@@ -1,7 +1,7 @@
 //! An outbox: the way of a request's events to its client, of bounded length.
 //!
 //! The generation runs in a task of its own, so that it notices a client that does not read: when the outbox has been
-//! full for longer than the patience, the request is cut, and the worker and the tokenizer are let go. Dropping
+//! full for longer than the patience, the request is cut, and the worker is let go. Dropping
 //! [`Events`], as tonic does when the client goes away, ends the task and with it everything downstream.
 
 use std::{

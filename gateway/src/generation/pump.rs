@@ -9,7 +9,7 @@ use lockstep_proto::{
     error::{Error, Reason},
     v1,
     worker::v1::{
-        ChoiceFinish, EndChoiceRequest, GenerateResponse, PromptLogprobs, Started, TokenLogprobs, Tokens,
+        ChoiceFinish, EndChoiceRequest, GenerateResponse, PromptLogprobs, Started, Tokens,
         generate_response::Event as WorkerEvent,
     },
 };
@@ -95,7 +95,7 @@ impl<'a> Pump<'a> {
         })
     }
 
-    /// Runs until every choice has ended. Dropping what is left of the worker's stream then cancels it.
+    /// Runs until every choice has ended.
     pub(super) async fn run(&mut self) -> Result<End, Failure> {
         while !self.choices.iter().all(Choice::ended) {
             match self.turn().await {
@@ -114,14 +114,10 @@ impl<'a> Pump<'a> {
         Ok(End { choices, completion_tokens, cached_tokens: self.started.cached_tokens })
     }
 
-    /// When the first token came.
-    pub(super) fn first_token_at(&self) -> Option<Instant> {
-        self.emitter.first_token_at()
-    }
-
-    /// Tells the client the end, after [`Self::run`].
-    pub(super) async fn finish(&mut self, finish: v1::Finish) -> Result<(), Failure> {
-        self.emitter.finish(finish).await
+    /// What tells the client the end. All else goes: what is left of the worker's stream is cancelled with that, however long
+    /// the client takes to read.
+    pub(super) fn into_emitter(self) -> Emitter<'a> {
+        self.emitter
     }
 
     /// Waits for what happens next.
@@ -182,8 +178,7 @@ impl<'a> Pump<'a> {
         self.prompt_logprobs_due = false;
         let first = self.prompt.ids.first().copied().unwrap_or_default();
         let all = logprobs::of_prompt(first, logprobs.tokens);
-        let all = self.with_texts(&all)?;
-        self.emitter.set_prompt_logprobs(all);
+        self.emitter.set_prompt_logprobs(logprobs::with_texts(&all, self.rules.facts.vocabulary())?);
         Ok(())
     }
 
@@ -205,12 +200,8 @@ impl<'a> Pump<'a> {
 
     async fn emit(&mut self, choice: u32, piece: Piece) -> Result<(), Failure> {
         let Piece { ids, text, logprobs, tool_calls } = piece;
-        let logprobs = self.with_texts(&logprobs)?;
+        let logprobs = logprobs::with_texts(&logprobs, self.rules.facts.vocabulary())?;
         self.emitter.chunk(v1::Chunk { seq: 0, choice, token_ids: ids, text, logprobs, tool_calls }).await
-    }
-
-    fn with_texts(&mut self, from: &[TokenLogprobs]) -> Result<Vec<v1::TokenLogprob>, Failure> {
-        logprobs::with_texts(from, self.rules.facts.vocabulary()).map_err(|unknown| self.breach(unknown.into()))
     }
 
     /// The deadline has come: every choice ends with what it has.
