@@ -16,7 +16,7 @@
 //! * [`embedding`]: the same for requests whose answer is vectors.
 //! * [`template`]: a conversation becomes the text that the model was trained on.
 //! * [`tools`]: how models spell calls of tools, in prompts and in answers.
-//! * [`tokenizer`]: text becomes ids, and ids text, by the tokenizer service.
+//! * [`tokenizer`]: text becomes ids by the tokenizer service, and ids text by its vocabulary.
 //! * [`router`]: which group takes the request; [`groups`] is the router with clients.
 //! * [`stop`]: generated text is searched for stop strings, across token boundaries.
 //! * [`status`]: how a failure crosses the wire.

@@ -58,8 +58,8 @@ request! {
         stream: Option<bool>,
         /// What comes at the end of a stream.
         stream_options: Option<Object<StreamOptions>>,
-        /// Most tokens of each answer, no more than the context has room for. 0: with `echo`, the prompt is the answer.
-        /// Default: 16.
+        /// Most tokens of each answer, no more than the context has room for. 0: with `echo`, the prompt is the
+        /// answer; it must leave room for one token all the same. Default: 16.
         max_tokens: Option<u32>,
         /// Each token comes with its log-probability, and with those of so many of the most probable ones.
         #[schemars(range(max = MAX_LOGPROBS))]
