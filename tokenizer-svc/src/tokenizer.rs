@@ -105,11 +105,11 @@ impl Tokenizer {
         let mut tokenizer =
             Self { pipeline, added, word_encoder, token_bytes, strips_leading_space, special, fingerprint };
         // Some malformed descriptions load and panic at the first text: let that be now, while it is contained.
-        let trial = |encode: fn(&Self, &str, &Breaks, bool) -> Result<Vec<u32>, TokenizeError>| {
-            encode(&tokenizer, TRIAL, &Breaks::NONE, true).map_err(|e| LoadError::Invalid(e.to_string()))
-        };
-        // The two ways are built to agree. Should a pattern mean different things to the two engines, the library's word counts.
-        if trial(Self::encode)? != trial(Self::encode_by_library)? {
+        let invalid = |e: TokenizeError| LoadError::Invalid(e.to_string());
+        let by_words = tokenizer.encode(TRIAL, &Breaks::NONE, true).map_err(invalid)?;
+        // The two ways are built to agree. Should a pattern mean different things to the two engines, the library's word
+        // counts.
+        if by_words != tokenizer.encode_by_library(TRIAL, &Breaks::NONE, true).map_err(invalid)? {
             tracing::warn!("words are cut otherwise than by the library, which encodes this model's texts therefore");
             tokenizer.word_encoder = None;
         }
