@@ -110,7 +110,7 @@ impl App {
         };
         let server = Server::bind(server, Arc::new(registry))?.http(http)?.tls(tls).health_names(&NAMES);
         Ok(Self {
-            server: server.background(&[kserve::LIVENESS]).quiet(&kserve::PROBES),
+            server: server.background(&[kserve::LIVENESS]).quiet(&kserve::PROBES).quiet(&[tgi::HEALTH]),
             routes: Routes::new(inference).add_service(models),
             pipeline,
             models: names,

@@ -27,6 +27,9 @@ use crate::{
 
 pub use error::response as refusal;
 
+/// Where probes ask by HTTP whether work can be taken.
+pub const HEALTH: &str = "/health";
+
 type Answer = Result<Response, Failure>;
 
 /// Everything that is at the server's root.
@@ -37,7 +40,7 @@ pub fn api() -> Api {
         Route::post("/generate_stream", generate_stream, Path::GenerateStream.operation()),
         Route::get("/info", get_info, info::operation()),
         Route::get(
-            "/health",
+            HEALTH,
             health,
             Operation::open("Says by its status whether work can be taken.").fails(&[Reason::Draining]),
         ),

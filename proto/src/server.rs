@@ -395,7 +395,7 @@ impl Server {
         });
         let http = async {
             let Some((front, listener, _)) = self.http else { return };
-            let (wire, routes) = (requests::Wire::http(&front), front.routes.prepare());
+            let (wire, routes) = (requests::Wire::http(&front, &self.quiet), front.routes.prepare());
             let port = Port { listener, tls: tls.clone(), builder: connections::any(limits) };
             connections::serve(port, limits, closing.subscribe(), |connection| {
                 calls.service(&wire, routes.clone(), connection)

@@ -5,6 +5,10 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use lockstep_proto::v1::{ChatRequest, ContentPart, Conversation, Message, Role, SamplingParams, content_part::Part};
 use lockstep_tests::cluster::{Cluster, PATIENCE};
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::TcpStream,
+};
 
 /// Text that nothing but a prompt would put into a log.
 const PROMPT: &str = "Marmalade xylophones";
@@ -14,6 +18,11 @@ async fn a_request_is_logged_by_its_id_and_without_its_text() -> Result<()> {
     // Followers name requests at level debug.
     let cluster =
         Cluster::builder().world_size(2).worker_arg("--log.filter=info,lockstep_worker=debug").start().await?;
+    let mut probe = TcpStream::connect(cluster.gateway.http().context("no HTTP")?).await?;
+    probe.write_all(b"GET /health HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n").await?;
+    let mut answer = String::new();
+    probe.read_to_string(&mut answer).await?;
+    assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
     let part = ContentPart { part: Some(Part::Text(PROMPT.into())) };
     let message = Message { role: Role::User.into(), content: vec![part], ..Message::default() };
     let request = ChatRequest {
@@ -42,5 +51,7 @@ async fn a_request_is_logged_by_its_id_and_without_its_text() -> Result<()> {
     // The gateway has asked for the tokenizer's facts before it was ready, and does so every few seconds.
     let log = cluster.tokenizer.log();
     assert!(!log.contains("GetTokenizer"), "a probe in:{log}");
+    let log = cluster.gateway.log();
+    assert!(!log.contains("/health"), "a probe in:{log}");
     cluster.stop().await
 }

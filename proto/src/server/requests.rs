@@ -171,9 +171,9 @@ impl Wire {
         Self { background, quiet: quiet.into(), refuse: None }
     }
 
-    /// Plain HTTP.
-    pub(super) fn http(front: &HttpFront) -> Self {
-        Self { background: front.background.into(), quiet: Arc::default(), refuse: Some(front.refuse) }
+    /// Plain HTTP, with these calls worth no line in the log.
+    pub(super) fn http(front: &HttpFront, quiet: &[&'static str]) -> Self {
+        Self { background: front.background.into(), quiet: quiet.into(), refuse: Some(front.refuse) }
     }
 
     fn refuse(&self, path: &str, error: Error) -> Response<Body> {
