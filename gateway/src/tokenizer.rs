@@ -218,39 +218,31 @@ impl Tokenizers {
         caller: Caller<'_>,
         limit: Duration,
     ) -> Result<(), Status> {
-        let described = timeout(limit, self.ask_about(instance, model, caller, limit)).await;
-        described.unwrap_or_else(|_| Err(status::too_late()))
-    }
-
-    async fn ask_about(
-        &self,
-        instance: &Instance,
-        model: &str,
-        caller: Caller<'_>,
-        limit: Duration,
-    ) -> Result<(), Status> {
-        let mut client = instance.client.clone();
-        let request = caller.request(GetTokenizerRequest { model: model.to_owned() }, limit);
-        let description = client.get_tokenizer(request).await?.into_inner();
-        lock(&instance.state).learn(model, description.fingerprint.clone());
-        if self.stays(&lock(&self.facts), model, &description.fingerprint) {
-            return Ok(());
-        }
-        // It is never closed.
-        let _room = self.learning.acquire().await;
-        if self.stays(&lock(&self.facts), model, &description.fingerprint) {
-            return Ok(());
-        }
-        let request = caller.request(GetVocabularyRequest { model: model.to_owned() }, limit);
-        let vocabulary = client.get_vocabulary(request).await;
-        let vocabulary = vocabulary.map_err(|status| status::no_vocabulary(status.message()))?.into_inner();
-        if vocabulary.fingerprint != description.fingerprint {
-            return Err(status::no_vocabulary("its model has just changed"));
-        }
-        let vocabulary = Vocabulary::new(vocabulary, description.vocab_size);
-        let vocabulary = vocabulary.map_err(|error| status::no_vocabulary(&error.to_string()))?;
-        self.learn(Facts::new(model, description, vocabulary));
-        Ok(())
+        let described = async {
+            let mut client = instance.client.clone();
+            let request = caller.request(GetTokenizerRequest { model: model.to_owned() }, limit);
+            let description = client.get_tokenizer(request).await?.into_inner();
+            lock(&instance.state).learn(model, description.fingerprint.clone());
+            if self.stays(&lock(&self.facts), model, &description.fingerprint) {
+                return Ok(());
+            }
+            // It is never closed.
+            let _room = self.learning.acquire().await;
+            if self.stays(&lock(&self.facts), model, &description.fingerprint) {
+                return Ok(());
+            }
+            let request = caller.request(GetVocabularyRequest { model: model.to_owned() }, limit);
+            let vocabulary = client.get_vocabulary(request).await;
+            let vocabulary = vocabulary.map_err(|status| status::no_vocabulary(status.message()))?.into_inner();
+            if vocabulary.fingerprint != description.fingerprint {
+                return Err(status::no_vocabulary("its model has just changed"));
+            }
+            let vocabulary = Vocabulary::new(vocabulary, description.vocab_size);
+            let vocabulary = vocabulary.map_err(|error| status::no_vocabulary(&error.to_string()))?;
+            self.learn(Facts::new(model, description, vocabulary));
+            Ok(())
+        };
+        timeout(limit, described).await.unwrap_or_else(|_| Err(status::too_late()))
     }
 
     fn learn(&self, facts: Facts) {
