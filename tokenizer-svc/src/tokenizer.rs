@@ -96,14 +96,14 @@ impl Tokenizer {
         let spelling = spelling(&pipeline)?;
         let texts = (0..).take(vocab_size).map(|id| pipeline.id_to_token(id).unwrap_or_default());
         let token_bytes = TokenBytes::new(&spelling, texts);
-        let n_bytes = || all_bytes(&token_bytes).map(<[u8]>::len);
-        check_limit("the longest token (bytes)", n_bytes().max().unwrap_or(0), MAX_TOKEN_BYTES)?;
-        check_limit("the vocabulary (bytes)", n_bytes().sum(), MAX_VOCABULARY_BYTES)?;
         let fingerprint = fingerprint(&pipeline, vocab_size)?;
         let strips_leading_space = spelling.strips_leading_space();
         let word_encoder = WordEncoder::of(&pipeline);
         let mut tokenizer =
             Self { pipeline, added, word_encoder, token_bytes, strips_leading_space, special, fingerprint };
+        let n_bytes = || tokenizer.all_bytes().map(<[u8]>::len);
+        check_limit("the longest token (bytes)", n_bytes().max().unwrap_or(0), MAX_TOKEN_BYTES)?;
+        check_limit("the vocabulary (bytes)", n_bytes().sum(), MAX_VOCABULARY_BYTES)?;
         // Some malformed descriptions load and panic at the first text: let that be now, while it is contained.
         let invalid = |e: TokenizeError| LoadError::Invalid(e.to_string());
         let by_words = tokenizer.encode(TRIAL, &Breaks::NONE, true).map_err(invalid)?;
@@ -186,7 +186,7 @@ impl Tokenizer {
 
     /// The bytes of every id, from id 0 on.
     pub(crate) fn all_bytes(&self) -> impl Iterator<Item = &[u8]> {
-        all_bytes(&self.token_bytes)
+        (0..).map_while(|id| self.token_bytes.get(id))
     }
 
     /// How many bytes ids stand for; those that are none of the vocabulary count nothing.
@@ -273,10 +273,6 @@ impl Tokenizer {
         });
         cut.collect()
     }
-}
-
-fn all_bytes(token_bytes: &TokenBytes) -> impl Iterator<Item = &[u8]> {
-    (0..).map_while(|id| token_bytes.get(id))
 }
 
 /// An encoding without the tokens' texts and places, which nothing here reads.
